@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models in one process: plain jax.jit, jax.jit with conv fusion, jax_bolt.
+
+Run by path, so that an installed jax_bolt comes before the source tree:
+
+    python benchmarks/bench_models.py --models resnet50 --batch 32
+
+Writes ``models-<device>-<date>.json`` and prints a table of ratios. A model that
+fails is recorded with its error, the run goes on, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import environment, floor, timing
+from benchmarks.models import models
+
+PLAIN, CONV_FUSION, BOLT = "jit", "jit_conv_fusion", "jax_bolt"
+FUSION_FLAG = "xla_gpu_experimental_enable_conv_fusion"
+# jax_bolt may be at most this much further from the reference than plain jax.jit.
+MAX_ERROR_RATIO = 1.25
+
+Optimize = Callable[[models.Apply], Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """``runs`` are calls per timing, ``rounds`` timings of every variant in turn."""
+
+    batch: int = 32
+    image: int = 224
+    runs: int = 100
+    rounds: int = 3
+
+    @property
+    def traced_runs(self) -> int:
+        return max(3, self.runs // 5)
+
+
+def bench_model(
+    name: str, optimize: Optimize, settings: Settings, ceilings: floor.Ceilings
+) -> dict[str, Any]:
+    """Everything measured of one model, as JSON data.
+
+    Each variant has an entry under "variants"; one that failed holds its "error".
+    """
+    apply, variables, x = models.build(name, settings.batch, settings.image)
+    expected = _host(jax.jit(models.reference(name))(variables, x))
+    optimized = optimize(apply)
+    callables = {
+        PLAIN: jax.jit(apply),
+        CONV_FUSION: jax.jit(apply, compiler_options={FUSION_FLAG: True}),
+        BOLT: optimized,
+    }
+    found = {
+        variant: _attempt(_first_call, fun, variables, x, expected)
+        for variant, fun in callables.items()
+    }
+    # In turn, so that a clock that drifts drifts for all of them.
+    timings: dict[str, list[dict[str, Any]]] = {variant: [] for variant in callables}
+    for _ in range(settings.rounds):
+        for variant, fun in callables.items():
+            if "error" not in found[variant]:
+                timed = _attempt(_time, fun, variables, x, settings)
+                timings[variant].append(timed)
+    for variant, rounds in timings.items():
+        found[variant] |= _middle(rounds)
+    roots = floor.roots(apply, variables, x)
+    result: dict[str, Any] = {
+        "title": models.MODELS[name].title,
+        "roots": len(roots),
+        "floor_ms": floor.seconds(roots, ceilings) * 1e3,
+        "variants": found,
+    }
+    if "error" not in found[BOLT]:
+        result |= _attempt(_report, optimized, variables, x, prefix="report_")
+    result["ratios"] = ratios(result)
+    return result
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """How jax_bolt compares; above 1 it is faster (``error``: further off)."""
+    variants = result["variants"]
+    plain, bolt = variants[PLAIN], variants[BOLT]
+    out: dict[str, float] = {}
+    for key in ("kernels_ms", "wall_ms"):
+        if bolt.get(key) and plain.get(key):
+            xla = [v[key] for v in (plain, variants[CONV_FUSION]) if v.get(key)]
+            out[f"jit_over_bolt_{key}"] = plain[key] / bolt[key]
+            out[f"best_xla_over_bolt_{key}"] = min(xla) / bolt[key]
+            out[f"bolt_over_floor_{key}"] = bolt[key] / result["floor_ms"]
+    if plain.get("relative_l2") and "relative_l2" in bolt:
+        out["error"] = bolt["relative_l2"] / plain["relative_l2"]
+    return out
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """Why a model's result is a failure; empty where it is not one.
+
+    An XLA that refuses the conv fusion flag is no failure of ours.
+    """
+    if "error" in result:
+        return [result["error"]]
+    variants = result["variants"]
+    out = [f"{v}: {variants[v]['error']}" for v in (PLAIN, BOLT) if _bad(variants[v])]
+    if "report_error" in result:
+        out.append(f"explain: {result['report_error']}")
+    ratio = result["ratios"].get("error", math.nan)
+    if not out and not ratio <= MAX_ERROR_RATIO:
+        out.append(f"jax_bolt's error is {ratio:.2f} times plain jax.jit's")
+    return out
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Milliseconds and ratios per model, and the ratios' geometric mean."""
+    head = (
+        f"{'model':22}{'floor':>8}{'jit':>9}{'+fusion':>9}{'bolt':>9}{'jit/bolt':>10}"
+        f"{'XLA/bolt':>10}{'bolt/floor':>12}{'wall jit':>10}{'wall bolt':>11}{'err':>7}"
+    )
+    rows = [head, "-" * len(head)]
+    for name, result in results.items():
+        if "variants" not in result:
+            rows.append(f"{name:22}{result['error'].splitlines()[0]}")
+            continue
+        variants, ratio = result["variants"], result["ratios"]
+        which = _timed_by(ratio)
+        times = [variants[v].get(which) for v in (PLAIN, CONV_FUSION, BOLT)]
+        rows.append(
+            f"{result['title']:22}{result['floor_ms']:8.3f}"
+            + "".join(_cell(t, 9, 3) for t in times)
+            + _cell(ratio.get(f"jit_over_bolt_{which}"), 10, 2)
+            + _cell(ratio.get(f"best_xla_over_bolt_{which}"), 10, 2)
+            + _cell(ratio.get(f"bolt_over_floor_{which}"), 12, 2)
+            + _cell(variants[PLAIN].get("wall_ms"), 10, 3)
+            + _cell(variants[BOLT].get("wall_ms"), 11, 3)
+            + _cell(ratio.get("error"), 7, 2)
+        )
+    for label, key in (("jit/bolt", "jit"), ("XLA/bolt", "best_xla")):
+        for which in ("kernels_ms", "wall_ms"):
+            mean = geometric_mean(results, f"{key}_over_bolt_{which}")
+            if mean is not None:
+                rows.append(f"geometric mean, {label}, {which[:-3]}: {mean:.3f}")
+    return "\n".join(rows)
+
+
+def geometric_mean(results: dict[str, dict[str, Any]], key: str) -> float | None:
+    """Of one ratio over the models that have it; None where none has."""
+    values = [r["ratios"][key] for r in results.values() if key in r.get("ratios", {})]
+    return statistics.geometric_mean(values) if values else None
+
+
+def main(argv: Sequence[str] | None = None, optimize: Optimize | None = None) -> int:
+    """The command line; ``optimize`` stands in for ``jax_bolt.optimize`` in tests."""
+    args = _arguments(argv)
+    environment.set_sound_cpu_flags()
+    if optimize is None:
+        import jax_bolt
+
+        optimize = jax_bolt.optimize
+    settings = Settings(batch=args.batch, image=args.image)
+    if args.quick:
+        settings = dataclasses.replace(settings, runs=5, rounds=1)
+    ceilings = floor.measure(quick=not environment.has_gpu())
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.models:
+        print(f"{name} ...", flush=True)
+        results[name] = _attempt(bench_model, name, optimize, settings, ceilings)
+        # One model's programs and constants must not crowd the next one's memory.
+        jax.clear_caches()
+        for problem in problems(results[name]):
+            print(f"{name}: {problem}", file=sys.stderr, flush=True)
+    described = environment.describe()
+    path = args.out / (
+        f"models-{environment.slug(described['device'])}-{described['date'][:10]}.json"
+    )
+    document = {
+        "environment": described,
+        "settings": dataclasses.asdict(settings) | {"dtype": "bfloat16"},
+        "ceilings": dataclasses.asdict(ceilings),
+        "models": results,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(
+        f"\n{described['device']}: {ceilings.flops / 1e12:.0f} TFLOP/s bf16, "
+        f"{ceilings.bandwidth / 1e12:.2f} TB/s; ms per run of {settings.batch} images, "
+        f"{'sum of kernel times' if environment.has_gpu() else 'wall'}"
+    )
+    print(table(results))
+    print(f"written: {path}")
+    return int(any(problems(result) for result in results.values()))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--models", nargs="+", default=list(models.MODELS), choices=models.MODELS
+    )
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image", type=int, default=224, help="pixels per side")
+    parser.add_argument("--quick", action="store_true", help="few runs, one round")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
+    )
+    return parser.parse_args(argv)
+
+
+def _first_call(
+    fun: Callable[..., Any], variables: Any, x: jax.Array, expected: np.ndarray
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    logits = jax.block_until_ready(fun(variables, x))
+    first_call_s = time.perf_counter() - start
+    difference = _host(logits) - expected
+    return {
+        "first_call_s": first_call_s,
+        "max_abs": float(np.abs(difference).max()),
+        "relative_l2": float(np.linalg.norm(difference) / np.linalg.norm(expected)),
+    }
+
+
+def _time(
+    fun: Callable[..., Any], variables: Any, x: jax.Array, settings: Settings
+) -> dict[str, Any]:
+    wall = timing.wall(fun, variables, x, runs=settings.runs)
+    out: dict[str, Any] = {
+        "wall_ms": wall.median * 1e3,
+        "wall_lowest_ms": wall.lowest * 1e3,
+    }
+    if not environment.has_gpu():
+        return out
+    traced = timing.kernels(fun, variables, x, runs=settings.traced_runs)
+    return out | {
+        "kernels_ms": traced.us / 1e3,
+        "busy_ms": traced.busy_us / 1e3,
+        "memcpy_us": traced.memcpy_us,
+        "memset_us": traced.memset_us,
+        "kernels": traced.count,
+        "kernel_table": [dataclasses.asdict(kernel) for kernel in traced.table],
+    }
+
+
+def _middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The round in the middle by kernel time, or wall time; every round's times."""
+    if errors := [r for r in rounds if "error" in r]:
+        return errors[0]
+    if not rounds:
+        return {}
+    key = "kernels_ms" if "kernels_ms" in rounds[0] else "wall_ms"
+    ordered = sorted(rounds, key=lambda r: r[key])
+    middle = dict(ordered[(len(ordered) - 1) // 2])
+    middle["wall_ms"] = statistics.median(r["wall_ms"] for r in rounds)
+    middle["rounds"] = [{k: r[k] for k in (key, "wall_ms")} for r in rounds]
+    return middle
+
+
+def _report(optimized: Any, variables: Any, x: jax.Array) -> dict[str, Any]:
+    return {"report": json.loads(optimized.explain(variables, x).to_json())}
+
+
+def _attempt(
+    step: Callable[..., dict[str, Any]], *args: Any, prefix: str = ""
+) -> dict[str, Any]:
+    """``step(*args)``, or its failure as data: a failing part must not end the run."""
+    try:
+        return step(*args)
+    except Exception as error:
+        return {
+            f"{prefix}error": f"{type(error).__name__}: {error}",
+            f"{prefix}traceback": traceback.format_exc(),
+        }
+
+
+def _bad(variant: dict[str, Any]) -> bool:
+    return "error" in variant
+
+
+def _timed_by(ratio: dict[str, float]) -> str:
+    return "kernels_ms" if "jit_over_bolt_kernels_ms" in ratio else "wall_ms"
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
+
+
+def _host(logits: jax.Array) -> np.ndarray:
+    return np.asarray(logits.astype(jnp.float32)).astype(np.float64)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// One instantiation of every kernel template: what an IDE indexes, and a compile check without a
+// GPU. A generated TU has one functor and one JAX_BOLT_KERNEL instead. The sm90 templates need
+// -gencode=arch=compute_90a,code=sm_90a.
+
+#include "jax_bolt/conv/sm80.hpp"
+#include "jax_bolt/gemm/sm80.hpp"
+#include "jax_bolt/gemm/sm90.hpp"
+
+namespace all_kernels {
+
+/// relu(acc * scale + shift + side), its scale from a variance as in a live BatchNorm.
+struct Epilogue {
+  using Output = cutlass::bfloat16_t;
+  static constexpr int kVectors = 3;
+  static constexpr int kColumns = 2;
+  static constexpr int kSides = 1;
+  using Vectors = jax_bolt::Types<jax_bolt::Column<float>, jax_bolt::Column<cutlass::bfloat16_t>,
+                                  jax_bolt::Scalar<float>>;
+  using Sides = jax_bolt::Types<cutlass::bfloat16_t>;
+  JAX_BOLT_HOST_DEVICE static void columns(float const (&v)[3], float (&c)[2]) {
+    c[0] = jax_bolt::math::rsqrt(v[0] + v[2]);
+    c[1] = v[1];
+  }
+  JAX_BOLT_HOST_DEVICE static float apply(float acc, float const (&c)[2], float const (&s)[1]) {
+    return jax_bolt::math::max(acc * c[0] + c[1] + s[0], 0.0f);
+  }
+};
+
+using Element = cutlass::bfloat16_t;
+using RowMajor = cutlass::layout::RowMajor;
+
+}  // namespace all_kernels
+
+template class jax_bolt::gemm::Sm80<all_kernels::Epilogue, all_kernels::Element,
+                                    all_kernels::RowMajor, all_kernels::RowMajor, 8, 8, 8, 128, 128,
+                                    32, 64, 64, 32, 4>;
+template class jax_bolt::conv::Fprop80<all_kernels::Epilogue, all_kernels::Element, 8, 8, 0, 128,
+                                       128, 64, 64, 64, 64, 3>;
+template class jax_bolt::conv::Fprop80<all_kernels::Epilogue, all_kernels::Element, 8, 8, 8, 128,
+                                       64, 64, 64, 32, 64, 4>;
+template class jax_bolt::gemm::Sm90<all_kernels::Epilogue, all_kernels::Element,
+                                    all_kernels::RowMajor, all_kernels::RowMajor, 128, 128, 64, 1,
+                                    1, jax_bolt::gemm::Pingpong>;

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the operations of an epilogue mean: f32 (or bool) in, f32 (or bool) out, as jax.lax defines
+// them. No CUDA or CUTLASS header: the same functions run on a host, which is how they are tested.
+//
+// One name per entry of ir.ARITHMETIC; `and`, `or`, `xor`, `not` are C++ tokens, so those end in
+// an underscore. The libm names (expf, ...) are CUDA's full-precision device functions in device
+// code: at most 2 ulp unless said otherwise here.
+#ifndef JAX_BOLT_EPILOGUE_MATH_HPP_
+#define JAX_BOLT_EPILOGUE_MATH_HPP_
+
+#include <cfloat>
+#include <cmath>
+
+#include "jax_bolt/epilogue/traits.hpp"
+
+namespace jax_bolt {
+namespace math {
+
+JAX_BOLT_HOST_DEVICE float inf() { return __builtin_huge_valf(); }
+JAX_BOLT_HOST_DEVICE float nan() { return __builtin_nanf(""); }
+
+JAX_BOLT_HOST_DEVICE float to_float(bool x) { return x ? 1.0f : 0.0f; }
+JAX_BOLT_HOST_DEVICE float to_float(float x) { return x; }
+
+// Arithmetic.
+JAX_BOLT_HOST_DEVICE float neg(float x) { return -x; }
+JAX_BOLT_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
+JAX_BOLT_HOST_DEVICE float square(float x) { return x * x; }
+JAX_BOLT_HOST_DEVICE float add(float a, float b) { return a + b; }
+JAX_BOLT_HOST_DEVICE float sub(float a, float b) { return a - b; }
+JAX_BOLT_HOST_DEVICE float mul(float a, float b) { return a * b; }
+JAX_BOLT_HOST_DEVICE float div(float a, float b) { return a / b; }
+/// The remainder with the sign of `a`.
+JAX_BOLT_HOST_DEVICE float rem(float a, float b) { return ::fmodf(a, b); }
+/// Zeros keep their sign and NaN stays NaN.
+JAX_BOLT_HOST_DEVICE float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
+JAX_BOLT_HOST_DEVICE float floor(float x) { return ::floorf(x); }
+JAX_BOLT_HOST_DEVICE float ceil(float x) { return ::ceilf(x); }
+JAX_BOLT_HOST_DEVICE float round_even(float x) { return ::rintf(x); }
+JAX_BOLT_HOST_DEVICE float round_away(float x) { return ::roundf(x); }
+
+/// The larger; NaN if either is, and +0 over -0. fmaxf would drop the NaN.
+JAX_BOLT_HOST_DEVICE float max(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  if (a != a || b != b) return nan();
+  if (a == b) return ::copysignf(1.0f, a) < 0.0f ? b : a;
+  return a > b ? a : b;
+#endif
+}
+
+/// The smaller; NaN if either is, and -0 over +0.
+JAX_BOLT_HOST_DEVICE float min(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  if (a != a || b != b) return nan();
+  if (a == b) return ::copysignf(1.0f, a) < 0.0f ? a : b;
+  return a < b ? a : b;
+#endif
+}
+
+JAX_BOLT_HOST_DEVICE float clamp(float lo, float x, float hi) { return min(max(x, lo), hi); }
+
+// Powers and roots.
+JAX_BOLT_HOST_DEVICE float sqrt(float x) { return ::sqrtf(x); }
+JAX_BOLT_HOST_DEVICE float cbrt(float x) { return ::cbrtf(x); }
+JAX_BOLT_HOST_DEVICE float rsqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::rsqrtf(x);
+#else
+  return 1.0f / ::sqrtf(x);
+#endif
+}
+JAX_BOLT_HOST_DEVICE float pow(float a, float b) { return ::powf(a, b); }
+
+/// x to the N by repeated squaring, in the order lax.integer_pow multiplies.
+template <int N>
+JAX_BOLT_HOST_DEVICE float integer_pow(float x) {
+  if constexpr (N == 0) {
+    return 1.0f;
+  } else if constexpr (N < 0) {
+    // As unsigned, so that the most negative exponent has a magnitude too.
+    float result = 1.0f;
+    for (unsigned n = 0u - static_cast<unsigned>(N); n != 0; n >>= 1, x *= x) {
+      if (n & 1u) result *= x;
+    }
+    return 1.0f / result;
+  } else {
+    float result = 1.0f;
+    for (unsigned n = N; n != 0; n >>= 1, x *= x) {
+      if (n & 1u) result *= x;
+    }
+    return result;
+  }
+}
+
+// Exponentials and logarithms.
+JAX_BOLT_HOST_DEVICE float exp(float x) { return ::expf(x); }
+JAX_BOLT_HOST_DEVICE float exp2(float x) { return ::exp2f(x); }
+JAX_BOLT_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
+JAX_BOLT_HOST_DEVICE float log(float x) { return ::logf(x); }
+JAX_BOLT_HOST_DEVICE float log1p(float x) { return ::log1pf(x); }
+
+/// 1 / (1 + exp(-x)). On a device within 4 ulp, and 0 below x = -87.3 (exact: < 1.2e-38).
+JAX_BOLT_HOST_DEVICE float logistic(float x) {
+  float const e = ::expf(-x);
+#if defined(__CUDA_ARCH__)
+  // The approximate quotient costs a tenth of the rounded one, which dominated silu.
+  return __fdividef(1.0f, 1.0f + e);
+#else
+  return 1.0f / (1.0f + e);
+#endif
+}
+
+// Circular and hyperbolic functions.
+JAX_BOLT_HOST_DEVICE float sin(float x) { return ::sinf(x); }
+JAX_BOLT_HOST_DEVICE float cos(float x) { return ::cosf(x); }
+JAX_BOLT_HOST_DEVICE float tan(float x) { return ::tanf(x); }
+JAX_BOLT_HOST_DEVICE float asin(float x) { return ::asinf(x); }
+JAX_BOLT_HOST_DEVICE float acos(float x) { return ::acosf(x); }
+JAX_BOLT_HOST_DEVICE float atan(float x) { return ::atanf(x); }
+JAX_BOLT_HOST_DEVICE float atan2(float a, float b) { return ::atan2f(a, b); }
+JAX_BOLT_HOST_DEVICE float sinh(float x) { return ::sinhf(x); }
+JAX_BOLT_HOST_DEVICE float cosh(float x) { return ::coshf(x); }
+JAX_BOLT_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
+JAX_BOLT_HOST_DEVICE float asinh(float x) { return ::asinhf(x); }
+JAX_BOLT_HOST_DEVICE float acosh(float x) { return ::acoshf(x); }
+JAX_BOLT_HOST_DEVICE float atanh(float x) { return ::atanhf(x); }
+
+// The error function.
+JAX_BOLT_HOST_DEVICE float erf(float x) { return ::erff(x); }
+JAX_BOLT_HOST_DEVICE float erfc(float x) { return ::erfcf(x); }
+
+/// The x with erf(x) = y: +-inf at +-1, NaN beyond.
+JAX_BOLT_HOST_DEVICE float erf_inv(float y) {
+#if defined(__CUDA_ARCH__)
+  return ::erfinvf(y);
+#else
+  double const z = y;
+  if (!(z > -1.0 && z < 1.0)) {
+    return z == 1.0 ? inf() : z == -1.0 ? -inf() : nan();
+  }
+  if (z == 0.0) return y;
+  // Winitzki's closed form (2e-3 relative), then Newton steps in double.
+  double const l = ::log1p(-z * z);
+  double const t = 2.0 / (M_PI * 0.147) + 0.5 * l;
+  // t + root has no cancellation, where root - t has it all for a small z.
+  double const root = ::sqrt(t * t - l / 0.147);
+  double x = ::copysign(::sqrt(-l / 0.147 / (root + t)), z);
+  for (int i = 0; i < 4; ++i) {
+    double const miss =
+        ::fabs(z) < 0.5 ? ::erf(x) - z : ::copysign((1.0 - ::fabs(z)) - ::erfc(::fabs(x)), z);
+    x -= miss * 0.5 * ::sqrt(M_PI) * ::exp(x * x);
+  }
+  return static_cast<float>(x);
+#endif
+}
+
+// Predicates. Comparisons with NaN are false, but for ne.
+template <class T>
+JAX_BOLT_HOST_DEVICE bool eq(T a, T b) {
+  return a == b;
+}
+template <class T>
+JAX_BOLT_HOST_DEVICE bool ne(T a, T b) {
+  return a != b;
+}
+template <class T>
+JAX_BOLT_HOST_DEVICE bool lt(T a, T b) {
+  return a < b;
+}
+template <class T>
+JAX_BOLT_HOST_DEVICE bool le(T a, T b) {
+  return a <= b;
+}
+template <class T>
+JAX_BOLT_HOST_DEVICE bool gt(T a, T b) {
+  return a > b;
+}
+template <class T>
+JAX_BOLT_HOST_DEVICE bool ge(T a, T b) {
+  return a >= b;
+}
+JAX_BOLT_HOST_DEVICE bool and_(bool a, bool b) { return a && b; }
+JAX_BOLT_HOST_DEVICE bool or_(bool a, bool b) { return a || b; }
+JAX_BOLT_HOST_DEVICE bool xor_(bool a, bool b) { return a != b; }
+JAX_BOLT_HOST_DEVICE bool not_(bool a) { return !a; }
+JAX_BOLT_HOST_DEVICE bool is_finite(float x) { return ::fabsf(x) <= FLT_MAX; }
+
+/// lax.select_n's order: the value where the predicate is false comes first.
+template <class T>
+JAX_BOLT_HOST_DEVICE T select(bool predicate, T where_false, T where_true) {
+  return predicate ? where_true : where_false;
+}
+
+}  // namespace math
+}  // namespace jax_bolt
+#endif  // JAX_BOLT_EPILOGUE_MATH_HPP_

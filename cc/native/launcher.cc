@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "launcher.h"
+
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "driver.h"
+#include "jax_bolt/abi.h"
+#include "registry.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_bolt::native {
+namespace {
+
+namespace ffi = xla::ffi;
+
+std::shared_mutex resolver_mutex;
+// Leaked, as the registry is.
+Resolver* const resolver = new Resolver();
+
+// The attributes of a call. Views into XLA's storage.
+struct Attributes {
+  std::string_view digest;
+  std::string_view site;
+  int64_t sides;
+  JaxBoltProblem problem;
+};
+
+ffi::Error Fail(ffi::ErrorCode code, const Attributes& attributes, std::string_view reason) {
+  std::string message = "jax_bolt.launch: kernel ";
+  message += attributes.digest;
+  if (!attributes.site.empty()) (message += " at ") += attributes.site;
+  (message += ": ") += reason;
+  return ffi::Error(code, std::move(message));
+}
+
+ffi::Error FailStatus(const Kernel& kernel, const Attributes& attributes, JaxBoltStatus status) {
+  return Fail(ffi::ErrorCode::kInternal, attributes,
+              std::string(kernel.ErrorString(status)) + " (status " + std::to_string(status) + ")");
+}
+
+ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
+  auto digest = dictionary.get<std::string_view>("digest");
+  if (digest.has_error()) return digest.error();
+  auto kind = dictionary.get<int64_t>("kind");
+  if (kind.has_error()) return kind.error();
+  auto dims = dictionary.get<ffi::Span<const int64_t>>("dims");
+  if (dims.has_error()) return dims.error();
+  auto sides = dictionary.get<int64_t>("sides");
+  if (sides.has_error()) return sides.error();
+  attributes->digest = *digest;
+  attributes->sides = *sides;
+  if (dictionary.contains<std::string_view>("site")) {
+    attributes->site = *dictionary.get<std::string_view>("site");
+  }
+  if (const char* reason = MakeProblem(*kind, dims->begin(), dims->size(), &attributes->problem)) {
+    return Fail(ffi::ErrorCode::kInvalidArgument, *attributes, reason);
+  }
+  if (*sides < 0 || *sides > JAX_BOLT_MAX_SIDES) {
+    return Fail(ffi::ErrorCode::kInvalidArgument, *attributes, "too many side inputs");
+  }
+  return ffi::Error::Success();
+}
+
+std::string Resolve(const std::string& digest) {
+  Resolver function;
+  {
+    std::shared_lock<std::shared_mutex> lock(resolver_mutex);
+    function = *resolver;
+  }
+  if (!function) return "it is not loaded, and nothing is set to find it; import jax_bolt first";
+  return function(digest);
+}
+
+ffi::Error Instantiate(ffi::Dictionary dictionary) {
+  Attributes attributes;
+  if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
+  try {
+    const Kernel* kernel = Registry::Get().Find(attributes.digest);
+    if (kernel == nullptr) {
+      std::string reason = Resolve(std::string(attributes.digest));
+      kernel = Registry::Get().Find(attributes.digest);
+      if (kernel == nullptr) {
+        return Fail(ffi::ErrorCode::kNotFound, attributes,
+                    reason.empty() ? "it is neither loaded nor in the kernel cache" : reason);
+      }
+    }
+    JaxBoltStatus status = kernel->Check(attributes.problem);
+    return status == JAX_BOLT_OK ? ffi::Error::Success() : FailStatus(*kernel, attributes, status);
+  } catch (const std::exception& error) {
+    return Fail(ffi::ErrorCode::kInternal, attributes, error.what());
+  }
+}
+
+// Operand pointers into `buffers`; null unless the counts and types are right.
+const char* Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int64_t sides,
+                 JaxBoltBuffers* buffers, int64_t* workspace_bytes) {
+  const size_t first_vector = 2 + static_cast<size_t>(sides);
+  if (args.size() < first_vector) return "operands are missing";
+  if (args.size() - first_vector > JAX_BOLT_MAX_VECTORS) return "too many per-channel inputs";
+  if (rets.size() < 1 || rets.size() > 2) return "expected one result, or two with a workspace";
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto arg = args.get<ffi::AnyBuffer>(i);
+    if (arg.has_error()) return "an operand is not a buffer";
+    const void* data = arg->untyped_data();
+    if (i == 0) {
+      buffers->a = data;
+    } else if (i == 1) {
+      buffers->b = data;
+    } else if (i < first_vector) {
+      buffers->sides[i - 2] = data;
+    } else {
+      buffers->vectors[i - first_vector] = data;
+    }
+  }
+  auto d = rets.get<ffi::AnyBuffer>(0);
+  if (d.has_error()) return "the result is not a buffer";
+  buffers->d = (*d)->untyped_data();
+  if (rets.size() == 2) {
+    auto workspace = rets.get<ffi::AnyBuffer>(1);
+    if (workspace.has_error()) return "the workspace is not a buffer";
+    buffers->workspace = (*workspace)->untyped_data();
+    *workspace_bytes = static_cast<int64_t>((*workspace)->size_bytes());
+  }
+  return nullptr;
+}
+
+ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
+                  const ffi::RemainingRets& rets, const Attributes& attributes) {
+  JaxBoltBuffers buffers = {};
+  int64_t have = 0;
+  if (const char* reason = Bind(args, rets, attributes.sides, &buffers, &have)) {
+    return Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
+  }
+  const Kernel* kernel = Registry::Get().Find(attributes.digest);
+  if (kernel == nullptr) {
+    return Fail(ffi::ErrorCode::kNotFound, attributes, "it is not loaded");
+  }
+  // The size depends on the device, and an executable may run on one with more SMs than the one it
+  // was lowered for.
+  const int64_t need = kernel->WorkspaceBytes(attributes.problem, device);
+  if (need > have) {
+    return Fail(ffi::ErrorCode::kFailedPrecondition, attributes,
+                "it needs " + std::to_string(need) + " bytes of workspace on device " +
+                    std::to_string(device.ordinal) + " and was given " + std::to_string(have));
+  }
+  // XLA has made the stream's context current on this thread, as it does for every handler.
+  const JaxBoltStatus status = kernel->Launch(attributes.problem, buffers, device, stream);
+  if (status != JAX_BOLT_OK) return FailStatus(*kernel, attributes, status);
+  kernel->launches.fetch_add(1, std::memory_order_relaxed);
+  return ffi::Error::Success();
+}
+
+ffi::Error Execute(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   ffi::Dictionary dictionary) {
+  Attributes attributes;
+  if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
+  JaxBoltDevice device = {ordinal, 0};
+  try {
+    device.sm_count = SmCount(ordinal);
+  } catch (const DriverError& error) {
+    return Fail(ffi::ErrorCode::kInternal, attributes, error.what());
+  }
+  return Launch(stream, device, args, rets, attributes);
+}
+
+ffi::Error HostExecute(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       ffi::Dictionary dictionary) {
+  Attributes attributes;
+  if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
+  return Launch(/*stream=*/nullptr, JaxBoltDevice{0, 1}, args, rets, attributes);
+}
+
+XLA_FFI_DEFINE_HANDLER(instantiate_handler, Instantiate, ffi::Ffi::BindInstantiate().Attrs());
+
+XLA_FFI_DEFINE_HANDLER(execute_handler, Execute,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(host_execute_handler, HostExecute,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
+}  // namespace
+
+XLA_FFI_Handler* const kInstantiateHandler = instantiate_handler;
+XLA_FFI_Handler* const kExecuteHandler = execute_handler;
+XLA_FFI_Handler* const kHostExecuteHandler = host_execute_handler;
+
+void SetResolver(Resolver function) {
+  std::unique_lock<std::shared_mutex> lock(resolver_mutex);
+  *resolver = std::move(function);
+}
+
+}  // namespace jax_bolt::native

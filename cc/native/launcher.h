@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one XLA FFI custom call, "jax_bolt.launch".
+//
+// Operands: a, b, side_0.., vector_0..; results: d and, where the kernel needs one, workspace
+// u8[n]. Attributes: digest (string), kind (i64, JaxBoltProblemKind), dims (i64 array), sides (i64:
+// how many operands are side inputs) and, optionally, site (string: the source site, for error
+// messages).
+#ifndef JAX_BOLT_NATIVE_LAUNCHER_H_
+#define JAX_BOLT_NATIVE_LAUNCHER_H_
+
+#include <functional>
+#include <string>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_bolt::native {
+
+// Loads a digest that an executable needs and nobody has loaded, as when it comes from JAX's
+// compilation cache or an export. Returns the reason it could not, or "".
+using Resolver = std::function<std::string(const std::string& digest)>;
+void SetResolver(Resolver resolver);
+
+// Stage handlers. Instantiate makes sure the kernel is loaded and fits the problem; execute checks
+// the buffers and enqueues one launch: no allocation, synchronisation, file or Python.
+extern XLA_FFI_Handler* const kInstantiateHandler;
+extern XLA_FFI_Handler* const kExecuteHandler;
+
+// Execute without a stream or a device (null; ordinal 0 with one SM), for modules of host code:
+// XLA's CPU client can then run everything but the driver's part.
+extern XLA_FFI_Handler* const kHostExecuteHandler;
+
+}  // namespace jax_bolt::native
+
+#endif  // JAX_BOLT_NATIVE_LAUNCHER_H_

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module jax_bolt._native. Signatures and meaning: jax_bolt/_native.pyi.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "driver.h"
+#include "jax_bolt/abi.h"
+#include "launcher.h"
+#include "profiler.h"
+#include "registry.h"
+
+namespace jax_bolt::native {
+namespace {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;
+using Dims = std::vector<int64_t>;
+// a, b, d, sides, vectors, workspace
+using BufferSet =
+    std::tuple<Address, Address, Address, std::vector<Address>, std::vector<Address>, Address>;
+
+const Kernel& FindKernel(const std::string& digest) {
+  const Kernel* kernel = Registry::Get().Find(digest);
+  if (kernel == nullptr) throw std::runtime_error("kernel " + digest + " is not loaded");
+  return *kernel;
+}
+
+JaxBoltProblem Problem(int64_t kind, const Dims& dims) {
+  JaxBoltProblem problem;
+  if (const char* reason = MakeProblem(kind, dims.data(), dims.size(), &problem)) {
+    throw std::invalid_argument(reason);
+  }
+  return problem;
+}
+
+JaxBoltBuffers Buffers(const BufferSet& set) {
+  const auto& [a, b, d, sides, vectors, workspace] = set;
+  if (sides.size() > JAX_BOLT_MAX_SIDES) throw std::invalid_argument("too many side inputs");
+  if (vectors.size() > JAX_BOLT_MAX_VECTORS) {
+    throw std::invalid_argument("too many per-channel inputs");
+  }
+  JaxBoltBuffers buffers = {};
+  buffers.a = reinterpret_cast<const void*>(a);
+  buffers.b = reinterpret_cast<const void*>(b);
+  buffers.d = reinterpret_cast<void*>(d);
+  for (size_t i = 0; i < sides.size(); ++i) {
+    buffers.sides[i] = reinterpret_cast<const void*>(sides[i]);
+  }
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    buffers.vectors[i] = reinterpret_cast<const void*>(vectors[i]);
+  }
+  buffers.workspace = reinterpret_cast<void*>(workspace);
+  return buffers;
+}
+
+std::optional<std::string> CheckProblem(const std::string& digest, int64_t kind, const Dims& dims) {
+  const Kernel& kernel = FindKernel(digest);
+  const JaxBoltStatus status = kernel.Check(Problem(kind, dims));
+  if (status == JAX_BOLT_OK) return std::nullopt;
+  return kernel.ErrorString(status);
+}
+
+int64_t WorkspaceBytes(const std::string& digest, int64_t kind, const Dims& dims, int ordinal,
+                       std::optional<int> sm_count) {
+  const JaxBoltProblem problem = Problem(kind, dims);
+  const int sms = sm_count ? *sm_count : SmCount(ordinal);
+  return FindKernel(digest).WorkspaceBytes(problem, {ordinal, sms});
+}
+
+std::vector<double> ProfileKernel(const std::string& digest, int64_t kind, const Dims& dims,
+                                  const std::vector<BufferSet>& buffer_sets, int ordinal,
+                                  int repeats) {
+  std::vector<JaxBoltBuffers> sets;
+  for (const BufferSet& set : buffer_sets) sets.push_back(Buffers(set));
+  return Profile(FindKernel(digest), Problem(kind, dims), sets, ordinal, repeats);
+}
+
+void RunKernel(const std::string& digest, int64_t kind, const Dims& dims, const BufferSet& buffers,
+               int ordinal) {
+  Run(FindKernel(digest), Problem(kind, dims), Buffers(buffers), ordinal);
+}
+
+void SetPythonResolver(const py::object& function) {
+  if (function.is_none()) {
+    SetResolver(nullptr);
+    return;
+  }
+  // Copied and destroyed by threads that do not hold the GIL, so it owns its reference through a
+  // pointer whose deleter takes the GIL.
+  std::shared_ptr<py::object> shared(new py::object(function), [](py::object* object) {
+    py::gil_scoped_acquire gil;
+    delete object;
+  });
+  SetResolver([shared](const std::string& digest) -> std::string {
+    py::gil_scoped_acquire gil;
+    try {
+      (*shared)(digest);
+      return "";
+    } catch (const py::error_already_set& error) {
+      // what() would add the Python stack; the user's own follows with XLA's error.
+      return py::cast<std::string>(error.type().attr("__name__")) + ": " +
+             py::cast<std::string>(py::str(error.value()));
+    }
+  });
+}
+
+py::capsule Capsule(XLA_FFI_Handler* handler) {
+  return py::capsule(reinterpret_cast<void*>(handler));
+}
+
+py::dict Handlers(XLA_FFI_Handler* execute) {
+  py::dict handlers;
+  handlers["instantiate"] = Capsule(kInstantiateHandler);
+  handlers["execute"] = Capsule(execute);
+  return handlers;
+}
+
+py::dict DeviceInfoDict(int ordinal) {
+  DeviceInfo info;
+  {
+    py::gil_scoped_release nogil;
+    info = QueryDevice(ordinal);
+  }
+  py::dict dict;
+  dict["name"] = info.name;
+  dict["compute_capability"] =
+      std::to_string(info.compute_major) + "." + std::to_string(info.compute_minor);
+  dict["sm_count"] = info.sm_count;
+  dict["l2_bytes"] = info.l2_bytes;
+  dict["smem_per_block"] = info.smem_per_block;
+  dict["driver_version"] = info.driver_version;
+  dict["total_bytes"] = info.total_bytes;
+  dict["free_bytes"] = info.free_bytes < 0 ? py::object(py::none()) : py::int_(info.free_bytes);
+  return dict;
+}
+
+std::optional<int> DriverVersion() {
+  const Driver* driver = Driver::Find();
+  int version = 0;
+  if (driver == nullptr || driver->DriverGetVersion(&version) != kCuSuccess) return std::nullopt;
+  return version;
+}
+
+PYBIND11_MODULE(_native, m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.attr("ABI_VERSION") = JAX_BOLT_ABI_VERSION;
+  m.attr("MAX_VECTORS") = JAX_BOLT_MAX_VECTORS;
+  m.attr("MAX_SIDES") = JAX_BOLT_MAX_SIDES;
+
+  m.def(
+      "load",
+      [](const std::string& digest, const std::string& path) {
+        Registry::Get().Load(digest, path);
+      },
+      py::arg("digest"), py::arg("path"), Release());
+  m.def(
+      "is_loaded",
+      [](const std::string& digest) { return Registry::Get().Find(digest) != nullptr; },
+      py::arg("digest"));
+  m.def(
+      "launches", [](const std::string& digest) { return FindKernel(digest).launches.load(); },
+      py::arg("digest"));
+  m.def("check", CheckProblem, py::arg("digest"), py::arg("kind"), py::arg("dims"));
+  m.def("workspace_bytes", WorkspaceBytes, py::arg("digest"), py::arg("kind"), py::arg("dims"),
+        py::arg("ordinal") = 0, py::arg("sm_count") = py::none(), Release());
+
+  m.def("handlers", [] { return Handlers(kExecuteHandler); });
+  m.def("host_handlers", [] { return Handlers(kHostExecuteHandler); });
+  m.def("set_resolver", SetPythonResolver, py::arg("resolver").none(true));
+
+  m.def("profile", ProfileKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"),
+        py::arg("buffer_sets"), py::arg("ordinal"), py::arg("repeats"), Release());
+  m.def("run", RunKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"), py::arg("buffers"),
+        py::arg("ordinal"), Release());
+  m.def("device_info", DeviceInfoDict, py::arg("ordinal") = 0);
+  m.def("driver_version", DriverVersion, Release());
+}
+
+}  // namespace
+}  // namespace jax_bolt::native

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "profiler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+
+namespace jax_bolt::native {
+namespace {
+
+// Long enough that a graph's own launch cost is below 1 %, short enough to tune many candidates.
+constexpr double kReplayMicroseconds = 3000;
+// Bounds the graph for kernels of a microsecond or two.
+constexpr size_t kMaxLaunches = 2048;
+
+class Stream {
+ public:
+  explicit Stream(const Driver& driver) : driver_(driver) {
+    driver.Check(driver.StreamCreate(&stream_, kCuStreamNonBlocking), "cuStreamCreate");
+  }
+  ~Stream() { driver_.StreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  CuStream get() const { return stream_; }
+  void Synchronize() const {
+    driver_.Check(driver_.StreamSynchronize(stream_), "cuStreamSynchronize");
+  }
+
+ private:
+  const Driver& driver_;
+  CuStream stream_ = nullptr;
+};
+
+// Timestamps on a stream, in the order they are recorded.
+class Marks {
+ public:
+  Marks(const Driver& driver, size_t count) : driver_(driver), events_(count) {
+    for (CuEvent& event : events_) {
+      if (CuResult result = driver.EventCreate(&event, kCuEventDefault); result != kCuSuccess) {
+        event = nullptr;
+        Destroy();
+        driver.Check(result, "cuEventCreate");
+      }
+    }
+  }
+  ~Marks() { Destroy(); }
+  Marks(const Marks&) = delete;
+  Marks& operator=(const Marks&) = delete;
+
+  void Record(size_t index, const Stream& stream) const {
+    driver_.Check(driver_.EventRecord(events_[index], stream.get()), "cuEventRecord");
+  }
+  // Between marks `index` and `index + 1`; both have been reached.
+  double Microseconds(size_t index) const {
+    float ms = 0;
+    driver_.Check(driver_.EventElapsedTime(&ms, events_[index], events_[index + 1]),
+                  "cuEventElapsedTime");
+    return 1e3 * static_cast<double>(ms);
+  }
+
+ private:
+  void Destroy() {
+    for (CuEvent event : events_) {
+      if (event != nullptr) driver_.EventDestroy(event);
+    }
+  }
+
+  const Driver& driver_;
+  std::vector<CuEvent> events_;
+};
+
+// A kernel and what it is launched on.
+struct Subject {
+  const Kernel& kernel;
+  const JaxBoltProblem& problem;
+  JaxBoltDevice device;
+
+  void CheckStatus(JaxBoltStatus status, const char* what) const {
+    if (status == JAX_BOLT_OK) return;
+    throw std::runtime_error(std::string(what) + ": " + kernel.ErrorString(status) + " (status " +
+                             std::to_string(status) + ")");
+  }
+  JaxBoltStatus Enqueue(const JaxBoltBuffers& buffers, const Stream& stream) const {
+    return kernel.Launch(problem, buffers, device, stream.get());
+  }
+  void Launch(const JaxBoltBuffers& buffers, const Stream& stream) const {
+    CheckStatus(Enqueue(buffers, stream), "launch");
+  }
+};
+
+// `count` launches over rotating sets, as a CUDA graph where they can be captured.
+class Replay {
+ public:
+  Replay(const Driver& driver, const Subject& subject, const std::vector<JaxBoltBuffers>& sets,
+         size_t count, const Stream& stream)
+      : driver_(driver), subject_(subject), sets_(sets), count_(count), stream_(stream) {
+    Capture();
+  }
+  ~Replay() {
+    if (exec_ != nullptr) driver_.GraphExecDestroy(exec_);
+  }
+  Replay(const Replay&) = delete;
+  Replay& operator=(const Replay&) = delete;
+
+  void Enqueue() const {
+    if (exec_ != nullptr) {
+      driver_.Check(driver_.GraphLaunch(exec_, stream_.get()), "cuGraphLaunch");
+      return;
+    }
+    for (size_t i = 0; i < count_; ++i) subject_.Launch(sets_[i % sets_.size()], stream_);
+  }
+
+ private:
+  // Leaves exec_ null on any failure: a kernel may do something no capture allows, and is then
+  // timed by plain launches.
+  void Capture() {
+    if (driver_.StreamBeginCapture(stream_.get(), kCuCaptureRelaxed) != kCuSuccess) return;
+    JaxBoltStatus status = JAX_BOLT_OK;
+    for (size_t i = 0; i < count_ && status == JAX_BOLT_OK; ++i) {
+      status = subject_.Enqueue(sets_[i % sets_.size()], stream_);
+    }
+    CuGraph graph = nullptr;
+    const CuResult ended = driver_.StreamEndCapture(stream_.get(), &graph);
+    if (status == JAX_BOLT_OK && ended == kCuSuccess &&
+        driver_.GraphInstantiate(&exec_, graph, /*flags=*/0) != kCuSuccess) {
+      exec_ = nullptr;
+    }
+    if (graph != nullptr) driver_.GraphDestroy(graph);
+  }
+
+  const Driver& driver_;
+  const Subject& subject_;
+  const std::vector<JaxBoltBuffers>& sets_;
+  const size_t count_;
+  const Stream& stream_;
+  CuGraphExec exec_ = nullptr;
+};
+
+// How often to launch so that a replay takes about kReplayMicroseconds: every set equally often.
+size_t LaunchCount(double microseconds, size_t sets) {
+  const double wanted = std::ceil(kReplayMicroseconds / std::max(microseconds, 0.1));
+  const double limit = static_cast<double>(std::max(kMaxLaunches, sets));
+  const size_t count = static_cast<size_t>(std::min(wanted, limit));
+  return std::max<size_t>(count / sets, 1) * sets;
+}
+
+Subject MakeSubject(const Kernel& kernel, const JaxBoltProblem& problem, int ordinal) {
+  Subject subject{kernel, problem, {ordinal, SmCount(ordinal)}};
+  subject.CheckStatus(kernel.Check(problem), "check");
+  return subject;
+}
+
+}  // namespace
+
+std::vector<double> Profile(const Kernel& kernel, const JaxBoltProblem& problem,
+                            const std::vector<JaxBoltBuffers>& sets, int ordinal, int repeats) {
+  if (sets.empty()) throw std::invalid_argument("profile needs at least one set of buffers");
+  if (repeats < 1) throw std::invalid_argument("profile needs at least one repeat");
+  const Driver& driver = Driver::Get();
+  const Subject subject = MakeSubject(kernel, problem, ordinal);
+  const ScopedContext context(driver, driver.Device(ordinal));
+  const Stream stream(driver);
+  const size_t replays = static_cast<size_t>(repeats);
+  const Marks marks(driver, replays + 1);
+
+  // The first launch loads the kernel's code.
+  subject.Launch(sets[0], stream);
+  stream.Synchronize();
+
+  marks.Record(0, stream);
+  for (const JaxBoltBuffers& buffers : sets) subject.Launch(buffers, stream);
+  marks.Record(1, stream);
+  stream.Synchronize();
+  const double estimate = marks.Microseconds(0) / static_cast<double>(sets.size());
+  const size_t count = LaunchCount(estimate, sets.size());
+
+  const Replay replay(driver, subject, sets, count, stream);
+  // All enqueued at once behind an untimed replay: the host stays ahead, so that its own launch
+  // latency does not fall between two marks.
+  replay.Enqueue();
+  marks.Record(0, stream);
+  for (size_t i = 0; i < replays; ++i) {
+    replay.Enqueue();
+    marks.Record(i + 1, stream);
+  }
+  stream.Synchronize();
+
+  std::vector<double> times;
+  for (size_t i = 0; i < replays; ++i) {
+    times.push_back(marks.Microseconds(i) / static_cast<double>(count));
+  }
+  return times;
+}
+
+void Run(const Kernel& kernel, const JaxBoltProblem& problem, const JaxBoltBuffers& buffers,
+         int ordinal) {
+  const Driver& driver = Driver::Get();
+  const Subject subject = MakeSubject(kernel, problem, ordinal);
+  const ScopedContext context(driver, driver.Device(ordinal));
+  const Stream stream(driver);
+  subject.Launch(buffers, stream);
+  stream.Synchronize();
+}
+
+}  // namespace jax_bolt::native

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that depends on a JAX version or on JAX's private modules.
+
+No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import source_info_util as _source_info
+from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    gensym,
+    jaxpr_as_fun,
+    new_jaxpr_eqn,
+)
+from jax.interpreters import ad, batching, mlir
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Primitive",
+    "Var",
+    "ad",
+    "batching",
+    "call_equation",
+    "closed",
+    "cuda_device",
+    "device_count",
+    "fresh_vars",
+    "is_drop",
+    "jaxpr_as_fun",
+    "make_jaxpr",
+    "mlir",
+    "name_stack",
+    "like_body",
+    "prefixed",
+    "rebuilt",
+    "region_jaxpr",
+    "source_line",
+    "sub_jaxprs",
+    "user_scope",
+]
+
+# Parameters that hold the bodies of the higher-order primitives we look into. A
+# primitive not listed here is left exactly as it is.
+_BODIES: dict[str, tuple[str, ...]] = {
+    "jit": ("jaxpr",),
+    "pjit": ("jaxpr",),
+    "closed_call": ("call_jaxpr",),
+    "core_call": ("call_jaxpr",),
+    "custom_jvp_call": ("call_jaxpr",),
+    "custom_vjp_call": ("call_jaxpr",),
+    "remat": ("jaxpr",),
+    "remat2": ("jaxpr",),
+    "checkpoint": ("jaxpr",),
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+    "shard_map": ("jaxpr",),
+}
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[tuple[str, Any]]:
+    """Yields ``(parameter, body)`` for the bodies of ``eqn`` that may be rewritten.
+
+    A body is a ``ClosedJaxpr``, an open ``Jaxpr``, or a tuple of them.
+    """
+    for name in _BODIES.get(eqn.primitive.name, ()):
+        if name in eqn.params:
+            yield name, eqn.params[name]
+
+
+def make_jaxpr(fun: Callable, static_argnums: Sequence[int], args, kwargs):
+    """``(ClosedJaxpr, output tree)`` of ``fun(*args, **kwargs)``."""
+    traced, shape = jax.make_jaxpr(fun, tuple(static_argnums), return_shape=True)(
+        *args, **kwargs
+    )
+    return traced, jax.tree.structure(shape)
+
+
+def closed(body: Any) -> ClosedJaxpr:
+    """``body`` as a ``ClosedJaxpr``; an open one must have no constants."""
+    return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, [])
+
+
+def is_drop(var: Any) -> bool:
+    return type(var).__name__ == "DropVar"
+
+
+def fresh_vars() -> Callable[[Any], Var]:
+    """A maker of variables: ``make(aval) -> Var``."""
+    return gensym()
+
+
+def like_body(program: ClosedJaxpr, body: Any) -> Any:
+    """``program`` in the form ``body`` had: open where ``body`` was open."""
+    return program if isinstance(body, ClosedJaxpr) else program.jaxpr
+
+
+def rebuilt(
+    program: ClosedJaxpr,
+    eqns: Sequence[JaxprEqn],
+    *,
+    outvars: Sequence[Any] | None = None,
+    constvars: Sequence[Var] | None = None,
+    consts: Sequence[Any] | None = None,
+) -> ClosedJaxpr:
+    """``program`` with other equations and, where given, results and constants."""
+    old = program.jaxpr
+    jaxpr = Jaxpr(
+        list(old.constvars if constvars is None else constvars),
+        list(old.invars),
+        list(old.outvars if outvars is None else outvars),
+        list(eqns),
+        old.effects,
+        old.debug_info,
+    )
+    return ClosedJaxpr(jaxpr, list(program.consts if consts is None else consts))
+
+
+def region_jaxpr(
+    parent: Jaxpr, eqns: Sequence[JaxprEqn], invars: Sequence[Var], outvar: Var
+) -> ClosedJaxpr:
+    """A closed, effect-free jaxpr of some of ``parent``'s equations."""
+    debug_info = parent.debug_info._replace(arg_names=None, result_paths=None)
+    body = Jaxpr([], list(invars), [outvar], list(eqns), frozenset(), debug_info)
+    return ClosedJaxpr(body, [])
+
+
+def call_equation(
+    invars: Sequence[Any],
+    outvar: Var,
+    primitive: Primitive,
+    params: dict[str, Any],
+    like: JaxprEqn,
+) -> JaxprEqn:
+    """An equation with the source information and context of ``like``."""
+    return new_jaxpr_eqn(
+        list(invars), [outvar], primitive, params, set(), like.source_info, like.ctx
+    )
+
+
+def name_stack(eqn: JaxprEqn) -> str:
+    return str(eqn.source_info.name_stack)
+
+
+def prefixed(inner: JaxprEqn, outer: JaxprEqn) -> Any:
+    """Source information of ``inner`` when its body is inlined in place of ``outer``."""
+    stack = outer.source_info.name_stack + inner.source_info.name_stack
+    return inner.source_info.replace(name_stack=stack)
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """``file.py:12 (function)`` of the user's line, or an empty text."""
+    return _source_info.summarize(eqn.source_info)
+
+
+def user_scope(eqn: JaxprEqn):
+    """Context in which re-bound equations keep ``eqn``'s names and lines."""
+    return _source_info.user_context(
+        eqn.source_info.traceback, name_stack=eqn.source_info.name_stack
+    )
+
+
+def device_count(ctx: mlir.LoweringRuleContext) -> int:
+    """Devices that XLA's partitioner may spread this lowering's values over.
+
+    Inside a ``shard_map`` whose axes are all manual every value is one device's own,
+    so the answer is 1.
+    """
+    axis_context = ctx.module_context.axis_context
+    if isinstance(axis_context, ShardingContext):
+        return axis_context.num_devices
+    if isinstance(axis_context, SPMDAxisContext):
+        mesh = axis_context.mesh
+        automatic = set(mesh.axis_names) - set(axis_context.manual_axes)
+        count = 1
+        for axis in automatic:
+            count *= mesh.shape[axis]
+        return count
+    return 1
+
+
+def cuda_device() -> Any | None:
+    """The first local CUDA device of this process, or None.
+
+    Only called from CUDA lowering rules and from tuning, so the backend already
+    exists or is about to.
+    """
+    try:
+        return jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return None

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A region evaluated from its IR alone, in float32 or float64: the yardstick.
+
+Kernels are verified against this in tuning and in tests. It shares no code with the
+matcher's reference jaxpr nor with the printed C++, so that a mistake in either shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import ir
+
+_RENAMED: dict[str, Callable] = {
+    "neg": jnp.negative,
+    "mul": jnp.multiply,
+    "sub": jnp.subtract,
+    "div": jnp.divide,
+    "rem": lax.rem,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+    "pow": jnp.power,
+    "atan2": jnp.arctan2,
+    "asin": jnp.arcsin,
+    "acos": jnp.arccos,
+    "atan": jnp.arctan,
+    "asinh": jnp.arcsinh,
+    "acosh": jnp.arccosh,
+    "atanh": jnp.arctanh,
+    "rsqrt": lax.rsqrt,
+    "logistic": lax.logistic,
+    "erf": lax.erf,
+    "erfc": lax.erfc,
+    "erf_inv": lax.erf_inv,
+    "round_even": lambda x: lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN),
+    "round_away": lambda x: lax.round(x, lax.RoundingMethod.AWAY_FROM_ZERO),
+    "clamp": lambda lo, x, hi: jnp.minimum(jnp.maximum(x, lo), hi),
+    "eq": jnp.equal,
+    "ne": jnp.not_equal,
+    "lt": jnp.less,
+    "le": jnp.less_equal,
+    "gt": jnp.greater,
+    "ge": jnp.greater_equal,
+    "and": jnp.logical_and,
+    "or": jnp.logical_or,
+    "xor": jnp.logical_xor,
+    "not": jnp.logical_not,
+    "is_finite": jnp.isfinite,
+    "select": lambda which, off, on: jnp.where(which, on, off),
+    "to_float": lambda x: x,
+}
+
+
+def evaluate(
+    region: ir.Region,
+    a: jax.Array,
+    b: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The region's result, unrounded.
+
+    Args:
+      region: whose problem says how ``a`` and ``b`` are stored (a gemm's matrices, a
+        conv's N H W C input and K R S C filter).
+      sides: each of as many elements as the result.
+      vectors: each of N (K) elements or one.
+      dtype: what to compute in; float64 needs JAX's x64 mode.
+
+    Returns:
+      ``[rows, channels]`` of ``dtype``.
+    """
+    problem = region.problem
+    acc = _product(problem, a.astype(dtype), b.astype(dtype))
+    full = (problem.rows, problem.channels)
+    sides = [_wide(s, dtype).reshape(full) for s in sides]
+    vectors = [_wide(v, dtype).reshape(1, -1) for v in vectors]
+    values: list[Any] = []
+    for op in region.epilogue.ops:
+        if op.name == "acc":
+            value = acc
+        elif op.name == "side":
+            value = sides[int(op.attr or 0)]
+        elif op.name == "vector":
+            value = vectors[int(op.attr or 0)]
+        elif op.name == "const":
+            value = jnp.asarray(op.attr, dtype)
+        else:
+            value = _apply(op, [values[i] for i in op.args], dtype)
+        values.append(value)
+    return jnp.broadcast_to(values[region.epilogue.result], full).astype(dtype)
+
+
+def _apply(op: ir.Op, args: list[Any], dtype: Any) -> Any:
+    if op.name == "integer_pow":
+        return lax.integer_pow(args[0], int(op.attr or 0))
+    if op.name in ("to_bf16", "to_f16"):
+        narrow = jnp.bfloat16 if op.name == "to_bf16" else jnp.float16
+        return lax.reduce_precision(
+            args[0], jnp.finfo(narrow).nexp, jnp.finfo(narrow).nmant
+        )
+    fun = _RENAMED.get(op.name) or getattr(jnp, op.name)
+    return _wide(fun(*args), dtype)
+
+
+def _wide(x: Any, dtype: Any) -> Any:
+    return x if x.dtype == bool else x.astype(dtype)
+
+
+def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
+    highest = lax.Precision.HIGHEST
+    if isinstance(problem, ir.ConvProblem):
+        top, bottom, left, right = problem.padding
+        y = lax.conv_general_dilated(
+            a.reshape(problem.n, problem.h, problem.w, problem.c),
+            b.reshape(problem.k, problem.r, problem.s, problem.c),
+            window_strides=problem.stride,
+            padding=((top, bottom), (left, right)),
+            rhs_dilation=problem.dilation,
+            dimension_numbers=("NHWC", "OHWI", "NHWC"),
+            precision=highest,
+        )
+        return y.reshape(problem.rows, problem.channels)
+    p = problem
+    shape_a = (p.m, p.k) if p.a_layout == "row" else (p.k, p.m)
+    shape_b = (p.k, p.n) if p.b_layout == "row" else (p.n, p.k)
+    a, b = a.reshape(p.batch, *shape_a), b.reshape(p.batch, *shape_b)
+    contract = ((2 if p.a_layout == "row" else 1,), (1 if p.b_layout == "row" else 2,))
+    y = lax.dot_general(a, b, (contract, ((0,), (0,))), precision=highest)
+    return y.reshape(p.rows, p.channels)

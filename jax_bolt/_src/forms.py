@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways a region's operands can be put before a kernel.
+
+A *form* is a region equal to the user's, with its operands rearranged by a few XLA
+operations: filters packed from HWIO to KRSC, channels padded to what tensor cores
+load at once (Bolt, section 3.2.3), a 1x1 conv as a matrix product, an RGB stem in
+its exact space-to-depth form. Their cost is part of what tuning measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import ir
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """A name, and the region a kernel runs in this form."""
+
+    name: str
+    region: ir.Region
+
+
+def forms(region: ir.Region) -> tuple[Form, ...]:
+    """Every form of ``region``, the plainest first."""
+    problem = region.problem
+    unit = _unit(problem)
+    names: list[str] = []
+    if isinstance(problem, ir.GemmProblem):
+        names.append("direct")
+        if _wants_k_major(problem):
+            names.append("k_major")
+    elif problem.is_gemm:
+        names.append("pixels")
+        if _wants_k_major(_as_gemm(problem)):
+            names.append("pixels_k_major")
+    else:
+        if _fits_space_to_depth(problem):
+            names.append("space_to_depth")
+        names.append("krsc")
+    return tuple(
+        Form(name, dataclasses.replace(region, problem=_FORMS[name][0](problem)))
+        for name in names
+    )
+
+
+def form(region: ir.Region, name: str) -> Form | None:
+    """The form of that name, or None where ``region`` has no such form."""
+    return next((f for f in forms(region) if f.name == name), None)
+
+
+def prepare(
+    name: str, problem: ir.Problem, lhs: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The operands a kernel reads, from the user's.
+
+    Args:
+      name: a form's name.
+      problem: the user's problem (not the form's).
+      lhs, rhs: the root's operands, in the user's shapes.
+    """
+    return _FORMS[name][1](problem, lhs, rhs)
+
+
+def _unit(problem: ir.Problem) -> int:
+    """Elements in 16 bytes, the widest load."""
+    return 16 // ir.ITEM_BYTES[problem.dtype]
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (0, size - x.shape[axis], 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+# Matrix products --------------------------------------------------------------------
+
+
+def _matrix(x: jax.Array, batch: int, layout: str, rows: int, cols: int) -> jax.Array:
+    shape = (rows, cols) if layout == "row" else (cols, rows)
+    return x.reshape((batch, *shape) if batch > 1 else shape)
+
+
+def _direct(problem: ir.GemmProblem, lhs, rhs):
+    p = problem
+    a = _matrix(lhs, p.batch, p.a_layout, p.m, p.k)
+    return a, _matrix(rhs, p.batch, p.b_layout, p.k, p.n)
+
+
+def _wants_k_major(problem: ir.GemmProblem) -> bool:
+    """Where a kernel may refuse the operands as they lie, or load them in pieces."""
+    if (problem.a_layout, problem.b_layout) == ("row", "col"):
+        return problem.k % _unit(problem) != 0
+    inner = (problem.k if problem.a_layout == "row" else problem.m, problem.n)
+    # TF32 tensor cores read K-major operands only.
+    return problem.dtype == "f32" or any(size % _unit(problem) for size in inner)
+
+
+def _k_major_problem(problem: ir.GemmProblem) -> ir.GemmProblem:
+    k = _up(problem.k, _unit(problem))
+    return dataclasses.replace(problem, k=k, a_layout="row", b_layout="col")
+
+
+def _k_major(problem: ir.GemmProblem, lhs, rhs):
+    """Both operands with K innermost and padded with zeros: any N, M and K align."""
+    a, b = _direct(problem, lhs, rhs)
+    a = a if problem.a_layout == "row" else jnp.swapaxes(a, -1, -2)
+    b = b if problem.b_layout == "col" else jnp.swapaxes(b, -1, -2)
+    k = _up(problem.k, _unit(problem))
+    return _pad_axis(a, a.ndim - 1, k), _pad_axis(b, b.ndim - 1, k)
+
+
+def _as_gemm(problem: ir.ConvProblem) -> ir.GemmProblem:
+    return ir.GemmProblem(
+        m=problem.n * problem.h * problem.w,
+        n=problem.k,
+        k=problem.c,
+        dtype=problem.dtype,
+    )
+
+
+# Convs ------------------------------------------------------------------------------
+
+
+def _krsc_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
+    return dataclasses.replace(problem, c=_up(problem.c, _unit(problem)))
+
+
+def _krsc(problem: ir.ConvProblem, x, hwio):
+    c = _up(problem.c, _unit(problem))
+    return _pad_axis(x, 3, c), _pad_axis(jnp.transpose(hwio, (3, 0, 1, 2)), 3, c)
+
+
+def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
+    """Strided convs on so few channels that padding would waste most of the work."""
+    unit = _unit(problem)
+    return (
+        problem.stride == (2, 2)
+        and problem.dilation == (1, 1)
+        and problem.c * 2 <= unit
+        and max(problem.r, problem.s) > 1
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fold:
+    """One spatial axis of a stride-2 conv, folded by 2 into a stride-1 conv.
+
+    Tap ``t`` of output ``o`` reads input ``2 * o + t - pad``. With the padding
+    rounded up to ``2 * lead`` that is phase ``(t + shift) % 2`` of block
+    ``o + (t + shift) // 2 - lead``, ``shift = 2 * lead - pad``.
+    """
+
+    lead: int
+    shift: int
+    taps: int
+    blocks: int  # of input, after cropping what no output reads
+    trail: int  # zero blocks after them
+
+    @staticmethod
+    def of(size: int, taps: int, pad: int, outputs: int) -> _Fold:
+        lead = -(-pad // 2)
+        shift = 2 * lead - pad
+        folded = (taps - 1 + shift) // 2 + 1
+        reach = outputs + folded - 1 - lead
+        blocks = min(-(-size // 2), reach)
+        return _Fold(lead, shift, folded, blocks, reach - blocks)
+
+
+def _folds(problem: ir.ConvProblem) -> tuple[_Fold, _Fold]:
+    return (
+        _Fold.of(problem.h, problem.r, problem.padding[0], problem.p),
+        _Fold.of(problem.w, problem.s, problem.padding[2], problem.q),
+    )
+
+
+def _space_to_depth_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
+    fh, fw = _folds(problem)
+    return dataclasses.replace(
+        problem,
+        h=fh.blocks,
+        w=fw.blocks,
+        c=_up(4 * problem.c, _unit(problem)),
+        r=fh.taps,
+        s=fw.taps,
+        stride=(1, 1),
+        padding=(fh.lead, fh.trail, fw.lead, fw.trail),
+    )
+
+
+def _space_to_depth(problem: ir.ConvProblem, x, hwio):
+    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match."""
+    fh, fw = _folds(problem)
+    c = _up(4 * problem.c, _unit(problem))
+    zero = jnp.zeros((), x.dtype)
+    edges = [(0, 2 * f.blocks - n, 0) for f, n in ((fh, x.shape[1]), (fw, x.shape[2]))]
+    x = lax.pad(x, zero, [(0, 0, 0), *edges, (0, 0, 0)])
+    x = x.reshape(x.shape[0], fh.blocks, 2, fw.blocks, 2, problem.c)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(*x.shape[:3], 4 * problem.c)
+    taps = [
+        (f.shift, 2 * f.taps - f.shift - n, 0)
+        for f, n in ((fh, problem.r), (fw, problem.s))
+    ]
+    w = lax.pad(hwio, zero, [*taps, (0, 0, 0), (0, 0, 0)])
+    w = w.reshape(fh.taps, 2, fw.taps, 2, problem.c, problem.k)
+    w = w.transpose(5, 0, 2, 1, 3, 4).reshape(
+        problem.k, fh.taps, fw.taps, 4 * problem.c
+    )
+    return _pad_axis(x, 3, c), _pad_axis(w, 3, c)
+
+
+def _pixels(prepare_gemm: Callable) -> Callable:
+    return lambda problem, x, hwio: prepare_gemm(_as_gemm(problem), x, hwio)
+
+
+# name -> (the user's problem -> the kernel's, the user's operands -> the kernel's)
+_FORMS: dict[str, tuple[Callable, Callable]] = {
+    "direct": (lambda problem: problem, _direct),
+    "k_major": (_k_major_problem, _k_major),
+    "pixels": (_as_gemm, _pixels(_direct)),
+    "pixels_k_major": (lambda p: _k_major_problem(_as_gemm(p)), _pixels(_k_major)),
+    "krsc": (_krsc_problem, _krsc),
+    "space_to_depth": (_space_to_depth_problem, _space_to_depth),
+}

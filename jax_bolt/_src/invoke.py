@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded kernel as a JAX function: operands rearranged, then one custom call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import forms, ir
+from .forms import Form
+from .jit import loader
+
+GEMM, CONV_FPROP = 0, 1  # abi.h: JaxBoltProblemKind
+JAX_DTYPES = {
+    "bf16": jnp.bfloat16,
+    "f16": jnp.float16,
+    "f32": jnp.float32,
+    "bool": jnp.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Executable:
+    """A kernel loaded under ``digest`` that runs ``problem`` (the user's) as ``form``."""
+
+    digest: str
+    problem: ir.Problem
+    form: Form
+    workspace_bytes: int
+
+
+def abi_problem(problem: ir.Problem) -> tuple[int, list[int]]:
+    """``(kind, dims)`` of ``JaxBoltProblem``."""
+    if isinstance(problem, ir.GemmProblem):
+        return GEMM, [problem.m, problem.n, problem.k, problem.batch]
+    p = problem
+    return CONV_FPROP, [
+        *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q),
+        *p.stride,
+        *(p.padding[0], p.padding[2]),
+        *p.dilation,
+    ]
+
+
+def call(
+    kernel: Executable,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+    shape: Sequence[int],
+) -> jax.Array:
+    """Runs the region on its operands as the user has them; result of ``shape``."""
+    a, b = forms.prepare(kernel.form.name, kernel.problem, lhs, rhs)
+    return launch(kernel, a, b, sides, vectors).reshape(tuple(shape))
+
+
+def launch(
+    kernel: Executable,
+    a: jax.Array,
+    b: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+) -> jax.Array:
+    """The custom call alone, on prepared operands; result ``[rows, channels]``."""
+    region = kernel.form.region
+    full = (region.problem.rows, region.problem.channels)
+    outputs = [jax.ShapeDtypeStruct(full, JAX_DTYPES[region.epilogue.out_dtype])]
+    if kernel.workspace_bytes:
+        outputs.append(jax.ShapeDtypeStruct((kernel.workspace_bytes,), jnp.uint8))
+    kind, dims = abi_problem(region.problem)
+    results = jax.ffi.ffi_call(loader.ffi_target(), outputs)(
+        a,
+        b,
+        *(side.reshape(full) for side in sides),
+        *(vector.reshape(-1) for vector in vectors),
+        digest=kernel.digest,
+        kind=np.int64(kind),
+        dims=np.asarray(dims, np.int64),
+        sides=np.int64(len(sides)),
+    )
+    return results[0]

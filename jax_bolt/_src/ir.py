@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel computes: a problem, an epilogue, and the two together as a region.
+
+Everything here is frozen, hashable and has a canonical text (``.text``), which is
+what the tuning database, the kernel store and the generated C++ are keyed by. No
+JAX, no architecture, no device.
+
+A region computes, for every output element at flat row ``i`` and channel ``j``::
+
+    d[i, j] = epilogue(acc[i, j], vector_0[j], ..., side_0[i, j], ...)
+
+where ``acc`` is the f32 accumulator of the root. The epilogue is a straight-line
+program over f32 (and bool) values, so any elementwise expression has a place in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+DType: TypeAlias = Literal["bf16", "f16", "f32", "bool"]
+ITEM_BYTES: dict[str, int] = {"bf16": 2, "f16": 2, "f32": 4, "bool": 1}
+
+# A root's channel axis flattens to N (gemm) or K (conv); rows are everything else.
+Layout: TypeAlias = Literal["row", "col"]
+
+# name -> (number of arguments, kind of result)
+ARITHMETIC: dict[str, tuple[int, str]] = {
+    **{
+        name: (1, "float")
+        for name in (
+            "neg abs sign floor ceil round_even round_away exp exp2 expm1 log log1p "
+            "sqrt rsqrt cbrt sin cos tan asin acos atan sinh cosh tanh asinh acosh "
+            "atanh logistic erf erfc erf_inv square to_float to_bf16 to_f16"
+        ).split()
+    },
+    **{
+        name: (2, "float")
+        for name in "add sub mul div rem max min pow atan2".split()
+    },
+    # to_bf16 and to_f16 round a per-channel value as the user's cast does; casts of
+    # full-size values are not kept (XLA does not keep them either: excess precision).
+    "clamp": (3, "float"),  # lo, x, hi
+    "integer_pow": (1, "float"),  # attr: the exponent
+    **{name: (2, "bool") for name in "eq ne lt le gt ge and or xor".split()},
+    "not": (1, "bool"),
+    "is_finite": (1, "bool"),
+    "select": (3, "float"),  # predicate, value where false, value where true
+}
+LEAVES = ("acc", "vector", "side", "const")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Op:
+    """One value of an epilogue.
+
+    ``name`` is a leaf (``acc``; ``vector``/``side`` with ``attr`` = its index;
+    ``const`` with ``attr`` = its f32 value) or a key of ``ARITHMETIC``; ``args`` are
+    positions of earlier values.
+    """
+
+    name: str
+    args: tuple[int, ...] = ()
+    attr: float | int | None = None
+
+    @property
+    def text(self) -> str:
+        args = ",".join(f"%{a}" for a in self.args)
+        attr = "" if self.attr is None else f"[{_number(self.attr)}]"
+        return f"{self.name}{attr}({args})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vector:
+    """A per-channel input of N (or K) elements, or one scalar for all channels."""
+
+    dtype: DType
+    scalar: bool = False
+
+    @property
+    def text(self) -> str:
+        return f"{self.dtype}{'[]' if self.scalar else '[n]'}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Epilogue:
+    """A straight-line elementwise program from the accumulator to the output.
+
+    ``ops[result]`` is the value stored, rounded to ``out_dtype``.
+    """
+
+    ops: tuple[Op, ...]
+    result: int
+    out_dtype: DType
+    vectors: tuple[Vector, ...] = ()
+    sides: tuple[DType, ...] = ()
+
+    def __post_init__(self) -> None:
+        for i, op in enumerate(self.ops):
+            if op.name not in LEAVES and op.name not in ARITHMETIC:
+                raise ValueError(f"unknown epilogue operation {op.name!r}")
+            if op.name in ARITHMETIC and len(op.args) != ARITHMETIC[op.name][0]:
+                raise ValueError(f"{op.name} takes {ARITHMETIC[op.name][0]} arguments")
+            if any(not 0 <= a < i for a in op.args):
+                raise ValueError(f"%{i} = {op.text} reads a later value")
+        if not 0 <= self.result < len(self.ops):
+            raise ValueError(f"result %{self.result} is not one of the operations")
+
+    @property
+    def text(self) -> str:
+        body = ";".join(f"%{i}={op.text}" for i, op in enumerate(self.ops))
+        vectors = ",".join(v.text for v in self.vectors)
+        sides = ",".join(self.sides)
+        return f"({vectors})({sides}){{{body};{self.out_dtype}:%{self.result}}}"
+
+    def kinds(self) -> tuple[str, ...]:
+        """``"float"`` or ``"bool"`` for every value."""
+        kinds: list[str] = []
+        for op in self.ops:
+            if op.name == "vector":
+                dtype = self.vectors[int(op.attr or 0)].dtype
+                kinds.append("bool" if dtype == "bool" else "float")
+            elif op.name == "side":
+                dtype = self.sides[int(op.attr or 0)]
+                kinds.append("bool" if dtype == "bool" else "float")
+            elif op.name in LEAVES:
+                kinds.append("float")
+            elif op.name == "select":
+                kinds.append(kinds[op.args[1]])
+            else:
+                kinds.append(ARITHMETIC[op.name][1])
+        return tuple(kinds)
+
+    def per_channel(self) -> tuple[bool, ...]:
+        """For every value, whether it is the same in all rows (no acc, no side)."""
+        same: list[bool] = []
+        for op in self.ops:
+            if op.name in LEAVES:
+                same.append(op.name in ("vector", "const"))
+            else:
+                same.append(all(same[a] for a in op.args))
+        return tuple(same)
+
+
+IDENTITY_OPS = (Op("acc"),)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GemmProblem:
+    """D[l] = A[l] @ B[l]: A is M by K, B is K by N, ``batch`` of each.
+
+    ``a_layout`` "row" means A is stored [M, K], "col" [K, M]; ``b_layout`` "row" means
+    B is stored [K, N], "col" [N, K]. D and the side inputs are stored [batch, M, N].
+    """
+
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+    dtype: DType
+    a_layout: Layout = "row"
+    b_layout: Layout = "row"
+
+    @property
+    def text(self) -> str:
+        batch = f"b{self.batch}" if self.batch > 1 else ""
+        return (
+            f"gemm[{self.dtype} {self.a_layout},{self.b_layout} "
+            f"{batch}m{self.m}n{self.n}k{self.k}]"
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.m
+
+    @property
+    def channels(self) -> int:
+        return self.n
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k
+
+    @property
+    def operand_elements(self) -> tuple[int, int]:
+        return self.batch * self.m * self.k, self.batch * self.k * self.n
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ConvProblem:
+    """2-D fprop: x is N H W C, the filter K R S C (packed), y is N P Q K.
+
+    ``padding`` is (top, bottom, left, right); ``stride`` and ``dilation`` are (h, w).
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    dtype: DType
+
+    @property
+    def p(self) -> int:
+        reach = self.dilation[0] * (self.r - 1) + 1
+        return (self.h + self.padding[0] + self.padding[1] - reach) // self.stride[0] + 1
+
+    @property
+    def q(self) -> int:
+        reach = self.dilation[1] * (self.s - 1) + 1
+        return (self.w + self.padding[2] + self.padding[3] - reach) // self.stride[1] + 1
+
+    @property
+    def text(self) -> str:
+        return (
+            f"conv[{self.dtype} n{self.n}h{self.h}w{self.w}c{self.c} "
+            f"k{self.k}r{self.r}s{self.s} st{_dims(self.stride)} "
+            f"pad{_dims(self.padding)} dil{_dims(self.dilation)}]"
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.n * self.p * self.q
+
+    @property
+    def channels(self) -> int:
+        return self.k
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.k * self.r * self.s * self.c
+
+    @property
+    def operand_elements(self) -> tuple[int, int]:
+        return self.n * self.h * self.w * self.c, self.k * self.r * self.s * self.c
+
+    @property
+    def is_gemm(self) -> bool:
+        """A 1x1, stride 1, unpadded conv is a matrix product over its pixels."""
+        return (
+            self.r == self.s == 1
+            and self.stride == (1, 1)
+            and self.padding == (0, 0, 0, 0)
+        )
+
+
+Problem: TypeAlias = GemmProblem | ConvProblem
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A root and its epilogue: what one kernel computes."""
+
+    problem: Problem
+    epilogue: Epilogue
+
+    @property
+    def text(self) -> str:
+        return f"{self.problem.text} {self.epilogue.text}"
+
+    @property
+    def bytes_moved(self) -> int:
+        """Least bytes through device memory: every operand and the output once."""
+        a, b = self.problem.operand_elements
+        item = ITEM_BYTES[self.problem.dtype]
+        full = (self.epilogue.out_dtype, *self.epilogue.sides)
+        out = self.problem.rows * self.problem.channels
+        return (a + b) * item + out * sum(ITEM_BYTES[d] for d in full)
+
+
+def _number(value: float | int) -> str:
+    return str(value) if isinstance(value, int) else float(value).hex()
+
+
+def _dims(values: tuple[int, ...]) -> str:
+    return "x".join(map(str, values))

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One generated TU to one shared library, with nvcc.
+
+nvcc splits many option values at commas, so no path is ever given to it: it runs in
+the output directory with relative names, and reaches headers through links there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from ..arch import GpuArch
+from ..errors import CompileError
+from . import toolchain as toolchains
+from .toolchain import Toolchain
+
+SOURCE = "source.cu"
+ARTIFACT = "kernel.so"
+LOG = "build.log"
+TIMEOUT_S = 900.0
+
+_WORK = "work"  # nvcc's intermediate files and the links to headers; removed after
+# ptxas runs wgmma one at a time: correct, and several times slower than it should be.
+_SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
+
+
+def flags(arch: GpuArch) -> tuple[str, ...]:
+    """nvcc's options that shape the binary; part of a kernel's digest."""
+    return (
+        "-std=c++17",
+        "-O3",
+        # Device-side asserts are calls, around which ptxas serialises wgmma.
+        "-DNDEBUG",
+        arch.gencode,
+        "--expt-relaxed-constexpr",
+        "-shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-cudart=static",
+        # Else the static runtime's symbols could bind to another CUDA's in the process.
+        "-Xlinker=--exclude-libs=ALL",
+        # Users who must pass more to nvcc use its own variables.
+        *shlex.split(os.environ.get("NVCC_PREPEND_FLAGS", "")),
+        *shlex.split(os.environ.get("NVCC_APPEND_FLAGS", "")),
+    )
+
+
+def command(toolchain: Toolchain, arch: GpuArch) -> list[str]:
+    """The command that compiles ``SOURCE`` to ``ARTIFACT``, run beside the source."""
+    # Compiling must not slow the program that waits for it, or the one behind it.
+    nice = shutil.which("nice")
+    return [
+        *((nice, "-n", "10") if nice else ()),
+        str(toolchain.nvcc),
+        *flags(arch),
+        *((f"-ccbin={toolchain.host_compiler}",) if toolchain.host_compiler else ()),
+        *(f"-I{_WORK}/{name}" for name in _includes(toolchain)),
+        "-o",
+        ARTIFACT,
+        SOURCE,
+    ]
+
+
+def check(toolchain: Toolchain, arch: GpuArch) -> None:
+    """Raises CompileError when nothing can be compiled for ``arch`` at all."""
+    if toolchain.host_compiler is None:
+        raise CompileError(
+            "nvcc needs a C++ compiler and there is none on PATH: install g++ "
+            "(for example: apt-get install g++), or set CXX"
+        )
+    toolchains.check_arch(toolchain, arch)
+
+
+def compile(
+    toolchain: Toolchain,
+    source: str,
+    arch: GpuArch,
+    out_dir: Path,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Compiles ``source`` in the existing directory ``out_dir``; returns the binary.
+
+    Writes ``SOURCE``, ``LOG`` (all that nvcc printed) and ``ARTIFACT`` there. Setting
+    ``stop`` ends it early. Raises CompileError with the log.
+    """
+    check(toolchain, arch)
+    (out_dir / SOURCE).write_text(source)
+    work = out_dir / _WORK
+    work.mkdir()
+    try:
+        for name, target in _includes(toolchain).items():
+            (work / name).symlink_to(target, target_is_directory=True)
+        args = command(toolchain, arch)
+        problem = _run(args, out_dir, timeout_s, stop)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    log = (out_dir / LOG).read_text(errors="replace")
+    if problem is None and _SERIALISED.search(log):
+        problem = "ptxas serialised wgmma (C7510)"
+    artifact = out_dir / ARTIFACT
+    if problem is None and not artifact.is_file():
+        problem = f"{toolchain.nvcc} wrote no {ARTIFACT}"
+    if problem is not None:
+        raise CompileError(f"a kernel for {arch.name} does not compile: {problem}", log)
+    return artifact
+
+
+def _includes(toolchain: Toolchain) -> dict[str, Path]:
+    return {
+        "own": toolchain.own_include,
+        "cutlass": toolchain.cutlass_include,
+        "cutlass_util": toolchain.cutlass_util_include,
+    }
+
+
+def _run(
+    args: list[str], cwd: Path, timeout_s: float, stop: threading.Event | None
+) -> str | None:
+    """Runs nvcc; what went wrong, or None."""
+    # nvcc would add these once more; flags() has them.
+    unset = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    # Intermediate files die with the directory, even when nvcc is killed.
+    env["TMPDIR"] = _WORK
+    with (cwd / LOG).open("wb") as log:
+        log.write((shlex.join(args) + "\n").encode())
+        log.flush()
+        try:
+            # Its own group, so that ending it ends ptxas and the host compiler too.
+            process = subprocess.Popen(
+                args,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+        except OSError as error:
+            return f"cannot run {args[0]}: {error}"
+        with _live_lock:
+            _end_at_exit()
+            _live.add(process)
+        try:
+            return _wait(process, timeout_s, stop)
+        finally:
+            _end(process)
+            with _live_lock:
+                _live.discard(process)
+
+
+def _wait(
+    process: subprocess.Popen[bytes], timeout_s: float, stop: threading.Event | None
+) -> str | None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            code = process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            if stop is not None and stop.is_set():
+                return "it was interrupted"
+            continue
+        return None if code == 0 else f"nvcc ended with status {code}"
+    return f"nvcc ran longer than {timeout_s:g} s"
+
+
+_live: set[subprocess.Popen[bytes]] = set()
+_live_lock = threading.Lock()
+
+
+@functools.cache
+def _end_at_exit() -> None:
+    atexit.register(lambda: [_end(process) for process in list(_live)])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel templates: one module for each header of ``cc/include``, in order of trial."""
+
+from __future__ import annotations
+
+from . import conv_sm80, gemm_sm80, gemm_sm90
+from .template import Template
+
+TEMPLATES: tuple[Template, ...] = (gemm_sm90, gemm_sm80, conv_sm80)

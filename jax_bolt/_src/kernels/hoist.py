@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of an epilogue's values are computed once per channel, not per element."""
+
+from __future__ import annotations
+
+from .. import ir
+
+
+def live(epilogue: ir.Epilogue) -> frozenset[int]:
+    """The values that the result depends on."""
+    found: set[int] = set()
+    pending = [epilogue.result]
+    while pending:
+        i = pending.pop()
+        if i not in found:
+            found.add(i)
+            pending.extend(epilogue.ops[i].args)
+    return frozenset(found)
+
+
+def constant(epilogue: ir.Epilogue) -> tuple[bool, ...]:
+    """For every value, whether no input reaches it: the C++ compiler folds those."""
+    known: list[bool] = []
+    for op in epilogue.ops:
+        leaf = op.name in ir.LEAVES
+        known.append(op.name == "const" if leaf else all(known[a] for a in op.args))
+    return tuple(known)
+
+
+def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
+    """The per-channel values that per-element ones (or D) read, in order.
+
+    Hoisting the last value of each per-channel subexpression keeps a live BatchNorm's
+    ``scale * rsqrt(var + eps)`` out of the elements' work.
+    """
+    used = live(epilogue)
+    same = epilogue.per_channel()
+    known = constant(epilogue)
+    read = {a for i in used if not same[i] for a in epilogue.ops[i].args}
+    read.add(epilogue.result)
+    return tuple(i for i in sorted(read) if same[i] and not known[i])

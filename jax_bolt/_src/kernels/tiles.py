@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CTA tiles of the sm80 kernels, and an estimate that puts them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .. import ir
+from ..arch import GpuArch
+from . import hoist
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, channels and depth of a CTA's tile; its warps' part; stages in flight.
+
+    ``rate`` is the tile's steady share of the tensor cores' peak: small tiles load
+    more operand bytes for each product.
+    """
+
+    m: int
+    n: int
+    k: int
+    warp_m: int
+    warp_n: int
+    stages: int
+    rate: float
+
+    @property
+    def shape(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
+
+    @property
+    def warp(self) -> str:
+        return f"{self.warp_m}x{self.warp_n}x{self.k}"
+
+
+def of_item(tiles: tuple[Tile, ...], item_bytes: int) -> tuple[Tile, ...]:
+    """``tiles``, written for 2-byte elements, with as many bytes of depth."""
+    if item_bytes == 2:
+        return tiles
+    return tuple(dataclasses.replace(t, k=t.k * 2 // item_bytes) for t in tiles)
+
+
+def shared_bytes(tile: Tile, dtype: ir.DType, epilogue: ir.Epilogue) -> int:
+    """Shared memory of one CTA."""
+    operands = (tile.m + tile.n) * tile.k * ir.ITEM_BYTES[dtype] * tile.stages
+    # Two buffers of 8 rows of every warp's tile, padded by 8 floats.
+    exchange = 2 * (tile.m // tile.warp_m) * 8 * (tile.n + 8) * 4
+    columns = max(1, len(hoist.columns(epilogue))) * tile.n * 4
+    return max(operands, exchange) + columns
+
+
+def cost(
+    tile: Tile, rows: int, channels: int, depth: int, batch: int, sms: int
+) -> float:
+    """Relative time: the busiest SM's products, as if all ran at the tile's rate.
+
+    ``depth`` is the K that the kernel runs, zeros included. The constant is what
+    filling the pipeline and storing the tile cost, in products' depth.
+    """
+    ctas = -(-rows // tile.m) * -(-channels // tile.n) * batch
+    return -(-ctas // sms) * tile.m * tile.n * (depth + 256) / tile.rate
+
+
+def fits(tile: Tile, dtype: ir.DType, epilogue: ir.Epilogue, arch: GpuArch) -> bool:
+    return shared_bytes(tile, dtype, epilogue) <= arch.smem_per_block

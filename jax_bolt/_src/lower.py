@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA lowering rule of ``bolt_call``: a custom call, or XLA's own path.
+
+Nothing that fails here breaks the user's program: the site is lowered through its
+reference jaxpr and one warning says why, unless ``on_error="raise"``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from typing import Any
+
+import jax
+
+from . import compat, invoke, resolve
+from .compat import mlir
+from .errors import CacheError, CompileError, UnsupportedError
+from .options import Options
+from .plan import Rejection
+from .primitive import Family, SiteInfo, bolt_call_p, lower_reference
+from .tune import measure
+
+logger = logging.getLogger(__name__)
+
+_EXPECTED = (CompileError, UnsupportedError, CacheError, OSError, RuntimeError)
+_warned: set[str] = set()
+_warned_lock = threading.Lock()
+
+
+def _lower_cuda(
+    ctx: mlir.LoweringRuleContext,
+    *args: Any,
+    site: SiteInfo,
+    family: Family,
+    options: Options,
+    **params: Any,
+) -> Any:
+    kernel = None
+    try:
+        kernel = _kernel(ctx, site, family, options)
+    except resolve.Missing:
+        raise
+    except _EXPECTED as error:
+        if options.on_error == "raise":
+            raise
+        _warn(site, resolve.explain_failure(error))
+    if kernel is None:
+        return lower_reference(ctx, *args, site=site, **params)
+    shape = ctx.avals_out[0].shape
+
+    def region(*operands: Any) -> Any:
+        # The name that profiles and XLA's metadata show (contract 11).
+        with jax.named_scope(site.label):
+            return invoke.call(kernel, *measure.split(site, operands), shape)
+
+    return mlir.lower_fun(region, multiple_results=False)(ctx, *args)
+
+
+def _kernel(
+    ctx: mlir.LoweringRuleContext, site: SiteInfo, family: Family, options: Options
+) -> invoke.Executable | None:
+    reason = None
+    device = compat.cuda_device()
+    if compat.device_count(ctx) > 1:
+        # XLA would gather the operands of a call it cannot partition.
+        reason = "the program is partitioned over several devices by XLA"
+    elif device is None:
+        reason = "no CUDA device in this process to plan for"
+    if reason is None:
+        found = resolve.resolve(site, family, options, device)
+        if not isinstance(found, Rejection):
+            return found[1]
+        reason = found.reason
+    logger.info("%s runs on XLA: %s", site, reason)
+    return None
+
+
+def _warn(site: SiteInfo, reason: str) -> None:
+    """Once per reason: one missing compiler is one warning, not fifty."""
+    with _warned_lock:
+        if reason in _warned:
+            return
+        _warned.add(reason)
+    warnings.warn(
+        f"jax_bolt: {site.name} ({site.label}) runs on XLA: {reason}", stacklevel=2
+    )
+
+
+mlir.register_lowering(bolt_call_p, _lower_cuda, platform="cuda")

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds regions: each root with the largest epilogue that only it feeds.
+
+    conv(x, w) -> cast -> sub mean -> mul scale -> add offset -> cast -> relu
+    root          \\______________________ epilogue ______________________/
+
+Growth is from the root outwards. Every elementwise equation that (transitively) reads
+the root's result is a candidate; the region ends at the last candidate result that
+everything before it leads to, that is, past which no other value of the region is
+used. A value that is also used elsewhere (a leaking intermediate) therefore ends the
+region there. Per-channel inputs are then followed *inwards* through broadcasts and
+the arithmetic on them, so that ``rsqrt(var + eps) * scale`` is part of the region.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from . import elementwise, ir
+from .compat import Jaxpr, JaxprEqn, Literal, Var, is_drop, name_stack, source_line
+from .elementwise import NotElementwise
+from .roots import ROOTS, Refused, Root, read_root
+
+MAX_VECTORS = 8  # abi.h: JAX_BOLT_MAX_VECTORS
+MAX_SIDES = 2  # abi.h: JAX_BOLT_MAX_SIDES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Match:
+    """A region found in one jaxpr.
+
+    ``eqns`` are the indices it replaces, the root's first; ``absorbed`` those of
+    per-channel arithmetic, which go too unless something else reads them. ``inputs``
+    are the left operand, the right one, the side inputs, the vectors.
+    """
+
+    root: int
+    eqns: tuple[int, ...]
+    absorbed: tuple[int, ...]
+    inputs: tuple[Var, ...]
+    output: Var
+    region: ir.Region
+    name: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """A root that stays as it is, and why."""
+
+    root: int
+    primitive: str
+    reason: str
+    name: str
+    line: str
+
+
+def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
+    """All regions of one (canonical) jaxpr; bodies of calls are not entered.
+
+    Later roots choose first: where two branches meet, as in a residual add, the
+    epilogue belongs to one of them and the other's result is its side input.
+    """
+    graph = _Graph(jaxpr)
+    matches: list[Match] = []
+    refusals: list[Refusal] = []
+    taken: set[int] = set()
+    for index in reversed(range(len(jaxpr.eqns))):
+        eqn = jaxpr.eqns[index]
+        if eqn.primitive.name not in ROOTS or is_drop(eqn.outvars[0]):
+            continue
+        name = site_name(eqn)
+        try:
+            root = read_root(eqn)
+        except Refused as refused:
+            line = source_line(eqn)
+            refusals.append(
+                Refusal(index, eqn.primitive.name, str(refused), name, line)
+            )
+            continue
+        match = _Growth(graph, index, root, taken).match(name)
+        taken.update(match.eqns, match.absorbed)
+        matches.append(match)
+    return matches[::-1], refusals[::-1]
+
+
+def site_name(eqn: JaxprEqn) -> str:
+    """The module path Flax and ``jax.named_scope`` give, else the source line."""
+    return name_stack(eqn) or source_line(eqn) or eqn.primitive.name
+
+
+class _Graph:
+    """Who produces and who uses each variable; one pass."""
+
+    def __init__(self, jaxpr: Jaxpr):
+        self.eqns = jaxpr.eqns
+        self.producer: dict[Var, int] = {}
+        self.users: dict[Var, set[int]] = {}
+        self.escapes: set[Var] = {v for v in jaxpr.outvars if isinstance(v, Var)}
+        for i, eqn in enumerate(jaxpr.eqns):
+            for atom in eqn.invars:
+                if isinstance(atom, Var):
+                    self.users.setdefault(atom, set()).add(i)
+            for var in eqn.outvars:
+                self.producer[var] = i
+
+    def used_only_in(self, var: Var, inside: set[int]) -> bool:
+        return var not in self.escapes and self.users.get(var, set()) <= inside
+
+
+class _Growth:
+    """The growth of one region; see the module's docstring."""
+
+    def __init__(self, graph: _Graph, root: int, problem: Root, taken: set[int]):
+        self.graph = graph
+        self.root = root
+        self.problem = problem
+        self.taken = taken
+        self.out = graph.eqns[root].outvars[0]
+        self.shape = tuple(self.out.aval.shape)
+        cut = len(self.shape) - problem.channel_axes
+        self.channels = self.shape[cut:]
+
+    def match(self, name: str) -> Match:
+        for eqns in self._endings():
+            try:
+                return self._emit(name, eqns)
+            except NotElementwise:
+                # Too many inputs for a kernel: the next shorter ending.
+                continue
+        raise AssertionError("the root alone is always a region")
+
+    def _endings(self) -> list[list[int]]:
+        """Legal sets of equations, the largest first; the last is the root alone."""
+        # value -> equations of the region that it is computed by
+        ancestors: dict[Var, frozenset[int]] = {self.out: frozenset([self.root])}
+        endings = [[self.root]]
+        for index in range(self.root + 1, len(self.graph.eqns)):
+            eqn = self.graph.eqns[index]
+            if index in self.taken or not self._grows(eqn, ancestors):
+                continue
+            (out,) = eqn.outvars
+            inside = frozenset([index]).union(
+                *(ancestors[v] for v in eqn.invars if _in(v, ancestors))
+            )
+            ancestors[out] = inside
+            if self._closed(inside, out) and _is_float(out):
+                endings.append(sorted(inside))
+        # Where no float value ends the region well the root alone still does.
+        return endings[::-1]
+
+    def _grows(self, eqn: JaxprEqn, ancestors: dict[Var, frozenset[int]]) -> bool:
+        if len(eqn.outvars) != 1 or eqn.effects or is_drop(eqn.outvars[0]):
+            return False
+        if tuple(eqn.outvars[0].aval.shape) != self.shape:
+            return False
+        if eqn.primitive.name in elementwise.SHAPE_ONLY:
+            return False
+        if not any(_in(v, ancestors) for v in eqn.invars):
+            return False
+        if not elementwise.supported(eqn):
+            return False
+        return all(_in(v, ancestors) or self._is_input(v) for v in eqn.invars)
+
+    def _is_input(self, atom: Any) -> bool:
+        """Whether a value from outside can be an epilogue input."""
+        try:
+            elementwise.dtype_of(atom)
+        except NotElementwise:
+            return False
+        if isinstance(atom, Literal):
+            return not atom.aval.shape
+        return tuple(atom.aval.shape) == self.shape or self._is_per_channel(atom)
+
+    def _is_per_channel(self, atom: Any) -> bool:
+        """One element in all, or one per channel along the trailing axes."""
+        shape = tuple(atom.aval.shape)
+        if atom.aval.size == 1:
+            return True
+        while shape and shape[0] == 1:
+            shape = shape[1:]
+        channels = self.channels
+        while channels and channels[0] == 1:
+            channels = channels[1:]
+        return shape == channels and len(atom.aval.shape) in (
+            len(self.shape),
+            len(self.channels),
+        )
+
+    def _closed(self, inside: frozenset[int], out: Var) -> bool:
+        """No value of the region but ``out`` is used outside it."""
+        users = set(inside)
+        for index in inside:
+            (var,) = self.graph.eqns[index].outvars
+            if var is not out and not self.graph.used_only_in(var, users):
+                return False
+        return True
+
+    def _emit(self, name: str, eqns: list[int]) -> Match:
+        emission = _Emission(self, set(eqns))
+        for index in eqns[1:]:
+            emission.equation(index)
+        output = self.graph.eqns[eqns[-1]].outvars[0]
+        builder = emission.builder
+        if len(builder.vectors) > MAX_VECTORS or len(builder.sides) > MAX_SIDES:
+            raise NotElementwise("more inputs than a kernel takes")
+        lhs, rhs = self.graph.eqns[self.root].invars
+        inputs = (lhs, rhs, *emission.sides, *emission.vectors)
+        needed = self._needed(output, set(inputs))
+        region = ir.Region(
+            problem=self.problem.problem,
+            epilogue=builder.epilogue(
+                emission.values[output], elementwise.dtype_of(output)
+            ),
+        )
+        return Match(
+            root=self.root,
+            eqns=tuple(eqns),
+            absorbed=tuple(sorted(needed - set(eqns))),
+            inputs=inputs,
+            output=output,
+            region=region,
+            name=name,
+            label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
+        )
+
+    def _needed(self, output: Var, inputs: set[Var]) -> set[int]:
+        """Equations that compute ``output`` from ``inputs``."""
+        needed: set[int] = set()
+        pending: list[Any] = [output]
+        while pending:
+            var = pending.pop()
+            if not isinstance(var, Var) or var in inputs:
+                continue
+            index = self.graph.producer[var]
+            if index not in needed:
+                needed.add(index)
+                pending += self.graph.eqns[index].invars
+        return needed
+
+
+class _Emission:
+    """Writes the epilogue of a chosen set of equations."""
+
+    def __init__(self, growth: _Growth, inside: set[int]):
+        self.growth = growth
+        self.graph = growth.graph
+        self.inside = inside
+        self.builder = elementwise.Builder()
+        self.values: dict[Any, int] = {growth.out: 0}
+        self.absorbed: set[int] = set()
+        self.vectors: list[Var] = []
+        self.sides: list[Var] = []
+
+    def equation(self, index: int) -> None:
+        eqn = self.graph.eqns[index]
+        args = [self._operand(atom) for atom in eqn.invars]
+        results = elementwise.emit(self.builder, eqn, args, per_channel=False)
+        self.values.update(zip(eqn.outvars, results, strict=True))
+
+    def _operand(self, atom: Any) -> int:
+        if isinstance(atom, Literal):
+            return elementwise.literal(self.builder, atom)
+        if atom not in self.values:
+            source = self._through_shapes(atom)
+            if source is not None:
+                self.values[atom] = self._channel_value(source)
+            else:
+                self.sides.append(atom)
+                self.values[atom] = self.builder.side(elementwise.dtype_of(atom))
+        return self.values[atom]
+
+    def _through_shapes(self, atom: Any) -> Any | None:
+        """The per-channel value that ``atom`` spreads, or None for a full tensor."""
+        path: list[int] = []
+        while True:
+            if isinstance(atom, Literal):
+                break
+            index = self.graph.producer.get(atom)
+            eqn = None if index is None else self.graph.eqns[index]
+            if eqn is None or eqn.primitive.name not in elementwise.SHAPE_ONLY:
+                break
+            if not self._spreads_channels(eqn):
+                break
+            path.append(index)
+            atom = eqn.invars[0]
+        if not isinstance(atom, Literal) and not self.growth._is_per_channel(atom):
+            return None
+        self.absorbed.update(path)
+        return atom
+
+    def _spreads_channels(self, eqn: JaxprEqn) -> bool:
+        """Whether a shape change keeps each channel's value at its channel."""
+        source, result = eqn.invars[0], eqn.outvars[0]
+        if len(eqn.invars) != 1:
+            return False
+        if source.aval.size == 1:
+            return True
+        if not self.growth._is_per_channel(source):
+            return False
+        if eqn.primitive.name != "broadcast_in_dim":
+            return self.growth._is_per_channel(result)
+        # The source's axes, units aside, must land on the trailing channel axes.
+        rank = len(result.aval.shape)
+        axes = [
+            axis - rank
+            for axis, size in zip(
+                eqn.params["broadcast_dimensions"], source.aval.shape, strict=True
+            )
+            if size > 1
+        ]
+        channels = self.growth.channels
+        wanted = [i - len(channels) for i, size in enumerate(channels) if size > 1]
+        return axes == wanted
+
+    def _channel_value(self, atom: Any) -> int:
+        """Emits a per-channel value, following the arithmetic it comes from."""
+        if isinstance(atom, Literal):
+            return elementwise.literal(self.builder, atom)
+        if atom in self.values:
+            return self.values[atom]
+        index = self.graph.producer.get(atom)
+        if index is not None and self._absorbs(index):
+            eqn = self.graph.eqns[index]
+            sources = [self._through_shapes(v) for v in eqn.invars]
+            if all(source is not None for source in sources):
+                self.absorbed.add(index)  # first: its operands' users must be inside
+                args = [self._channel_value(source) for source in sources]
+                results = elementwise.emit(self.builder, eqn, args, per_channel=True)
+                self.values.update(zip(eqn.outvars, results, strict=True))
+                return self.values[atom]
+        self.vectors.append(atom)
+        scalar = atom.aval.size == 1
+        self.values[atom] = self.builder.vector(elementwise.dtype_of(atom), scalar)
+        return self.values[atom]
+
+    def _absorbs(self, index: int) -> bool:
+        """Elementwise, used by this region alone, and all its operands per channel."""
+        eqn = self.graph.eqns[index]
+        if eqn.effects or index in self.growth.taken or len(eqn.outvars) != 1:
+            return False
+        if not elementwise.supported(eqn):
+            return False
+        if not self.growth._is_per_channel(eqn.outvars[0]):
+            return False
+        inside = self.inside | self.absorbed
+        return self.graph.used_only_in(eqn.outvars[0], inside) and all(
+            isinstance(v, Literal) and not v.aval.shape
+            or (isinstance(v, Var) and self.growth._is_input(v))
+            for v in eqn.invars
+        )
+
+
+def label(root: str, epilogue: ir.Epilogue, callees: Sequence[str]) -> str:
+    """A short name: ``conv3x3+bn+add+relu``."""
+    steps: list[str] = []
+    per_channel = epilogue.per_channel()
+    names = [op.name for op in epilogue.ops]
+    if "rsqrt" in [n for n, same in zip(names, per_channel, strict=True) if same]:
+        steps.append("bn")
+    elif epilogue.vectors:
+        binary = [
+            op.name
+            for op, same in zip(epilogue.ops, per_channel, strict=True)
+            if not same and any(per_channel[a] for a in op.args)
+        ]
+        steps.append("bias" if binary[:1] == ["add"] else "affine")
+    steps += ["add" if "side" in names else "", *callees]
+    if not callees:
+        known = ("max", "tanh", "logistic", "erf", "exp", "clamp")
+        steps += ["relu" if n == "max" else n for n in known if n in names][:1]
+    return "+".join([root, *(s for s in steps if s)])
+
+
+def _callees(growth: _Growth, eqns: list[int]) -> list[str]:
+    """Names of the user's own elementwise functions (relu, silu) in the region."""
+    names = [growth.graph.eqns[i].params.get("name") for i in eqns]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _in(atom: Any, values: dict[Var, Any]) -> bool:
+    return isinstance(atom, Var) and atom in values
+
+
+def _is_float(var: Var) -> bool:
+    return elementwise.dtype_of(var) != "bool"

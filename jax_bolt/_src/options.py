@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed options: a default from ``JAX_BOLT_<NAME>``, changed by ``options(...)``.
+
+The environment is read once, when an option is first needed; ``options`` holds for
+the calling thread (and async task) only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+OnMiss: TypeAlias = Literal["tune", "heuristic", "xla", "error"]
+OnError: TypeAlias = Literal["xla", "raise"]
+Warm: TypeAlias = Literal["build", "load", "off"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user may choose; hashable. A bad value raises ValueError.
+
+    cache_dir: where kernels and tuning results are kept; None is the user's cache.
+    cuda_home: the CUDA toolkit to compile with; None looks for one.
+    on_miss: what to do at a site that has no tuning result.
+    on_error: what to do at a site whose kernel cannot be used.
+    warm: what the background work at import may do.
+    budget_s: seconds one tuning run may take; None is no bound.
+    jobs: compilers run at once; None is one per CPU.
+    disable: names of kernel templates that are never used.
+    dump_dir: where each pass writes what it made; None writes nothing.
+    """
+
+    cache_dir: Path | None = None
+    cuda_home: Path | None = None
+    on_miss: OnMiss = "tune"
+    on_error: OnError = "xla"
+    warm: Warm = "build"
+    budget_s: float | None = None
+    jobs: int | None = None
+    disable: tuple[str, ...] = ()
+    dump_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in _PARSERS:
+            value = _parse(name, name, getattr(self, name))
+            object.__setattr__(self, name, value)
+
+
+def current() -> Options:
+    """The options in force here; raises ValueError on a bad environment variable."""
+    return _active.get() or _environment()
+
+
+@contextlib.contextmanager
+def options(**changes: Any) -> Iterator[Options]:
+    """Changes options inside a ``with``; None means "as it was"."""
+    unknown = sorted(set(changes) - set(_PARSERS))
+    if unknown:
+        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(_PARSERS)}")
+    given = {name: value for name, value in changes.items() if value is not None}
+    token = _active.set(dataclasses.replace(current(), **given))
+    try:
+        yield current()
+    finally:
+        _active.reset(token)
+
+
+def from_environment(environ: Mapping[str, str]) -> Options:
+    """Options from ``JAX_BOLT_*`` of ``environ``; an empty variable is an unset one."""
+    values = {}
+    for name in _PARSERS:
+        variable = f"JAX_BOLT_{name.upper()}"
+        if text := environ.get(variable, "").strip():
+            values[name] = _parse(name, variable, text)
+    return Options(**values)
+
+
+@functools.cache
+def _environment() -> Options:
+    return from_environment(os.environ)
+
+
+_active: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
+    "jax_bolt_options", default=None
+)
+
+
+def _path(value: Any) -> Path | None:
+    # Absolute, so that a later chdir does not move the cache.
+    return None if value is None else Path(value).expanduser().absolute()
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    seconds = float(value)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError
+    return seconds
+
+
+def _count(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str) or int(value) < 1:
+        raise ValueError
+    return int(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else list(value)
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _one_of(*allowed: str) -> tuple[Callable[[Any], Any], str]:
+    def parse(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError
+        return value
+
+    return parse, "one of " + ", ".join(map(repr, allowed))
+
+
+# option -> how a value or an environment variable's text is read, what is allowed
+_PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "cache_dir": (_path, "a directory"),
+    "cuda_home": (_path, "a directory"),
+    "on_miss": _one_of("tune", "heuristic", "xla", "error"),
+    "on_error": _one_of("xla", "raise"),
+    "warm": _one_of("build", "load", "off"),
+    "budget_s": (_seconds, "a number of seconds, at least 0"),
+    "jobs": (_count, "a whole number, at least 1"),
+    "disable": (_names, "template names, separated by commas"),
+    "dump_dir": (_path, "a directory"),
+}
+
+
+def _parse(name: str, label: str, value: Any) -> Any:
+    parse, allowed = _PARSERS[name]
+    try:
+        return parse(value)
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"{label}={value!r} must be {allowed}") from None

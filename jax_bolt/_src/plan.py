@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(region, architecture, tuning results) → which kernel, or why none. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+from . import forms, ir, kernels
+from .arch import GpuArch
+from .jit import codegen
+from .kernels.config import Config
+from .kernels.template import Template
+from .tune import db
+
+Provenance: TypeAlias = Literal["shipped", "user", "heuristic", "xla"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """One kernel that could run a region: a form, a template and its config."""
+
+    form: forms.Form
+    template: Template
+    config: Config
+    arch: GpuArch
+
+    @property
+    def source(self) -> str:
+        """The generated TU."""
+        return codegen.source(self.form.region, self.template, self.config, self.arch)
+
+    @property
+    def text(self) -> str:
+        return f"{self.template.name} {self.config.text} ({self.form.name})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The kernel a region runs on. Times in µs, None where nothing was measured."""
+
+    candidate: Candidate
+    provenance: Provenance
+    entry: db.Entry | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a region runs on XLA."""
+
+    reason: str
+    entry: db.Entry | None = None
+
+
+def candidates(
+    region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
+) -> tuple[list[Candidate], list[str]]:
+    """Every candidate, the heuristic's choice first, and why templates refused."""
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    for form in forms.forms(region):
+        for template in kernels.TEMPLATES:
+            if template.name in disable:
+                reasons.append(f"{template.name} is disabled")
+                continue
+            reason = template.supports(form.region, arch)
+            if reason is not None:
+                reasons.append(f"{template.name} ({form.name}): {reason}")
+                continue
+            for config in template.configs(form.region, arch):
+                found.append(Candidate(form, template, config, arch))
+    return found, list(dict.fromkeys(reasons))
+
+
+def heuristic(
+    region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
+) -> Plan | Rejection:
+    """The first candidate, unmeasured."""
+    found, reasons = candidates(region, arch, disable)
+    if found:
+        return Plan(found[0], "heuristic")
+    return Rejection("no kernel takes it: " + "; ".join(reasons))
+
+
+def tuned(
+    region: ir.Region,
+    arch: GpuArch,
+    entry: db.Entry,
+    sources: str,
+    disable: tuple[str, ...] = (),
+) -> Plan | Rejection | None:
+    """What a tuning result says, or None where it no longer holds.
+
+    It does not hold when the kernels' headers changed (``sources``) or its candidate
+    no longer exists.
+    """
+    if entry.sources != sources:
+        return None
+    if entry.choice == "xla":
+        ours = "" if entry.time_us is None else f" (kernel {entry.time_us:.1f} µs)"
+        time = "" if entry.xla_time_us is None else f": {entry.xla_time_us:.1f} µs"
+        return Rejection(f"XLA was timed faster{time}{ours}", entry)
+    for candidate in candidates(region, arch, disable)[0]:
+        key = (candidate.form.name, candidate.template.name, candidate.config.text)
+        if key == (entry.form, entry.template, entry.config):
+            return Plan(candidate, "user", entry)
+    return None

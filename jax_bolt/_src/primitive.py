@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bolt_call``: one equation that stands for a region and carries its reference.
+
+Whatever JAX does to the equation other than lowering it for a CUDA device goes
+through the reference jaxpr, the user's own equations: a CPU runs it, ``vmap`` batches
+it, ``grad`` differentiates it (with the user's custom rules), so an optimized function
+means what the original means. Under ``vmap`` and ``grad`` *outside* an optimized
+function the region is plain JAX again; ``optimize(grad(f))`` keeps its kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from . import ir
+from .compat import ClosedJaxpr, Primitive, ad, batching, jaxpr_as_fun, mlir
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SiteInfo:
+    """A region in a program: what it computes, where, and from which operands.
+
+    ``operands`` gives, for the left operand, the right one, each side input and each
+    vector, its position among the equation's inputs.
+    """
+
+    region: ir.Region
+    reference: ClosedJaxpr
+    operands: tuple[int, ...]
+    name: str
+    label: str
+    line: str
+    root: str
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.label}"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Family:
+    """All sites of one traced function, so that they can be tuned together."""
+
+    sites: list[SiteInfo] = dataclasses.field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<{len(self.sites)} sites>"
+
+
+bolt_call_p = Primitive("bolt_call")
+
+
+def reference_fun(reference: ClosedJaxpr):
+    """The region as a function of its operands, in plain JAX; one result."""
+    fun = jaxpr_as_fun(reference)
+    return lambda *args: fun(*args)[0]
+
+
+@bolt_call_p.def_impl
+def _impl(*args: Any, **params: Any) -> Any:
+    return jax.jit(lambda *a: bolt_call_p.bind(*a, **params))(*args)
+
+
+@bolt_call_p.def_abstract_eval
+def _abstract_eval(*_avals: Any, reference: ClosedJaxpr, **_: Any) -> Any:
+    return reference.out_avals[0]
+
+
+def _batch(args, dims, *, reference, **_):
+    out = jax.vmap(reference_fun(reference), in_axes=tuple(dims))(*args)
+    return out, 0
+
+
+def _jvp(primals, tangents, *, reference, **_):
+    """Forward mode through the reference; operands with zero tangents stay fixed."""
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def of_moving(*values):
+        args = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            args[i] = value
+        return reference_fun(reference)(*args)
+
+    return jax.jvp(
+        of_moving,
+        tuple(primals[i] for i in moving),
+        tuple(tangents[i] for i in moving),
+    )
+
+
+def _transpose(cotangent, *args, reference, **_):
+    """Reverse mode of a region that is linear in its undefined operands."""
+    linear = [i for i, a in enumerate(args) if ad.is_undefined_primal(a)]
+    if isinstance(cotangent, ad.Zero):
+        return [ad.Zero(args[i].aval) if i in linear else None for i in range(len(args))]
+
+    def of_linear(*values):
+        operands = list(args)
+        for i, value in zip(linear, values, strict=True):
+            operands[i] = value
+        return reference_fun(reference)(*operands)
+
+    avals = [args[i].aval for i in linear]
+    transposed = jax.linear_transpose(
+        of_linear, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
+    )
+    results = dict(zip(linear, transposed(cotangent), strict=True))
+    return [results.get(i) for i in range(len(args))]
+
+
+batching.primitive_batchers[bolt_call_p] = _batch
+ad.primitive_jvps[bolt_call_p] = _jvp
+ad.primitive_transposes[bolt_call_p] = _transpose
+
+
+def lower_reference(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+    """XLA's own path: the reference jaxpr, inlined."""
+    fun = reference_fun(params["reference"])
+    return mlir.lower_fun(fun, multiple_results=False)(ctx, *args)
+
+
+mlir.register_lowering(bolt_call_p, lower_reference)
+

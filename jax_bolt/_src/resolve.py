@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Site → loaded kernel, or the reason it runs on XLA: plan, tune on a miss, load.
+
+In this order:
+
+1. The tuning results have the region, made from the headers we have: their choice.
+2. ``on_miss="tune"``: all sites of the same program are tuned now, then 1 again.
+   ``"heuristic"``: the first candidate. ``"xla"``: XLA. ``"error"``: an error.
+3. The kernel's artifact is taken from the store, or compiled, and loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+from . import arch as arch_
+from . import ir, paths, plan
+from .arch import GpuArch
+from .errors import CompileError, UnsupportedError
+from .invoke import Executable
+from .jit import loader, store, toolchain
+from .options import Options
+from .plan import Plan, Rejection
+from .primitive import Family, SiteInfo
+from .tune import db, search
+
+Resolution: TypeAlias = tuple[Plan, Executable] | Rejection
+
+# Regions that failed here, with the reason: not tried again by this process.
+failures: dict[tuple[str, str], str] = {}
+_lock = threading.RLock()
+
+
+class Missing(UnsupportedError):
+    """``on_miss="error"`` and there is no tuning result for a site."""
+
+
+def resolve(
+    site: SiteInfo, family: Family, options: Options, device: jax.Device
+) -> Resolution:
+    """What ``site`` runs on, on ``device``.
+
+    Raises:
+      CompileError: no toolchain, or the chosen kernel cannot be built or loaded.
+      UnsupportedError: the device's architecture is unknown.
+      Missing: as ``on_miss="error"`` asks.
+    """
+    # One thread tunes and builds at a time; the others then find the result.
+    with _lock:
+        target = target_for(device, options)
+        made = _plan(site, family, options, target)
+        if isinstance(made, Rejection):
+            return made
+        return made, _load(site, made, target, options)
+
+
+def target_for(device: Any, options: Options) -> search.Target:
+    """The device and the stores; raises as ``resolve`` does."""
+    arch = arch_of(device)
+    return search.Target(
+        device=device,
+        ordinal=device.local_hardware_id or 0,
+        arch=arch,
+        kernels=store.Store(paths.kernel_root(options)),
+        results=database(options),
+        toolchain=toolchain.find(options),
+        jobs=options.jobs,
+        disable=options.disable,
+    )
+
+
+def arch_of(device: Any) -> GpuArch:
+    """The architecture of a JAX CUDA device."""
+    info = loader.native().device_info(device.local_hardware_id or 0)
+    return arch_.of_device(
+        str(device.compute_capability), device.device_kind, info["sm_count"]
+    )
+
+
+def database(options: Options) -> db.Database:
+    return _database(paths.tuning_root(options))
+
+
+@functools.cache
+def _database(root: Any) -> db.Database:
+    return db.Database(root)
+
+
+def stored(
+    region: ir.Region, arch: GpuArch, options: Options, sources: str
+) -> Plan | Rejection | None:
+    """What the tuning results say of ``region``, or None where they say nothing."""
+    entry = database(options).get(arch, region)
+    if entry is None:
+        return None
+    return plan.tuned(region, arch, entry, sources, options.disable)
+
+
+def tune_missing(
+    sites: Sequence[SiteInfo],
+    target: search.Target,
+    options: Options,
+    show_progress: bool = True,
+) -> None:
+    """Tunes the sites that have no result yet and have not failed here before."""
+    device = db.device_key(target.arch)
+    missing = [
+        site
+        for site in sites
+        if stored(site.region, target.arch, options, target.sources) is None
+        and (device, site.region.text) not in failures
+    ]
+    if missing:
+        failed = search.tune(missing, target, options.budget_s, show_progress)
+        failures.update({(device, r.text): reason for r, reason in failed.items()})
+
+
+def failure(arch: GpuArch, region: ir.Region) -> str | None:
+    """Why ``region`` failed to be tuned in this process, if it did."""
+    return failures.get((db.device_key(arch), region.text))
+
+
+def _plan(
+    site: SiteInfo, family: Family, options: Options, target: search.Target
+) -> Plan | Rejection:
+    key = (db.device_key(target.arch), site.region.text)
+    known = stored(site.region, target.arch, options, target.sources)
+    if known is not None:
+        return known
+    if key in failures:
+        return Rejection(failures[key])
+    if options.on_miss == "xla":
+        return Rejection('no tuning result, and on_miss="xla"')
+    if options.on_miss == "error":
+        raise Missing(
+            f'{site.name}: no tuning result for {site.region.problem.text} on '
+            f'{target.arch.gpu}, and on_miss="error"; run jax_bolt.tune first'
+        )
+    if options.on_miss == "heuristic":
+        return plan.heuristic(site.region, target.arch, options.disable)
+    tune_missing(family.sites, target, options)
+    known = stored(site.region, target.arch, options, target.sources)
+    return known or Rejection(failures.get(key, "not tuned"))
+
+
+def _load(
+    site: SiteInfo, made: Plan, target: search.Target, options: Options
+) -> Executable:
+    candidate = made.candidate
+    source = candidate.source
+    digest = target.kernels.digest(target.toolchain, source, target.arch)
+    built = target.kernels.build(
+        target.toolchain, [source], target.arch, options.jobs
+    )
+    return search.executable(
+        site.region, candidate, digest, built[digest], target
+    )
+
+
+def explain_failure(error: Exception) -> str:
+    """One line for a warning: what failed, without a compiler's log."""
+    if isinstance(error, CompileError):
+        return error.message
+    return str(error) or type(error).__name__

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regions that exercise every template: ragged sizes, dtypes, layouts, epilogues."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_bolt._src import options, rewrite
+from jax_bolt._src.primitive import SiteInfo
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function with one root, and the shapes and dtypes of its arguments."""
+
+    name: str
+    fun: Callable
+    args: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def site(self) -> SiteInfo:
+        program = jax.make_jaxpr(self.fun)(*self.args)
+        (site,) = rewrite.rewrite(program, options.Options()).family.sites
+        return site
+
+
+def shape(*dims: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def over_channels(v: Any, y: Any) -> Any:
+    return v.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def batch_norm(y: Any, mean: Any, var: Any, scale: Any, offset: Any) -> Any:
+    """Inference BatchNorm as Flax writes it: in float32, statistics live."""
+    mean, var, scale, offset = (over_channels(v, y) for v in (mean, var, scale, offset))
+    wide = (y.astype(F32) - mean) * (lax.rsqrt(var + F32(1e-5)) * scale)
+    return (wide + offset).astype(y.dtype)
+
+
+def conv(x: Any, w: Any, stride: Any = 1, padding: Any = "SAME", dilation: int = 1):
+    stride = (stride, stride) if isinstance(stride, int) else stride
+    return lax.conv_general_dilated(
+        x,
+        w,
+        stride,
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _norm_add_relu(y: Any, stats: Any, side: Any) -> Any:
+    return jax.nn.relu(batch_norm(y, *stats) + side)
+
+
+def _dense(m: int, k: int, n: int, dtype: Any = BF16) -> list[Case]:
+    def norm_add_relu(x, w, side, *stats):
+        return _norm_add_relu(x @ w, stats, side)
+
+    def gelu(x, w, b):
+        y = x @ w
+        return jax.nn.gelu(y + over_channels(b, y).astype(y.dtype))
+
+    vectors = (shape(n, dtype=F32),) * 4
+    operands = (shape(m, k, dtype=dtype), shape(k, n, dtype=dtype))
+    tag = f"{jnp.dtype(dtype).name}-{m}x{k}x{n}"
+    return [
+        Case(
+            f"dense-bn-add-relu-{tag}",
+            norm_add_relu,
+            (*operands, shape(m, n, dtype=dtype), *vectors),
+        ),
+        Case(f"dense-gelu-{tag}", gelu, (*operands, vectors[0])),
+    ]
+
+
+def _plain(spec: str, a: tuple, b: tuple, dtype: Any = BF16) -> Case:
+    name = f"{spec}-{jnp.dtype(dtype).name}-{'x'.join(map(str, (*a, *b)))}"
+    args = (shape(*a, dtype=dtype), shape(*b, dtype=dtype))
+    return Case(name, lambda x, y: jnp.einsum(spec, x, y), args)
+
+
+def _conv(n, h, w, c, k, r, s, dtype: Any = BF16, bare: bool = False, **kw: Any) -> Case:
+    x, f = shape(n, h, w, c, dtype=dtype), shape(r, s, c, k, dtype=dtype)
+    out = jax.eval_shape(lambda x, f: conv(x, f, **kw), x, f)
+    tag = f"{jnp.dtype(dtype).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
+
+    def fused(x, f, side, *stats):
+        return _norm_add_relu(conv(x, f, **kw), stats, side)
+
+    if bare:
+        return Case(f"conv-{tag}", lambda x, f: conv(x, f, **kw), (x, f))
+    args = (x, f, shape(*out.shape, dtype=dtype), *(shape(k, dtype=F32),) * 4)
+    return Case(f"conv-bn-add-relu-{tag}", fused, args)
+
+
+def _two_sides() -> Case:
+    def fun(x, w, a, b, keep, temperature):
+        y = jax.nn.silu(x @ w + a) * b
+        return jnp.where(keep > 0, y, -y) / temperature.astype(y.dtype)
+
+    n = 40
+    args = (
+        *(shape(77, 24), shape(24, n), shape(77, n), shape(77, n)),
+        *(shape(1, n, dtype=F32), shape(dtype=F32)),
+    )
+    return Case("two-sides", lambda *a: fun(*a[:4], jnp.broadcast_to(a[4], (77, n)), a[5]), args)
+
+
+def _masked() -> Case:
+    def fun(x, w, keep):
+        return jnp.where(keep, x @ w, BF16(-1e4))
+
+    args = (shape(33, 16), shape(16, 24), shape(33, 24, dtype=jnp.bool_))
+    return Case("bool-side", fun, args)
+
+
+GEMMS = [
+    *_dense(300, 200, 264),
+    *_dense(1, 8, 8),
+    *_dense(129, 40, 72),
+    *_dense(77, 72, 1000, F16),
+    *_dense(65, 33, 51),
+    *_dense(130, 36, 70),
+    *_dense(100, 28, 60, F32),
+    _plain("mk,nk->mn", (150, 72), (40, 72)),
+    _plain("km,kn->mn", (72, 152), (72, 40)),
+    _plain("bmk,bkn->bmn", (3, 70, 24), (3, 24, 48)),
+    _plain("bkm,bnk->bmn", (3, 24, 72), (3, 40, 24)),
+    _plain("mk,kn->mn", (70, 24), (24, 48), F32),
+    _two_sides(),
+    _masked(),
+]
+CONVS = [
+    _conv(1, 7, 9, 64, 64, 3, 3),
+    _conv(2, 15, 13, 64, 128, 3, 3, stride=2),
+    _conv(3, 8, 8, 8, 24, 3, 3, F16),
+    _conv(2, 9, 11, 16, 40, 5, 3, padding=((0, 3), (2, 0)), dilation=2),
+    _conv(2, 14, 14, 48, 48, 3, 3, stride=(2, 1)),
+    _conv(2, 12, 10, 46, 33, 3, 3),
+    _conv(2, 33, 31, 3, 64, 7, 7, stride=2, padding=((3, 3), (3, 3))),
+    _conv(2, 33, 31, 3, 48, 3, 3, stride=2),
+    _conv(2, 9, 9, 3, 16, 3, 3),
+    _conv(1, 8, 8, 32, 64, 1, 1, stride=2),
+    _conv(2, 7, 7, 24, 40, 1, 1),
+    _conv(2, 10, 10, 12, 20, 3, 3, F32),
+    _conv(2, 6, 6, 64, 64, 3, 3, bare=True, padding="VALID"),
+]

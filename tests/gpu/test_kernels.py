@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every template against float64, on random data and ragged sizes (contract 1)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
+from jax_bolt._src.errors import CompileError
+from jax_bolt._src.primitive import reference_fun
+from jax_bolt._src.tune import measure, search
+
+from . import cases
+
+PER_TEMPLATE = 2  # candidates of each template and form that a case compiles
+
+
+@functools.cache
+def target():
+    return resolve.target_for(compat.cuda_device(), options.current())
+
+
+@functools.cache
+def all_candidates():
+    """case name -> its candidates; everything is compiled together, in parallel."""
+    found = {}
+    for case in (*cases.GEMMS, *cases.CONVS):
+        counts: dict = {}
+        for candidate in plan.candidates(case.site().region, target().arch)[0]:
+            key = (candidate.template.name, candidate.form.name)
+            counts[key] = counts.get(key, 0) + 1
+            if counts[key] <= PER_TEMPLATE:
+                found.setdefault(case.name, []).append(candidate)
+    sources = {c.source for group in found.values() for c in group}
+    built = target().kernels.build(target().toolchain, sorted(sources), target().arch)
+    return found, built
+
+
+def load(site, candidate):
+    _, built = all_candidates()
+    digest = target().kernels.digest(
+        target().toolchain, candidate.source, target().arch
+    )
+    return search.executable(site.region, candidate, digest, built[digest], target())
+
+
+def truth(site, operands):
+    """The region in float64 on the CPU."""
+    lhs, rhs, sides, vectors = measure.split(site, operands)
+    cpu = jax.devices("cpu")[0]
+    with jax.enable_x64(True), jax.default_device(cpu):
+        lhs, rhs, *rest = (
+            jax.device_put(np.asarray(x), cpu) for x in (lhs, rhs, *sides, *vectors)
+        )
+        if isinstance(site.region.problem, ir.ConvProblem):
+            rhs = jnp.transpose(rhs, (3, 0, 1, 2))
+        count = len(sides)
+        value = evaluate.evaluate(
+            site.region, lhs, rhs, rest[:count], rest[count:], jnp.float64
+        )
+        return np.asarray(value)
+
+
+def relative_error(got, want):
+    got = np.asarray(got).astype(np.float64).reshape(want.shape)
+    assert np.isfinite(got).all()
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("case", [*cases.GEMMS, *cases.CONVS], ids=str)
+def test_error_is_at_most_1_25_of_xla(case):
+    site = case.site()
+    operands = measure.make_operands(site, l2_bytes=1).sets[0]
+    want = truth(site, operands)
+    xla = relative_error(jax.jit(reference_fun(site.reference))(*operands), want)
+    candidates = all_candidates()[0][case.name]
+    assert candidates
+    for candidate in candidates:
+        kernel = load(site, candidate)
+        ours = jax.jit(measure.kernel_function(site, kernel))
+        before = search.loader.native().launches(kernel.digest)
+        error = relative_error(ours(*operands), want)
+        assert search.loader.native().launches(kernel.digest) == before + 1
+        assert error <= 1.25 * xla + 1e-7, (candidate.text, error, xla)
+
+
+def test_every_template_ran():
+    ran = {c.template.name for group in all_candidates()[0].values() for c in group}
+    expected = {"gemm_sm80", "conv_sm80"}
+    if target().arch.sm == 90:
+        expected.add("gemm_sm90")
+    assert ran == expected
+
+
+def test_results_are_bitwise_equal_over_runs():
+    case = cases.GEMMS[0]
+    site = case.site()
+    operands = measure.make_operands(site, l2_bytes=1).sets[0]
+    for candidate in all_candidates()[0][case.name]:
+        fun = jax.jit(measure.kernel_function(site, load(site, candidate)))
+        first = np.asarray(fun(*operands)).view(np.uint16)
+        for _ in range(100):
+            assert (np.asarray(fun(*operands)).view(np.uint16) == first).all()
+
+
+def test_every_output_element_is_written():
+    """The profiler's buffers are poisoned with NaN before the first launch."""
+    for case in (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6]):
+        site = case.site()
+        operands = measure.make_operands(site, l2_bytes=1)
+        for candidate in all_candidates()[0][case.name]:
+            kernel = load(site, candidate)
+            buffers = measure.Buffers(operands, candidate.form)
+            micros = measure.time_kernel(kernel, buffers, target().ordinal)
+            assert micros > 0
+            assert bool(jnp.isfinite(buffers.result.astype(jnp.float32)).all())
+
+
+def test_a_problem_the_kernel_was_not_built_for_is_refused():
+    site = cases.GEMMS[0].site()
+    candidate = all_candidates()[0][cases.GEMMS[0].name][0]
+    load(site, candidate)
+    narrow = cases.Case("odd", *_dense_of(300, 200, 263)).site()
+    with pytest.raises(CompileError, match="refuses"):
+        form = plan.forms.Form(candidate.form.name, narrow.region)
+        odd = plan.Candidate(form, candidate.template, candidate.config, candidate.arch)
+        digest = target().kernels.digest(
+            target().toolchain, candidate.source, target().arch
+        )
+        path = target().kernels.find(digest)
+        search.executable(narrow.region, odd, digest, path, target())
+
+
+def _dense_of(m, k, n):
+    args = (cases.shape(m, k), cases.shape(k, n))
+    return (lambda x, w: x @ w), args

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimized functions on the GPU: tuning, caching, transforms, streams, graphs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_bolt
+
+from . import cases
+
+
+def normal(seed, *dims, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), dims).astype(dtype)
+
+
+def block(x, w1, w2, b):
+    y = jax.nn.relu(cases.conv(x, w1) + cases.over_channels(b, x).astype(x.dtype))
+    return jax.nn.relu(cases.conv(y, w2) + x)
+
+
+@pytest.fixture(scope="module")
+def args():
+    return (
+        normal(0, 4, 28, 28, 64),
+        normal(1, 3, 3, 64, 64) * 0.05,
+        normal(2, 1, 1, 64, 64) * 0.1,
+        normal(3, 64, dtype=jnp.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(args):
+    """The block, tuned; XLA may have won, which some tests cannot use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = jax_bolt.tune(block, *args)
+    assert all(site.xla_time_us and site.time_us for site in report.sites), report
+    return report
+
+
+def close(got, want):
+    got, want = (np.asarray(v, np.float32) for v in (got, want))
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+
+
+def forced():
+    """Kernels wherever there are any, tuned or not."""
+    return jax_bolt.options(on_miss="heuristic", cache_dir=os.environ["FORCED_CACHE"])
+
+
+@pytest.fixture(autouse=True)
+def _forced_cache(monkeypatch):
+    from jax_bolt._src import options
+
+    cache = options.current().cache_dir
+    assert cache is not None
+    monkeypatch.setenv("FORCED_CACHE", str(cache / "forced"))
+
+
+def test_tuned_and_plain_agree(args, tuned):
+    close(jax_bolt.optimize(block)(*args), jax.jit(block)(*args))
+
+
+def test_both_times_and_errors_are_reported(tuned):
+    for site in tuned.sites:
+        assert site.fused and site.kernel
+        if site.kernel == "xla":
+            assert "timed faster" in site.reason
+        assert site.error <= 1.25 * site.xla_error + 1e-6
+
+
+def test_heuristic_kernels_run_in_every_transform(args):
+    with forced():
+        fun = jax_bolt.optimize(block)
+        want = jax.jit(block)(*args)
+        text = fun.lower(*args).as_text()
+        assert text.count("@jax_bolt.launch") == 2
+        close(fun(*args), want)
+        close(jax.jit(lambda *a: fun(*a) * 2)(*args), want * 2)
+        loop = jax.jit(
+            lambda x: jax.lax.scan(lambda c, _: (fun(c, *args[1:]), None), x, None, 2)[0]
+        )
+        close(loop(args[0]), block(block(*args), *args[1:]))
+        xs = jnp.stack([args[0], args[0] * 2])
+        close(
+            jax.vmap(fun, in_axes=(0, None, None, None))(xs, *args[1:]),
+            jax.vmap(block, in_axes=(0, None, None, None))(xs, *args[1:]),
+        )
+        loss = lambda f: lambda w: f(args[0], w, *args[2:]).astype(jnp.float32).sum()  # noqa: E731
+        close(jax.grad(loss(fun))(args[1]), jax.grad(loss(block))(args[1]))
+
+
+def test_command_buffers_hold_the_launches(args):
+    """Many launches in a row: XLA records them into a command buffer and replays it."""
+
+    def chain(x, w1, w2, b):
+        for _ in range(6):
+            x = block(x, w1, w2, b)
+        return x
+
+    with forced():
+        fun = jax_bolt.optimize(chain)
+        want = jax.jit(chain)(*args)
+        for _ in range(5):
+            close(fun(*args), want)
+
+
+def test_threads_share_kernels(args):
+    with forced():
+        fun = jax_bolt.optimize(block)
+        want = np.asarray(fun(*args))
+
+    def work(_):
+        with forced():
+            return np.asarray(fun(*args))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for got in pool.map(work, range(64)):
+            assert (got.view(np.uint16) == want.view(np.uint16)).all()
+
+
+def test_on_miss_error_names_the_site(args):
+    strict = jax_bolt.optimize(lambda x, w: jnp.tanh(x @ w) * 3, on_miss="error")
+    with pytest.raises(jax_bolt.UnsupportedError, match="no tuning result"):
+        strict(normal(0, 24, 40), normal(1, 40, 56))
+
+
+def test_a_kernel_that_does_not_compile_is_one_warning(args, monkeypatch, tmp_path):
+    from jax_bolt._src.kernels import gemm_sm80, gemm_sm90
+
+    for template in (gemm_sm80, gemm_sm90):
+        monkeypatch.setattr(template, "instantiate", lambda *_: "no::such::Kernel")
+    x, w = normal(0, 64, 64), normal(1, 64, 64)
+    with jax_bolt.options(on_miss="heuristic", cache_dir=tmp_path):
+        with pytest.warns(UserWarning, match="runs on XLA"):
+            close(jax_bolt.optimize(lambda x, w: x @ w)(x, w), x @ w)
+        strict = jax_bolt.optimize(lambda x, w: x @ w, on_error="raise")
+        with pytest.raises(jax_bolt.CompileError, match="such"):
+            strict(x, w)
+
+
+SECOND = """
+import json, sys
+import jax, jax.numpy as jnp
+sys.path[:0] = sys.argv[1:]
+import jax_bolt
+from jax_bolt._src.jit import store
+from tests.gpu import test_optimize as t
+args = (t.normal(0, 4, 28, 28, 64), t.normal(1, 3, 3, 64, 64) * 0.05,
+        t.normal(2, 1, 1, 64, 64) * 0.1, t.normal(3, 64, dtype=jnp.float32))
+jax.block_until_ready(jax_bolt.optimize(t.block)(*args))
+print(json.dumps(store.stats()))
+"""
+
+
+def test_a_second_process_compiles_and_tunes_nothing(args, tuned):
+    from jax_bolt._src import options
+
+    environ = os.environ | {
+        "JAX_BOLT_CACHE_DIR": str(options.current().cache_dir),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND, root],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    stats = json.loads(done.stdout.splitlines()[-1])
+    assert stats["compiled"] == 0 and stats["tuned"] == 0, stats

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which equations a region takes, and why a root is refused."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jax_bolt._src import canonicalize, match
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def find(fun, *args):
+    program = canonicalize.inline_calls(jax.make_jaxpr(fun)(*args))
+    return match.find_regions(program.jaxpr)
+
+
+def one(fun, *args):
+    (found,), refused = find(fun, *args)
+    assert not refused
+    return found
+
+
+def shape(*dims, dtype=BF16):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def conv(x, w, **kw):
+    kw = {"window_strides": (1, 1), "padding": "SAME"} | kw
+    return lax.conv_general_dilated(
+        x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **kw
+    )
+
+
+X, W = shape(2, 8, 8, 16), shape(3, 3, 16, 32)
+Y, V = shape(2, 8, 8, 32), shape(32, dtype=F32)
+
+
+def names(found):
+    return [op.name for op in found.region.epilogue.ops]
+
+
+def batch_norm(y, mean, var, scale, offset):
+    y = y.astype(F32) - mean
+    y = y * (lax.rsqrt(var + F32(1e-5)) * scale)
+    return (y + offset).astype(BF16)
+
+
+def spread(v):
+    return v.reshape(1, 1, 1, -1)
+
+
+def test_live_batch_norm_and_relu_are_one_region():
+    def fun(x, w, mean, var, scale, offset):
+        y = batch_norm(conv(x, w), *map(spread, (mean, var, scale, offset)))
+        return jax.nn.relu(y)
+
+    found = one(fun, X, W, V, V, V, V)
+    assert found.label == "conv3x3+bn+relu"
+    assert len(found.region.epilogue.vectors) == 4
+    assert not found.region.epilogue.sides
+    assert found.region.epilogue.out_dtype == "bf16"
+    # rsqrt(var + eps) * scale is computed once per channel, not per element.
+    same = found.region.epilogue.per_channel()
+    assert [n for n, s in zip(names(found), same, strict=True) if not s] == [
+        *("acc", "sub", "mul", "add", "max")
+    ]
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_residual_on_either_side_of_the_activation(after):
+    def fun(x, w, r):
+        y = conv(x, w)
+        return jax.nn.relu(y) + r if after else jax.nn.relu(y + r)
+
+    found = one(fun, X, W, Y)
+    assert found.region.epilogue.sides == ("bf16",)
+    body = [n for n in names(found) if n in ("add", "max")]
+    assert body == (["max", "add"] if after else ["add", "max"])
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        *(jax.nn.relu, jax.nn.relu6, jax.nn.silu, jax.nn.hard_swish, jax.nn.softplus),
+        *(jax.nn.mish, jnp.tanh, jax.nn.sigmoid, jax.nn.leaky_relu, jax.nn.elu),
+        *(jax.nn.selu, jax.nn.celu, jax.nn.gelu, jax.nn.log_sigmoid, jax.nn.soft_sign),
+        lambda x: jax.nn.gelu(x, approximate=False),
+        lambda x: jnp.clip(x, -1, 1),
+        lambda x: jnp.where(x > 0, x, jnp.exp(x)),
+        lambda x: x * x + 2,
+    ],
+)
+def test_any_activation(activation):
+    traced = jax.make_jaxpr(lambda x, w: activation(conv(x, w)))(X, W)
+    program = canonicalize.inline_calls(traced)
+    (found,), _ = match.find_regions(program.jaxpr)
+    assert found.output is program.jaxpr.outvars[0]
+
+
+def test_a_leaking_intermediate_ends_the_region():
+    def fun(x, w):
+        y = conv(x, w) * BF16(2)
+        return jax.nn.relu(y), y
+
+    found = one(fun, X, W)
+    assert names(found) == ["acc", "const", "mul"]
+
+
+def test_an_intermediate_that_is_reduced_ends_the_region():
+    """Squeeze-and-excite: the scale depends on the root through a reduction."""
+
+    def fun(x, w):
+        y = conv(x, w)
+        return y * jax.nn.sigmoid(y.mean((1, 2), keepdims=True))
+
+    assert names(one(fun, X, W)) == ["acc"]
+
+
+def test_values_that_meet_again_stay_inside():
+    found = one(lambda x, w: (lambda y: y * jax.nn.sigmoid(y) + y)(conv(x, w)), X, W)
+    assert names(found) == ["acc", "logistic", "mul", "add"]
+
+
+def test_where_two_roots_meet_the_later_one_takes_the_add():
+    def fun(x, w, u):
+        return jax.nn.relu(conv(x, w) + conv(x, u))
+
+    (first, second), _ = find(fun, X, W, W)
+    assert names(first) == ["acc"]
+    assert second.region.epilogue.sides == ("bf16",)
+    assert second.inputs[2] is first.output
+
+
+def test_an_axis_that_is_not_the_channels_is_no_vector():
+    def fun(x, w, v):
+        return conv(x, w) * v.reshape(2, 1, 1, 1)
+
+    assert names(one(fun, X, W, shape(2))) == ["acc"]
+
+
+def test_more_side_inputs_than_a_kernel_takes_stay_outside():
+    def fun(x, w, a, b, c):
+        return conv(x, w) + a + b + c
+
+    found = one(fun, X, W, Y, Y, Y)
+    assert len(found.region.epilogue.sides) == 2
+    assert names(found).count("add") == 2
+
+
+def test_dense_flattens_leading_dims():
+    def fun(x, w, b):
+        return jax.nn.gelu(jnp.dot(x, w) + b.reshape(1, 1, -1))
+
+    found = one(fun, shape(4, 5, 16), shape(16, 24), shape(24))
+    problem = found.region.problem
+    assert (problem.m, problem.n, problem.k, problem.batch) == (20, 24, 16, 1)
+    assert len(found.region.epilogue.vectors) == 1
+
+
+def test_bias_over_several_channel_axes():
+    """DenseGeneral's kernel [K, heads, dim] with a bias [heads, dim]."""
+
+    def fun(x, w, b):
+        return lax.dot_general(x, w, (((2,), (0,)), ((), ()))) + b[None, None]
+
+    found = one(fun, shape(2, 5, 16), shape(16, 4, 8), shape(4, 8))
+    assert found.region.problem.n == 32
+    assert len(found.region.epilogue.vectors) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "a", "b", "layouts", "batch"),
+    [
+        ("mk,kn->mn", (4, 8), (8, 6), ("row", "row"), 1),
+        ("km,kn->mn", (8, 4), (8, 6), ("col", "row"), 1),
+        ("mk,nk->mn", (4, 8), (6, 8), ("row", "col"), 1),
+        ("bmk,bkn->bmn", (3, 4, 8), (3, 8, 6), ("row", "row"), 3),
+        ("bkm,bnk->bmn", (3, 8, 4), (3, 6, 8), ("col", "col"), 3),
+    ],
+)
+def test_layouts_of_a_product(spec, a, b, layouts, batch):
+    found = one(lambda x, y: jnp.einsum(spec, x, y), shape(*a), shape(*b))
+    problem = found.region.problem
+    assert (problem.a_layout, problem.b_layout) == layouts
+    assert problem.batch == batch
+
+
+def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
+    def fun(x, w, b):
+        b = spread(b.astype(BF16).astype(F32))
+        return (conv(x, w).astype(F32) * 2 + b).astype(BF16)
+
+    assert "to_bf16" in names(one(fun, X, W, V))
+    assert names(one(lambda x, w: conv(x, w).astype(F32), X, W)) == ["acc"]
+
+
+@pytest.mark.parametrize(
+    ("fun", "args", "reason"),
+    [
+        (lambda x, w: conv(x, w), (shape(2, 8, 8, 4, dtype=jnp.int8),) * 2, "dtype int8"),
+        (
+            lambda x, w: conv(x, w, feature_group_count=16),
+            (X, shape(3, 3, 1, 32)),
+            "feature_group_count=16",
+        ),
+        (
+            lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((1, 1), (1, 1))),
+            (X, W),
+            "lhs_dilation",
+        ),
+        (
+            lambda x, w: conv(x, w, padding=((-1, 0), (0, 0))),
+            (X, W),
+            "negative padding",
+        ),
+        (
+            lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"),
+            (X, shape(4, 8, 3, 3)),
+            "layout",
+        ),
+        (
+            lambda x, w: lax.conv_general_dilated(
+                x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            ),
+            (shape(2, 8, 16), shape(3, 16, 32)),
+            "1-D conv",
+        ),
+        (
+            lambda x, y: jnp.dot(x, y, precision="highest"),
+            (shape(4, 4, dtype=F32),) * 2,
+            "precision=HIGHEST",
+        ),
+        (
+            lambda x, y: jnp.einsum("mbk,kn->mbn", x, y).swapaxes(0, 1)
+            @ jnp.zeros((4, 4, 4, 4), BF16),
+            (shape(4, 4, 4), shape(4, 4)),
+            None,
+        ),
+        (
+            lambda x, y: lax.dot_general(x, y, (((1,), (1,)), ((2,), (2,)))),
+            (shape(4, 4, 4),) * 2,
+            "batch dimensions",
+        ),
+        (lambda x, y: jnp.outer(x, y), (shape(4),) * 2, None),
+        (lambda x, y: jnp.dot(x, y), (shape(4, 0), shape(0, 4)), "dimension is zero"),
+    ],
+)
+def test_refusals_have_reasons(fun, args, reason):
+    if args[0].dtype == jnp.int8:
+        args = (args[0], shape(3, 3, 4, 8, dtype=jnp.int8))
+    matches, refused = find(fun, *args)
+    if reason is None:
+        assert all(r.reason for r in refused)
+        return
+    assert not matches
+    assert any(reason in r.reason for r in refused), refused
+
+
+def test_highest_precision_means_nothing_to_bfloat16():
+    one(lambda x, y: jnp.dot(x, y, precision="highest"), shape(4, 4), shape(4, 4))
+
+
+def test_f64_is_refused():
+    with jax.enable_x64(True):
+        _, refused = find(jnp.dot, *(shape(4, 4, dtype=jnp.float64),) * 2)
+    assert "float64" in refused[0].reason

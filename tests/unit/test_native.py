@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native module, on kernels of host code and a driver that only counts."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import serialize_executable
+
+from jax_bolt import _native
+
+ROOT = Path(__file__).parents[2]
+FAKES = Path(__file__).parent / "fakes"
+TARGET = "jax_bolt_test.launch"
+FUNCTIONS = ("abi_version", "check", "workspace_bytes", "launch", "error_string")
+GEMM, CONV = 0, 1
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """``build(source, name, *flags)``: the shared object made from one of the fakes."""
+    folder = tmp_path_factory.mktemp("fakes")
+
+    def run(source: str, name: str, *flags: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            include = f"-I{ROOT / 'cc' / 'include'}"
+            command = ["g++", "-std=c++17", "-shared", "-fPIC", include, *flags]
+            command += [str(FAKES / source), "-o", str(path), "-ldl"]
+            subprocess.run(command, check=True)
+        return path
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kernel(build: Build) -> Path:
+    path = build("kernel.cc", "kernel.so")
+    _native.load("kernel", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def target(kernel: Path) -> str:
+    jax.ffi.register_ffi_target(TARGET, _native.host_handlers(), platform="cpu")
+    return TARGET
+
+
+@pytest.fixture
+def resolver() -> Iterator[Callable[[Callable[[str], object]], None]]:
+    yield _native.set_resolver
+    _native.set_resolver(None)
+
+
+def rand(*shape: int) -> np.ndarray:
+    rng = np.random.default_rng(len(shape) + sum(shape))
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def launch(*operands: Any, results: Any = None, **attributes: Any) -> Any:
+    """The custom call on a 4 by 5 times 5 by 3 product unless told otherwise."""
+    given: dict[str, Any] = dict(digest="kernel", kind=GEMM, dims=(4, 3, 5, 1), sides=0)
+    given |= attributes
+    given["kind"] = np.int64(given["kind"])
+    given["sides"] = np.int64(given["sides"])
+    given["dims"] = np.array(given["dims"], np.int64)
+    if results is None:
+        results = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    return jax.jit(lambda *xs: jax.ffi.ffi_call(TARGET, results)(*xs, **given))(
+        *operands
+    )
+
+
+# --- Loading
+
+
+def test_load_is_idempotent(kernel: Path) -> None:
+    _native.load("kernel", str(kernel))
+    _native.load("kernel", "/nowhere/else.so")  # the first artifact stays
+    assert _native.is_loaded("kernel")
+    assert not _native.is_loaded("kerne")
+
+
+def test_load_refuses_what_is_no_module(tmp_path: Path) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("not a shared object")
+    with pytest.raises(RuntimeError, match=r"cannot load kernel module .*text\.so: "):
+        _native.load("bad", str(text))
+    with pytest.raises(RuntimeError, match="No such file"):
+        _native.load("bad", str(tmp_path / "missing.so"))
+    with pytest.raises(RuntimeError, match="not absolute"):
+        _native.load("bad", "libm.so.6")
+    assert not _native.is_loaded("bad")
+
+
+def test_load_refuses_another_abi(build: Build) -> None:
+    path = build("kernel.cc", "abi.so", "-DFAKE_ABI_VERSION=99")
+    with pytest.raises(RuntimeError, match=f"version 99, not {_native.ABI_VERSION}"):
+        _native.load("abi", str(path))
+    assert not _native.is_loaded("abi")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_load_refuses_a_missing_symbol(build: Build, function: str) -> None:
+    flags = [f"-DFAKE_WITHOUT_{function.upper()}"]
+    if function == "workspace_bytes":  # launch calls it
+        flags.append("-DFAKE_WITHOUT_LAUNCH")
+    path = build("kernel.cc", f"without_{function}.so", *flags)
+    with pytest.raises(RuntimeError, match=f"does not export jax_bolt_{function}"):
+        _native.load(function, str(path))
+    assert not _native.is_loaded(function)
+
+
+def test_concurrent_loads(build: Build) -> None:
+    paths = {f"c{i}": str(build("kernel.cc", f"c{i}.so")) for i in range(3)}
+
+    def load(i: int) -> bool:
+        digest = f"c{i % 3}"
+        _native.load(digest, paths[digest])
+        return _native.is_loaded(digest) and _native.check(digest, 0, [1] * 4) is None
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(load, range(64)))
+
+
+# --- Queries
+
+
+def test_check(kernel: Path) -> None:
+    assert _native.check("kernel", GEMM, [4, 3, 5, 1]) is None
+    assert _native.check("kernel", CONV, [1] * 15) == "not a gemm"
+    with pytest.raises(ValueError, match="unknown problem kind"):
+        _native.check("kernel", 7, [1] * 4)
+    with pytest.raises(ValueError, match="wrong number of dims"):
+        _native.check("kernel", GEMM, [1] * 5)
+    with pytest.raises(RuntimeError, match="kernel absent is not loaded"):
+        _native.check("absent", GEMM, [1] * 4)
+    with pytest.raises(RuntimeError, match="kernel absent is not loaded"):
+        _native.launches("absent")
+
+
+def test_workspace_bytes(kernel: Path) -> None:
+    query = _native.workspace_bytes
+    assert query("kernel", GEMM, [4, 3, 5, 1], sm_count=132) == 0
+    assert query("kernel", GEMM, [4, 3, 5, 2], sm_count=132) == 64 * 132
+
+
+# --- The custom call
+
+
+def test_handlers_register_for_cuda() -> None:
+    handlers = _native.handlers()
+    assert set(handlers) == {"instantiate", "execute"}
+    jax.ffi.register_ffi_target("jax_bolt_test.cuda", handlers, platform="CUDA")
+
+
+def test_execute(target: str) -> None:
+    a, b, vector = rand(4, 5), rand(5, 3), rand(3)
+    sides = rand(4, 3), rand(3, 4).reshape(4, 3)
+    before = _native.launches("kernel")
+    plain = launch(a, b)
+    np.testing.assert_allclose(plain, a @ b, rtol=1e-5, atol=1e-6)
+    full = launch(a, b, *sides, vector, vector, sides=2)
+    want = a @ b + sides[0] + sides[1] + 2 * vector
+    np.testing.assert_allclose(full, want, rtol=1e-5, atol=1e-6)
+    assert _native.launches("kernel") == before + 2
+
+
+def test_execute_with_workspace(target: str) -> None:
+    d = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    workspace = jax.ShapeDtypeStruct((64,), jnp.uint8)
+    dims = (4, 3, 5, 2)
+    _, bytes_ = launch(rand(4, 5), rand(5, 3), results=(d, workspace), dims=dims)
+    np.testing.assert_array_equal(bytes_, np.full(64, 7))
+    small = jax.ShapeDtypeStruct((63,), jnp.uint8)
+    for results in ((d, small), (d,)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="needs 64 bytes"):
+            jax.block_until_ready(
+                launch(rand(4, 5), rand(5, 3), results=results, dims=dims)
+            )
+
+
+def too_many(count: int) -> list[np.ndarray]:
+    return [rand(3)] * count
+
+
+D = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("operands", "changes", "message"),
+    [
+        ([], dict(dims=(1, 2, 3)), "wrong number of dims"),
+        ([], dict(kind=7), "unknown problem kind"),
+        ([], dict(sides=3), "too many side inputs"),
+        ([], dict(sides=-1), "too many side inputs"),
+        ([], dict(kind=CONV, dims=(1,) * 15), r"not a gemm \(status -1\)"),
+        ([], dict(sides=1), "operands are missing"),
+        (too_many(9), {}, "too many per-channel inputs"),
+        ([], dict(results=(D, D, D)), "expected one result"),
+        ([], dict(dims=(4, 3, 13, 1)), r"a fake failure \(status -3\)"),
+    ],
+)
+def test_execute_refuses(
+    target: str, operands: list[np.ndarray], changes: dict[str, Any], message: str
+) -> None:
+    before = _native.launches("kernel")
+    message = rf"kernel kernel at net/Dense_0: .*{message}"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        a, b = rand(4, 5), rand(5, 3)
+        jax.block_until_ready(launch(a, b, *operands, site="net/Dense_0", **changes))
+    assert _native.launches("kernel") == before
+
+
+def test_execute_needs_its_attributes(target: str) -> None:
+    call = jax.ffi.ffi_call(TARGET, D)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="digest"):
+        jax.block_until_ready(jax.jit(call)(rand(4, 5), rand(5, 3)))
+
+
+def test_concurrent_launches(target: str) -> None:
+    a, b = rand(4, 5), rand(5, 3)
+    before = _native.launches("kernel")
+    given = dict(digest="kernel", kind=np.int64(0), sides=np.int64(0))
+    dims = np.array((4, 3, 5, 1), np.int64)
+    f = jax.jit(lambda *xs: jax.ffi.ffi_call(TARGET, D)(*xs, dims=dims, **given))
+    f(a, b)
+    with ThreadPoolExecutor(8) as pool:
+        outs = list(pool.map(lambda i: np.asarray(f(a * i, b)), range(64)))
+    for i, out in enumerate(outs):
+        np.testing.assert_allclose(out, (a * i) @ b, rtol=1e-4, atol=1e-4)
+    assert _native.launches("kernel") == before + 65
+
+
+# --- The resolver
+
+
+def test_resolver_loads(target: str, kernel: Path, resolver: Any) -> None:
+    asked = []
+
+    def resolve(digest: str) -> None:
+        asked.append(digest)
+        _native.load(digest, str(kernel))
+
+    resolver(resolve)
+    a, b = rand(4, 5), rand(5, 3)
+    np.testing.assert_allclose(launch(a, b, digest="found"), a @ b, rtol=1e-5)
+    launch(a + 1, b, digest="found", site="again")
+    assert asked == ["found"]
+
+
+def test_resolver_fails(target: str, resolver: Any) -> None:
+    def resolve(digest: str) -> None:
+        raise LookupError(f"no {digest} in the store")
+
+    resolver(resolve)
+    a, b = rand(4, 5), rand(5, 3)
+    message = "NOT_FOUND.*kernel lost at here: LookupError: no lost in the store(\n|$)"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message) as caught:
+        launch(a, b, digest="lost", site="here")
+    assert "At:" not in str(caught.value)  # no Python stack inside XLA's message
+    resolver(lambda digest: None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="neither loaded nor in"):
+        launch(a, b, digest="lost", site="silent")
+    resolver(None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="nothing is set to find it"):
+        launch(a, b, digest="lost", site="unset")
+
+
+RELOAD = """
+import pickle, sys
+import jax, numpy as np
+from jax.experimental import serialize_executable
+from jax_bolt import _native
+module, target, path = sys.argv[1:]
+jax.ffi.register_ffi_target(target, _native.host_handlers(), platform="cpu")
+asked = []
+_native.set_resolver(lambda d: (asked.append(d), _native.load(d, module)))
+with open(path, "rb") as f:
+    compiled = serialize_executable.deserialize_and_load(*pickle.load(f))
+a, b = np.ones((4, 5), np.float32), np.ones((5, 3), np.float32)
+np.testing.assert_array_equal(compiled(a, b), a @ b)
+assert asked == ["kernel"], asked
+"""
+
+
+def test_resolver_serves_a_loaded_executable(
+    target: str, kernel: Path, tmp_path: Path
+) -> None:
+    given = dict(digest="kernel", kind=np.int64(0), sides=np.int64(0))
+    dims = np.array((4, 3, 5, 1), np.int64)
+    f = jax.jit(lambda *xs: jax.ffi.ffi_call(TARGET, D)(*xs, dims=dims, **given))
+    compiled = f.lower(rand(4, 5), rand(5, 3)).compile()
+    saved = tmp_path / "executable"
+    saved.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+    command = [sys.executable, "-c", RELOAD, str(kernel), TARGET, str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# --- The profiler and the driver
+
+
+@pytest.fixture
+def profile(build: Build, kernel: Path) -> Callable[..., dict[str, Any]]:
+    driver = build("cuda.cc", "libcuda.so.1")
+
+    def run(m: int, sets: int, repeats: int, **env: str) -> dict[str, Any]:
+        numbers = [str(n) for n in (m, sets, repeats)]
+        script = str(FAKES / "profile.py")
+        command = [sys.executable, script, _native.__file__, str(kernel), *numbers]
+        env = os.environ | {"LD_LIBRARY_PATH": str(driver.parent)} | env
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen = json.loads(done.stdout)
+        # Whatever happened, nothing is left behind.
+        assert (seen["retained"], seen["pushed"], seen["objects"]) == (0, 0, 0)
+        assert seen["launches"] == 0  # those are XLA's alone
+        return seen
+
+    return run
+
+
+def test_profile_replays_a_graph(profile: Any) -> None:
+    seen = profile(20, 3, 5)
+    assert seen["times"] == pytest.approx([20.0] * 5)
+    assert seen["graph_launches"] == 6  # one untimed
+    # One to load, one pass to estimate, then the captured rotation: whole rounds.
+    captured = seen["rotation"][4:]
+    assert seen["rotation"][:4] == [100, 100, 101, 102]
+    assert captured == [100, 101, 102] * (len(captured) // 3)
+    assert 2000 <= 20 * len(captured) <= 5000
+    assert seen["run"] == 1
+    assert seen["sm_count"] == 132
+
+
+def test_profile_visits_every_set(profile: Any) -> None:
+    seen = profile(4000, 4, 2)
+    assert seen["rotation"][5:] == [100, 101, 102, 103]
+    assert seen["times"] == pytest.approx([4000.0] * 2)
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "cuStreamBeginCapture_v2",
+        "cuStreamEndCapture",
+        "cuGraphInstantiateWithFlags",
+        "captured launch",
+    ],
+)
+def test_profile_without_a_graph(profile: Any, failing: str) -> None:
+    seen = profile(20, 2, 3, FAKE_CUDA_FAIL=failing)
+    assert seen["times"] == pytest.approx([25.0] * 3)  # with each launch's own cost
+    assert seen["graph_launches"] == 0
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"),
+    [
+        ("cuInit", "cuInit: CUDA_ERROR_FAKE (a fake failure)"),
+        ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRetain: "),
+        ("cuCtxPushCurrent_v2", "cuCtxPushCurrent: "),
+        ("cuStreamCreate", "cuStreamCreate: "),
+        ("cuEventCreate", "cuEventCreate: "),
+        ("fake_launch", "launch: a fake CUDA error (status 719)"),
+        ("cuStreamSynchronize", "cuStreamSynchronize: CUDA_ERROR_FAKE"),
+        ("cuGraphLaunch", "cuGraphLaunch: CUDA_ERROR_FAKE (a fake failure)"),
+        ("cuEventElapsedTime", "cuEventElapsedTime: "),
+    ],
+)
+def test_profile_reports_errors(profile: Any, failing: str, message: str) -> None:
+    seen = profile(20, 2, 3, FAKE_CUDA_FAIL=failing)
+    assert seen["error"].startswith(f"RuntimeError: {message}")
+    assert "times" not in seen
+
+
+def test_profile_refuses_bad_arguments(kernel: Path, profile: Any) -> None:
+    assert profile(20, 2, 0)["error"].startswith("ValueError: profile needs at least")
+    one = (0, 0, 0, [], [], 0)
+    dims = [4, 3, 5, 1]
+    with pytest.raises(ValueError, match="at least one set"):
+        _native.profile("kernel", GEMM, dims, [], 0, 1)
+    with pytest.raises(ValueError, match="too many side inputs"):
+        _native.run("kernel", GEMM, dims, (0, 0, 0, [1] * 3, [], 0), 0)
+    with pytest.raises(ValueError, match="too many per-channel inputs"):
+        _native.run("kernel", GEMM, dims, (0, 0, 0, [], [1] * 9, 0), 0)
+    with pytest.raises(RuntimeError, match="kernel absent is not loaded"):
+        _native.run("absent", GEMM, dims, one, 0)
+
+
+def test_device_info(profile: Any) -> None:
+    seen = profile(20, 1, 1)
+    want = {
+        "name": "Fake H100",
+        "compute_capability": "9.0",
+        "sm_count": 132,
+        "l2_bytes": 50 << 20,
+        "smem_per_block": 232448,
+        "driver_version": 13000,
+        "total_bytes": 80 << 30,
+        "free_bytes": None,  # no context yet
+    }
+    assert (seen["device"], seen["driver_version"]) == (want, 13000)
+    active = profile(20, 1, 1, FAKE_CUDA_ACTIVE="1")["device"]
+    assert active == want | {"free_bytes": 20 << 30}
+
+
+def test_no_driver(kernel: Path) -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        pytest.skip("this machine has a CUDA driver")
+    assert _native.driver_version() is None
+    for call in (
+        lambda: _native.device_info(),
+        lambda: _native.workspace_bytes("kernel", GEMM, [1] * 4, 0),
+        lambda: _native.run("kernel", GEMM, [1] * 4, (0, 0, 0, [], [], 0), 0),
+    ):
+        with pytest.raises(RuntimeError, match=r"no CUDA driver: libcuda\.so\.1"):
+            call()

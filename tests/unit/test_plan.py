@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a region and tuning results to a kernel, without a device."""
+
+import dataclasses
+
+import pytest
+
+from jax_bolt._src import arch, ir, plan
+from jax_bolt._src.tune import db
+
+H100 = arch.from_name("sm_90a")
+
+
+def region(problem=None, **epilogue):
+    problem = problem or ir.GemmProblem(m=512, n=256, k=64, dtype="bf16")
+    fields = {"ops": (ir.Op("acc"),), "result": 0, "out_dtype": "bf16"} | epilogue
+    return ir.Region(problem=problem, epilogue=ir.Epilogue(**fields))
+
+
+CONV = ir.ConvProblem(n=2, h=9, w=9, c=64, k=64, r=3, s=3, dtype="bf16")
+
+
+def test_products_go_to_wgmma_and_convs_to_implicit_gemm():
+    made = plan.heuristic(region(), H100)
+    assert isinstance(made, plan.Plan)
+    assert made.candidate.template.name == "gemm_sm90"
+    made = plan.heuristic(region(CONV), H100)
+    assert isinstance(made, plan.Plan)
+    assert made.candidate.template.name == "conv_sm80"
+
+
+def test_a_pointwise_conv_is_a_product():
+    pointwise = dataclasses.replace(CONV, r=1, s=1)
+    made = plan.heuristic(region(pointwise), H100)
+    assert isinstance(made, plan.Plan)
+    assert made.candidate.form.name == "pixels"
+    assert made.candidate.form.region.problem == ir.GemmProblem(
+        m=162, n=64, k=64, dtype="bf16"
+    )
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_100a", "sm_120a"])
+def test_other_architectures_have_a_path(name):
+    for problem in (None, CONV):
+        made = plan.heuristic(region(problem), arch.from_name(name))
+        assert isinstance(made, plan.Plan)
+        assert made.candidate.template.name.endswith("sm80")
+
+
+def test_an_architecture_without_kernels_gives_the_reason():
+    made = plan.heuristic(region(), arch.from_name("sm_75"))
+    assert isinstance(made, plan.Rejection)
+    assert "sm_80 or later" in made.reason
+
+
+def test_disabled_templates_are_not_used():
+    found, reasons = plan.candidates(region(), H100, ("gemm_sm90",))
+    assert {c.template.name for c in found} == {"gemm_sm80"}
+    assert "gemm_sm90 is disabled" in reasons
+
+
+def test_every_ragged_size_has_a_candidate():
+    for m, n, k in [(1, 1, 1), (3, 1000, 2048), (7, 5, 9), (1, 8, 3)]:
+        for dtype in ("bf16", "f16", "f32"):
+            problem = ir.GemmProblem(m=m, n=n, k=k, dtype=dtype)
+            assert plan.candidates(region(problem), H100)[0], problem.text
+
+
+def entry(candidate, **changes):
+    fields = {
+        "choice": "kernel",
+        "form": candidate.form.name,
+        "template": candidate.template.name,
+        "config": candidate.config.text,
+        "sources": "now",
+        "time_us": 3.0,
+        "xla_time_us": 4.0,
+    }
+    return db.Entry(**fields | changes)
+
+
+def test_a_tuned_choice_is_found_again():
+    candidates, _ = plan.candidates(region(), H100)
+    for candidate in candidates:
+        made = plan.tuned(region(), H100, entry(candidate), "now")
+        assert isinstance(made, plan.Plan)
+        assert made.provenance == "user"
+        assert made.candidate.source == candidate.source
+
+
+def test_a_stale_choice_is_none():
+    candidate = plan.candidates(region(), H100)[0][0]
+    assert plan.tuned(region(), H100, entry(candidate), "later") is None
+    gone = entry(candidate, config="tile=1x1x1")
+    assert plan.tuned(region(), H100, gone, "now") is None
+    disabled = (candidate.template.name,)
+    assert plan.tuned(region(), H100, entry(candidate), "now", disabled) is None
+
+
+def test_xla_wins_where_it_was_faster():
+    candidate = plan.candidates(region(), H100)[0][0]
+    made = plan.tuned(region(), H100, entry(candidate, choice="xla"), "now")
+    assert isinstance(made, plan.Rejection)
+    assert "4.0 µs" in made.reason and "3.0 µs" in made.reason

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_hooks_use_the_versions_of_the_dev_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = dict(r.split("==") for r in project["optional-dependencies"]["dev"])
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    found = dict(re.findall(r'"(ruff|clang-format)==([^"]+)"', hooks))
+    assert found == {name: pinned[name] for name in ("ruff", "clang-format")}

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_nvcc import FakeNvcc, toolchain, wait_for
+
+from jax_bolt._src import arch
+from jax_bolt._src.errors import CacheError, CompileError
+from jax_bolt._src.jit import compiler, directories, store
+from jax_bolt._src.jit.store import Store
+
+SM90 = arch.from_name("sm_90a")
+
+
+@pytest.fixture
+def fake(tmp_path) -> FakeNvcc:
+    return FakeNvcc(tmp_path / "cuda")
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch) -> Store:
+    monkeypatch.setattr(store, "_failures", {})
+    return Store(tmp_path / "cache" / "kernels")
+
+
+def build(kernels: Store, fake: FakeNvcc, source: str = "int x;") -> Path:
+    (result,) = kernels.build(fake.toolchain(), [source], SM90).values()
+    assert isinstance(result, Path), result
+    return result
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_entry_is_whole_and_found_again(kernels, fake):
+    before = store.stats()
+    binary = build(kernels, fake)
+    assert binary.read_text() == "int x;"
+    assert sorted(p.name for p in binary.parent.iterdir()) == [
+        *("build.log", "kernel.so", "manifest.json", "source.cu")
+    ]
+    assert stat.S_IMODE(kernels.root.stat().st_mode) == 0o700
+    assert stat.S_IMODE(binary.parent.stat().st_mode) == 0o700
+    manifest = json.loads((binary.parent / "manifest.json").read_text())
+    assert manifest["digest"] == binary.parent.name
+    assert manifest["parts"]["arch"] == "sm_90a"
+    assert kernels.find(binary.parent.name) == binary
+    assert build(kernels, fake) == binary
+    assert len(fake.calls) == 1
+    after = store.stats()
+    assert after["compiled"] - before["compiled"] == 1
+    assert after["found"] - before["found"] == 1
+
+
+def test_what_was_never_built_is_not_found(kernels):
+    assert kernels.find("0" * 64) is None
+    assert kernels.entries() == []
+    assert not kernels.root.exists(), "looking must not create anything"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "13.1.0"},
+        {"cutlass_version": "4.3.0"},
+        {"own_digest": "1" * 64},
+        {"abi_version": "2"},
+    ],
+)
+def test_the_digest_depends_on_the_toolchain(fake, change):
+    plain = fake.toolchain()
+    changed = dataclasses.replace(plain, **change)
+    assert store.digest(plain, "s", SM90) != store.digest(changed, "s", SM90)
+
+
+def test_the_digest_depends_on_source_arch_and_flags_but_no_place(fake, monkeypatch):
+    digest = store.digest(fake.toolchain(), "s", SM90)
+    elsewhere = toolchain(Path("/elsewhere/bin/nvcc"))
+    assert store.digest(elsewhere, "s", SM90) == digest
+    assert store.digest(fake.toolchain(), "s ", SM90) != digest
+    sm80 = arch.from_name("sm_80")
+    assert store.digest(fake.toolchain(), "s", sm80) != digest
+    h200 = arch.of_device("9.0", "NVIDIA H200", 100)
+    assert store.digest(fake.toolchain(), "s", h200) == digest
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert store.digest(fake.toolchain(), "s", SM90) != digest
+
+
+def test_results_come_in_order_once_each_and_are_told_as_they_end(kernels, fake):
+    told = []
+    sources = ["int a;", "FAIL", "int b;", "int a;"]
+    results = kernels.build(
+        fake.toolchain(), sources, SM90, 2, lambda key, result: told.append(key)
+    )
+    assert list(results) == [
+        store.digest(fake.toolchain(), source, SM90) for source in sources[:3]
+    ]
+    assert sorted(told) == sorted(results)
+    a, failed, b = results.values()
+    assert isinstance(a, Path) and a.read_text() == "int a;"
+    assert isinstance(b, Path) and b.read_text() == "int b;"
+    assert isinstance(failed, CompileError)
+    assert "FAIL is not defined" in failed.log
+
+
+def test_compilers_run_at_once(kernels, fake):
+    sources = ["WAIT 1", "WAIT 2", "WAIT 3"]
+    watcher = threading.Thread(
+        target=lambda: (wait_for(lambda: len(fake.calls) == 3), fake.release())
+    )
+    watcher.start()
+    results = kernels.build(fake.toolchain(), sources, SM90, jobs=3)
+    watcher.join()
+    assert all(isinstance(result, Path) for result in results.values())
+
+
+def test_a_failure_is_remembered_and_leaves_nothing(kernels, fake):
+    for _ in range(2):
+        (result,) = kernels.build(fake.toolchain(), ["FAIL"], SM90).values()
+        assert isinstance(result, CompileError)
+    assert len(fake.calls) == 1
+    assert kernels.entries() == []
+    assert not list(kernels.root.glob(".build-*"))
+
+
+def test_a_missing_compiler_is_not_remembered(kernels, fake):
+    without = dataclasses.replace(fake.toolchain(), host_compiler=None)
+    (result,) = kernels.build(without, ["int x;"], SM90).values()
+    assert isinstance(result, CompileError)
+    assert build(kernels, fake).is_file()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda entry: damage(entry / "kernel.so"),
+        lambda entry: (entry / "kernel.so").write_bytes(b""),
+        lambda entry: (entry / "kernel.so").unlink(),
+        lambda entry: (entry / "manifest.json").unlink(),
+        lambda entry: (entry / "manifest.json").write_text("{"),
+        lambda entry: (entry / "manifest.json").write_text("[]"),
+        lambda entry: (entry / "manifest.json").write_text('{"schema": 1}'),
+        lambda entry: (entry / "manifest.json").write_bytes(b"\xff\xfe"),
+        lambda entry: entry.chmod(0o770),
+        lambda entry: entry.chmod(0o707),
+        lambda entry: (shutil.rmtree(entry), entry.write_text("a file")),
+    ],
+)
+def test_a_damaged_entry_is_passed_over_and_rebuilt(kernels, fake, harm):
+    binary = build(kernels, fake)
+    discarded = store.stats()["discarded"]
+    harm(binary.parent)
+    assert kernels.find(binary.parent.name) is None
+    assert build(kernels, fake) == binary
+    assert binary.read_text() == "int x;"
+    assert len(fake.calls) == 2
+    assert store.stats()["discarded"] == discarded + 1
+    assert sorted(p.name for p in kernels.root.iterdir() if p.is_dir()) == [
+        binary.parent.name
+    ]
+
+
+def test_an_entry_moved_to_another_name_or_linked_is_passed_over(kernels, fake):
+    entry = build(kernels, fake).parent
+    moved = entry.rename(entry.with_name("1" * 64))
+    assert kernels.find(moved.name) is None
+    entry.symlink_to(moved)
+    assert kernels.find(entry.name) is None
+    assert build(kernels, fake).parent == entry
+    assert not entry.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_an_entry_of_another_user_is_passed_over_and_rebuilt(kernels, fake):
+    binary = build(kernels, fake)
+    os.chown(binary.parent, 65534, 65534)
+    assert kernels.find(binary.parent.name) is None
+    assert build(kernels, fake) == binary
+    assert binary.parent.stat().st_uid == 0
+
+
+def test_only_the_users_own_directories_are_private(tmp_path, monkeypatch):
+    assert directories.is_private(tmp_path.stat())
+    file = tmp_path / "file"
+    file.touch()
+    assert not directories.is_private(file.stat())
+    monkeypatch.setattr(directories.os, "geteuid", lambda: 4321)
+    assert not directories.is_private(tmp_path.stat())
+    with pytest.raises(CacheError, match=r"belongs to user \d+, .*chown -R 4321"):
+        directories.require_private(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_cache_others_can_write_is_refused_with_the_fix(kernels, fake, mode):
+    binary = build(kernels, fake)
+    kernels.root.chmod(mode)
+    fix = f"chmod go-w '{kernels.root}'"
+    with pytest.raises(CacheError, match=fix):
+        kernels.find(binary.parent.name)
+    with pytest.raises(CacheError, match=fix):
+        build(kernels, fake, "int y;")
+    assert len(fake.calls) == 1
+    assert subprocess.run(fix, shell=True, check=True).returncode == 0
+    assert kernels.find(binary.parent.name) == binary
+
+
+def test_a_cache_that_is_a_file_is_refused(kernels, fake):
+    kernels.root.parent.mkdir()
+    kernels.root.touch()
+    with pytest.raises(CacheError, match="not a directory"):
+        build(kernels, fake)
+
+
+@pytest.fixture
+def own_temporary(monkeypatch, tmp_path):
+    """Undoes what falling back to the temporary cache does to the process."""
+    monkeypatch.setattr(directories.tempfile, "tempdir", str(tmp_path))
+    for function in (directories.temporary, directories._warn):
+        function.cache_clear()
+    yield
+    for function in (directories.temporary, directories._warn):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("why", ["read-only", "cannot be made"])
+def test_an_unwritable_cache_warns_once_and_kernels_live_in_the_process(
+    kernels, fake, monkeypatch, caplog, own_temporary, why
+):
+    old = build(kernels, fake)
+    chosen = kernels
+    if why == "read-only":
+        monkeypatch.setattr(directories.os, "access", lambda path, mode: False)
+    else:
+        chosen = Store(old / "below a file")
+    caplog.set_level(logging.WARNING)
+    first, second = build(chosen, fake, "int y;"), build(chosen, fake, "int z;")
+    assert first.parents[1] == second.parents[1] == directories.temporary()
+    assert stat.S_IMODE(directories.temporary().stat().st_mode) == 0o700
+    assert chosen.find(first.parent.name) == first
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "JAX_BOLT_CACHE_DIR" in caplog.text
+    if why == "read-only":
+        assert build(kernels, fake) == old, "what is there is still read"
+
+
+def test_least_recently_used_goes_first(kernels, fake):
+    binaries = [build(kernels, fake, f"int x{i}; {'/' * 5000}") for i in range(4)]
+    now = time.time()
+    # The oldest was used an hour ago, the others longer ago the later they were built.
+    for binary, age in zip(binaries, (3600, 9000, 8000, 7000), strict=True):
+        kernels.find(binary.parent.name)
+        os.utime(binary.parent / "used", (now - age, now - age))
+    assert [e.path for e in kernels.entries()] == [
+        binaries[i].parent for i in (1, 2, 3, 0)
+    ]
+    sizes = {entry.path: entry.size for entry in kernels.entries()}
+    removed = kernels.prune(sum(sizes.values()) - 1)
+    assert removed == sizes[binaries[1].parent]
+    assert [b.exists() for b in binaries] == [True, False, True, True]
+    assert kernels.find(binaries[2].parent.name), "asking for it marks it as used"
+    kernels.prune(0)
+    assert [b.exists() for b in binaries] == [False, False, True, False]
+
+
+def test_building_keeps_the_store_under_its_bound(kernels, fake):
+    old = build(kernels, fake)
+    kernels.find(old.parent.name)
+    os.utime(old.parent / "used", (1, 1))
+    new = build(Store(kernels.root, max_bytes=1), fake, "int y;")
+    assert not old.exists()
+    assert new.exists(), "what was just built is about to be loaded"
+
+
+def test_clear_and_abandoned_builds(kernels, fake):
+    binary = build(kernels, fake)
+    kernels.build(fake.toolchain(), ["FAIL"], SM90)
+    young, old = kernels.root / ".build-young", kernels.root / ".build-old"
+    for path in (young, old):
+        path.mkdir()
+    os.utime(old, (1, 1))
+    kernels.prune()
+    assert (young.exists(), old.exists()) == (True, False)
+    kernels.clear()
+    assert not binary.exists()
+    assert not young.exists()
+    assert kernels.entries() == []
+    calls = len(fake.calls)
+    kernels.build(fake.toolchain(), ["FAIL"], SM90)
+    assert len(fake.calls) == calls + 1, "failures are forgotten too"
+
+
+def test_an_interrupt_ends_the_other_compilers(kernels, fake):
+    def interrupt(key, result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kernels.build(fake.toolchain(), ["int x;", "WAIT"], SM90, 2, interrupt)
+    wait_for(lambda: not compiler._live)
+    wait_for(lambda: not list(kernels.root.glob(".build-*")))
+    assert [e.path.name for e in kernels.entries()] == [
+        store.digest(fake.toolchain(), "int x;", SM90)
+    ]
+    assert not store._failures
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+from fake_nvcc import toolchain
+from jax_bolt._src import arch
+from jax_bolt._src.jit import store
+root, nvcc, ready = map(Path, sys.argv[1:4])
+ready.touch()
+result = store.Store(root).build(toolchain(nvcc), ["WAIT"], arch.from_name("sm_90a"))
+print(store.stats()["compiled"], *result.values())
+"""
+
+
+def start_builder(kernels: Store, fake: FakeNvcc, ready: Path) -> subprocess.Popen[str]:
+    places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER, kernels.root, fake.nvcc, ready],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_build_one_key_once(kernels, fake, tmp_path):
+    ready = [tmp_path / "ready0", tmp_path / "ready1"]
+    builders = [start_builder(kernels, fake, path) for path in ready]
+    wait_for(lambda: all(path.exists() for path in ready) and fake.calls)
+    # Nothing of a build under way is visible.
+    digest = store.digest(fake.toolchain(), "WAIT", SM90)
+    assert kernels.find(digest) is None
+    assert kernels.entries() == []
+    time.sleep(0.3)  # for the other one to reach the lock
+    fake.release()
+    printed = [builder.communicate(timeout=60)[0].split() for builder in builders]
+    assert sorted(words[0] for words in printed) == ["0", "1"]
+    assert {words[1] for words in printed} == {str(kernels.find(digest))}
+    assert len(fake.calls) == 1
+
+
+def test_a_killed_builder_leaves_nothing_a_reader_can_see(kernels, fake, tmp_path):
+    builder = start_builder(kernels, fake, tmp_path / "ready")
+    wait_for(lambda: fake.calls)
+    builder.send_signal(signal.SIGKILL)
+    builder.communicate(timeout=60)
+    digest = store.digest(fake.toolchain(), "WAIT", SM90)
+    assert list(kernels.root.glob(".build-*"))
+    assert kernels.find(digest) is None
+    assert kernels.entries() == []
+    fake.release()
+    # Its lock went with it, its compiler did not: that one may still write, aside.
+    assert build(kernels, fake, "WAIT").parent.name == digest
+    assert len(fake.calls) == 2
