@@ -73,15 +73,20 @@ def bench_model(
         variant: _attempt(_first_call, fun, variables, x, expected)
         for variant, fun in callables.items()
     }
-    # In turn, so that a clock that drifts drifts for all of them.
-    timings: dict[str, list[dict[str, Any]]] = {variant: [] for variant in callables}
-    for _ in range(settings.rounds):
-        for variant, fun in callables.items():
-            if "error" not in found[variant]:
-                timed = _attempt(_time, fun, variables, x, settings)
-                timings[variant].append(timed)
-    for variant, rounds in timings.items():
-        found[variant] |= _middle(rounds)
+    # Every variant in turn, so that a clock that drifts drifts for all of them; all
+    # wall times before the first trace, which may leave the driver slower.
+    for step, key, prefix in (
+        (_wall, "wall_ms", ""),
+        (_kernels, "kernels_ms", "trace_"),
+    ):
+        rounds: dict[str, list[dict[str, Any]]] = {v: [] for v in callables}
+        for _ in range(settings.rounds):
+            for variant, fun in callables.items():
+                if "error" not in found[variant]:
+                    timed = _attempt(step, fun, variables, x, settings, prefix=prefix)
+                    rounds[variant].append(timed)
+        for variant, timed in rounds.items():
+            found[variant] |= _middle(timed, key, f"{prefix}error")
     roots = floor.roots(apply, variables, x)
     result: dict[str, Any] = {
         "title": models.MODELS[name].title,
@@ -119,7 +124,12 @@ def problems(result: dict[str, Any]) -> list[str]:
     if "error" in result:
         return [result["error"]]
     variants = result["variants"]
-    out = [f"{v}: {variants[v]['error']}" for v in (PLAIN, BOLT) if _bad(variants[v])]
+    out = [
+        f"{variant}: {variants[variant][key]}"
+        for variant in (PLAIN, BOLT)
+        for key in ("error", "trace_error")
+        if key in variants[variant]
+    ]
     if "report_error" in result:
         out.append(f"explain: {result['report_error']}")
     ratio = result["ratios"].get("error", math.nan)
@@ -236,18 +246,20 @@ def _first_call(
     }
 
 
-def _time(
+def _wall(
     fun: Callable[..., Any], variables: Any, x: jax.Array, settings: Settings
 ) -> dict[str, Any]:
     wall = timing.wall(fun, variables, x, runs=settings.runs)
-    out: dict[str, Any] = {
-        "wall_ms": wall.median * 1e3,
-        "wall_lowest_ms": wall.lowest * 1e3,
-    }
+    return {"wall_ms": wall.median * 1e3, "wall_lowest_ms": wall.lowest * 1e3}
+
+
+def _kernels(
+    fun: Callable[..., Any], variables: Any, x: jax.Array, settings: Settings
+) -> dict[str, Any]:
     if not environment.has_gpu():
-        return out
+        return {}
     traced = timing.kernels(fun, variables, x, runs=settings.traced_runs)
-    return out | {
+    return {
         "kernels_ms": traced.us / 1e3,
         "busy_ms": traced.busy_us / 1e3,
         "memcpy_us": traced.memcpy_us,
@@ -257,18 +269,15 @@ def _time(
     }
 
 
-def _middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round in the middle by kernel time, or wall time; every round's times."""
-    if errors := [r for r in rounds if "error" in r]:
-        return errors[0]
-    if not rounds:
+def _middle(rounds: list[dict[str, Any]], key: str, error: str) -> dict[str, Any]:
+    """The round whose ``key`` is the middle one, and ``key`` of all; or a failure."""
+    if failed := [r for r in rounds if error in r]:
+        return failed[0]
+    ordered = sorted((r for r in rounds if key in r), key=lambda r: r[key])
+    if not ordered:
         return {}
-    key = "kernels_ms" if "kernels_ms" in rounds[0] else "wall_ms"
-    ordered = sorted(rounds, key=lambda r: r[key])
-    middle = dict(ordered[(len(ordered) - 1) // 2])
-    middle["wall_ms"] = statistics.median(r["wall_ms"] for r in rounds)
-    middle["rounds"] = [{k: r[k] for k in (key, "wall_ms")} for r in rounds]
-    return middle
+    spread = {f"{key}_rounds": [r[key] for r in rounds]}
+    return ordered[(len(ordered) - 1) // 2] | spread
 
 
 def _report(optimized: Any, variables: Any, x: jax.Array) -> dict[str, Any]:
@@ -286,10 +295,6 @@ def _attempt(
             f"{prefix}error": f"{type(error).__name__}: {error}",
             f"{prefix}traceback": traceback.format_exc(),
         }
-
-
-def _bad(variant: dict[str, Any]) -> bool:
-    return "error" in variant
 
 
 def _timed_by(ratio: dict[str, float]) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUTLASS kernels for JAX: convs and matrix products fused with what follows them.
 
-    @jax_bolt.optimize
-    def predict(params, images):
-        return model.apply(params, images)
+@jax_bolt.optimize
+def predict(params, images):
+    return model.apply(params, images)
 """
 
 import importlib.metadata as _metadata

@@ -63,9 +63,10 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.path.parts:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder == "gpu":
             item.add_marker("gpu")
-        if "compile" in item.path.parts:
+        elif folder == "compile":
             item.add_marker("nvcc")
 
 

@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: trace, rewrite, and hand the result to ``jax.jit``."""
+"""The public functions: trace, rewrite, and hand the result to ``jax.jit``.
+
+What does the work is imported with the first call, not with ``jax_bolt``: importing
+the package must cost next to nothing (``program`` and all below it do not load).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from . import arch as arch_
-from . import compat, options, paths, plan, resolve, rewrite
-from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
-from .arch import GpuArch
-from .errors import CompileError, UnsupportedError
-from .jit import store, toolchain
+from . import options
 from .options import OnError, OnMiss, Options
-from .plan import Rejection
-from .primitive import SiteInfo
-from .report import Report, Site
-from .rewrite import Rewritten
-from .tune import search
+
+if TYPE_CHECKING:
+    from .report import Report
+    from .rewrite import Rewritten
 
 
 class Optimized:
@@ -60,8 +57,10 @@ class Optimized:
 
     def explain(self, *args: Any, arch: str | None = None, **kwargs: Any) -> Report:
         """See ``jax_bolt.explain``."""
+        from . import program
+
         with options.options(**self._changes):
-            return _report(self._rewritten(args, kwargs), arch)
+            return program.report(self._rewritten(args, kwargs), arch)
 
     def tune(
         self,
@@ -71,8 +70,10 @@ class Optimized:
         **kwargs: Any,
     ) -> Report:
         """See ``jax_bolt.tune``."""
+        from . import program
+
         with options.options(**self._changes):
-            return _tune(self._rewritten(args, kwargs), budget_s, progress)
+            return program.tune(self._rewritten(args, kwargs), budget_s, progress)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -90,12 +91,13 @@ class Optimized:
         effective = dataclasses.replace(active, **self._changes)
 
         def optimized(*args: Any, **kwargs: Any) -> Any:
-            traced, tree = compat.make_jaxpr(self._fun, self._static, args, kwargs)
-            program = rewrite.rewrite(traced, effective).program
-            dynamic = _without_static(args, self._static)
-            leaves = jax.tree.leaves((dynamic, kwargs))
-            results = compat.jaxpr_as_fun(program)(*leaves)
-            return jax.tree.unflatten(tree, results)
+            from . import program
+
+            rewritten, tree = program.trace(
+                self._fun, self._static, args, kwargs, effective
+            )
+            leaves = jax.tree.leaves((_without_static(args, self._static), kwargs))
+            return jax.tree.unflatten(tree, program.run(rewritten, leaves))
 
         functools.update_wrapper(optimized, self._fun)
         return jax.jit(
@@ -103,8 +105,10 @@ class Optimized:
         )
 
     def _rewritten(self, args: Any, kwargs: Any) -> Rewritten:
-        traced, _ = compat.make_jaxpr(self._fun, self._static, args, kwargs)
-        return rewrite.rewrite(traced, options.current())
+        from . import program
+
+        active = options.current()
+        return program.trace(self._fun, self._static, args, kwargs, active)[0]
 
     def _explain_bad_argument(self, args: Any, kwargs: Any, error: TypeError) -> None:
         """Raises a clearer error where an argument is no array; else returns."""
@@ -223,11 +227,10 @@ def tune(
 
 
 def clear_cache() -> None:
-    """Empties the user's kernel and tuning stores; raises CacheError where it cannot."""
-    active = options.current()
-    store.Store(paths.kernel_root(active)).clear()
-    shutil.rmtree(paths.tuning_root(active), ignore_errors=True)
-    resolve.failures.clear()
+    """Empties the user's kernel and tuning stores; CacheError where it cannot."""
+    from . import program
+
+    program.clear_cache(options.current())
 
 
 def _callable(fun: Any) -> Callable:
@@ -238,89 +241,3 @@ def _callable(fun: Any) -> Callable:
 
 def _argnums(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report:
-    active = options.current()
-    if budget_s is not None:
-        active = dataclasses.replace(active, budget_s=budget_s)
-    device = compat.cuda_device()
-    if device is None:
-        raise UnsupportedError(
-            "tuning needs a CUDA device, and JAX sees none; jax_bolt.explain works "
-            "without one"
-        )
-    target = resolve.target_for(device, active)
-    resolve.tune_missing(rewritten.family.sites, target, active, progress)
-    return _report(rewritten, None)
-
-
-def _report(rewritten: Rewritten, name: str | None) -> Report:
-    active = options.current()
-    arch = arch_.from_name(name) if name is not None else _local_arch()
-    sources = _sources(active)
-    sites = [
-        Site(
-            name=refusal.name,
-            line=refusal.line,
-            root=refusal.primitive,
-            reason=refusal.reason,
-            kernel="xla",
-            provenance="xla",
-        )
-        for refusal in rewritten.refusals
-    ]
-    sites += [_site(s, arch, active, sources) for s in rewritten.family.sites]
-    return Report(tuple(sites), arch.name if arch else "", store.stats())
-
-
-def _site(
-    site: SiteInfo, arch: GpuArch | None, active: Options, sources: str
-) -> Site:
-    base = Site(
-        name=site.name,
-        line=site.line,
-        root=site.root,
-        problem=site.region.problem.text,
-        epilogue=site.label,
-        region=site.region,
-        fused=True,
-    )
-    if arch is None:
-        return base
-    made = resolve.stored(site.region, arch, active, sources)
-    if made is None:
-        made = plan.heuristic(site.region, arch, active.disable)
-    failed = resolve.failure(arch, site.region)
-    if failed is not None:
-        made = Rejection(failed)
-    entry = made.entry
-    if entry is not None:
-        base = dataclasses.replace(
-            base,
-            time_us=entry.time_us,
-            xla_time_us=entry.xla_time_us,
-            error=entry.error,
-            xla_error=entry.xla_error,
-        )
-    if isinstance(made, Rejection):
-        return dataclasses.replace(
-            base, reason=made.reason, kernel="xla", provenance="xla"
-        )
-    return dataclasses.replace(
-        base, kernel=made.candidate.text, provenance=made.provenance
-    )
-
-
-def _local_arch() -> GpuArch | None:
-    device = compat.cuda_device()
-    return None if device is None else resolve.arch_of(device)
-
-
-def _sources(active: Options) -> str:
-    """The headers' key of the tuning results; none match without a toolchain."""
-    try:
-        return search.sources_key(toolchain.find(active))
-    except CompileError:
-        return ""
-

@@ -33,6 +33,7 @@ __all__ = [
     "Primitive",
     "Var",
     "ad",
+    "aval_of",
     "batching",
     "call_equation",
     "closed",
@@ -41,10 +42,10 @@ __all__ = [
     "fresh_vars",
     "is_drop",
     "jaxpr_as_fun",
+    "like_body",
     "make_jaxpr",
     "mlir",
     "name_stack",
-    "like_body",
     "prefixed",
     "rebuilt",
     "region_jaxpr",
@@ -93,6 +94,11 @@ def make_jaxpr(fun: Callable, static_argnums: Sequence[int], args, kwargs):
 def closed(body: Any) -> ClosedJaxpr:
     """``body`` as a ``ClosedJaxpr``; an open one must have no constants."""
     return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, [])
+
+
+def aval_of(atom: Any) -> Any:
+    """The shaped abstract value of a variable or literal."""
+    return atom.aval
 
 
 def is_drop(var: Any) -> bool:
@@ -157,8 +163,10 @@ def name_stack(eqn: JaxprEqn) -> str:
 
 
 def prefixed(inner: JaxprEqn, outer: JaxprEqn) -> Any:
-    """Source information of ``inner`` when its body is inlined in place of ``outer``."""
-    stack = outer.source_info.name_stack + inner.source_info.name_stack
+    """Source information of ``inner`` once inlined in place of ``outer``."""
+    # As JAX names what it lowers from a call, so that profiles read the same.
+    call = f"jit({outer.params.get('name', outer.primitive.name)})"
+    stack = outer.source_info.name_stack.extend(call) + inner.source_info.name_stack
     return inner.source_info.replace(name_stack=stack)
 
 

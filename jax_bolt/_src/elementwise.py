@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import ir
-from .compat import JaxprEqn, Literal, closed
+from .compat import JaxprEqn, Literal, aval_of, closed
 
 DTYPES: dict[str, ir.DType] = {
     "bfloat16": "bf16",
@@ -32,6 +32,8 @@ _SAME_NAME = frozenset(
     "is_finite".split()
 )
 
+_COMMUTATIVE = frozenset("add mul max min eq ne and or xor".split())
+
 
 class NotElementwise(Exception):
     """Why an equation cannot be part of an epilogue."""
@@ -47,6 +49,9 @@ class Builder:
         self._known: dict[ir.Op, int] = {self.ops[0]: 0}
 
     def op(self, name: str, *args: int, attr: float | int | None = None) -> int:
+        if name in _COMMUTATIVE:
+            # x + y and y + x are one kernel.
+            args = tuple(sorted(args))
         op = ir.Op(name, args, attr)
         # NaN constants compare unequal, so they are simply never shared.
         if op not in self._known:
@@ -147,8 +152,8 @@ def _emit_call(
         ]
         if inner.primitive.name in SHAPE_ONLY:
             # Only a scalar may change shape in here; anything else moves elements.
-            source = inner.invars[0]
-            if source.aval.size != 1 and source.aval.shape != inner.outvars[0].aval.shape:
+            source, result = aval_of(inner.invars[0]), aval_of(inner.outvars[0])
+            if source.size != 1 and source.shape != result.shape:
                 raise NotElementwise(f"{inner.primitive.name} inside a call")
         results = emit(builder, inner, values, per_channel)
         env.update(zip(inner.outvars, results, strict=True))

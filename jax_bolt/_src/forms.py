@@ -30,7 +30,6 @@ class Form:
 def forms(region: ir.Region) -> tuple[Form, ...]:
     """Every form of ``region``, the plainest first."""
     problem = region.problem
-    unit = _unit(problem)
     names: list[str] = []
     if isinstance(problem, ir.GemmProblem):
         names.append("direct")

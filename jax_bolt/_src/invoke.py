@@ -25,7 +25,7 @@ JAX_DTYPES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Executable:
-    """A kernel loaded under ``digest`` that runs ``problem`` (the user's) as ``form``."""
+    """A kernel loaded under ``digest``, and the user's problem it runs as ``form``."""
 
     digest: str
     problem: ir.Problem

@@ -34,10 +34,7 @@ ARITHMETIC: dict[str, tuple[int, str]] = {
             "atanh logistic erf erfc erf_inv square to_float to_bf16 to_f16"
         ).split()
     },
-    **{
-        name: (2, "float")
-        for name in "add sub mul div rem max min pow atan2".split()
-    },
+    **{name: (2, "float") for name in "add sub mul div rem max min pow atan2".split()},
     # to_bf16 and to_f16 round a per-channel value as the user's cast does; casts of
     # full-size values are not kept (XLA does not keep them either: excess precision).
     "clamp": (3, "float"),  # lo, x, hi
@@ -208,12 +205,16 @@ class ConvProblem:
     @property
     def p(self) -> int:
         reach = self.dilation[0] * (self.r - 1) + 1
-        return (self.h + self.padding[0] + self.padding[1] - reach) // self.stride[0] + 1
+        return (self.h + self.padding[0] + self.padding[1] - reach) // self.stride[
+            0
+        ] + 1
 
     @property
     def q(self) -> int:
         reach = self.dilation[1] * (self.s - 1) + 1
-        return (self.w + self.padding[2] + self.padding[3] - reach) // self.stride[1] + 1
+        return (self.w + self.padding[2] + self.padding[3] - reach) // self.stride[
+            1
+        ] + 1
 
     @property
     def text(self) -> str:

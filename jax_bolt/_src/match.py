@@ -15,13 +15,25 @@ the arithmetic on them, so that ``rsqrt(var + eps) * scale`` is part of the regi
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from . import elementwise, ir
-from .compat import Jaxpr, JaxprEqn, Literal, Var, is_drop, name_stack, source_line
+from .compat import (
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    aval_of,
+    is_drop,
+    name_stack,
+    source_line,
+)
 from .elementwise import NotElementwise
 from .roots import ROOTS, Refused, Root, read_root
+
+_CALL = re.compile(r"jit\((.*?)\)")
 
 MAX_VECTORS = 8  # abi.h: JAX_BOLT_MAX_VECTORS
 MAX_SIDES = 2  # abi.h: JAX_BOLT_MAX_SIDES
@@ -39,7 +51,7 @@ class Match:
     root: int
     eqns: tuple[int, ...]
     absorbed: tuple[int, ...]
-    inputs: tuple[Var, ...]
+    inputs: tuple[Any, ...]
     output: Var
     region: ir.Region
     name: str
@@ -88,7 +100,8 @@ def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
 
 def site_name(eqn: JaxprEqn) -> str:
     """The module path Flax and ``jax.named_scope`` give, else the source line."""
-    return name_stack(eqn) or source_line(eqn) or eqn.primitive.name
+    path = "/".join(p for p in name_stack(eqn).split("/") if not _CALL.fullmatch(p))
+    return path or source_line(eqn) or eqn.primitive.name
 
 
 class _Graph:
@@ -119,7 +132,7 @@ class _Growth:
         self.problem = problem
         self.taken = taken
         self.out = graph.eqns[root].outvars[0]
-        self.shape = tuple(self.out.aval.shape)
+        self.shape = tuple(aval_of(self.out).shape)
         cut = len(self.shape) - problem.channel_axes
         self.channels = self.shape[cut:]
 
@@ -143,7 +156,11 @@ class _Growth:
                 continue
             (out,) = eqn.outvars
             inside = frozenset([index]).union(
-                *(ancestors[v] for v in eqn.invars if _in(v, ancestors))
+                *(
+                    ancestors[v]
+                    for v in eqn.invars
+                    if isinstance(v, Var) and v in ancestors
+                )
             )
             ancestors[out] = inside
             if self._closed(inside, out) and _is_float(out):
@@ -154,7 +171,7 @@ class _Growth:
     def _grows(self, eqn: JaxprEqn, ancestors: dict[Var, frozenset[int]]) -> bool:
         if len(eqn.outvars) != 1 or eqn.effects or is_drop(eqn.outvars[0]):
             return False
-        if tuple(eqn.outvars[0].aval.shape) != self.shape:
+        if tuple(aval_of(eqn.outvars[0]).shape) != self.shape:
             return False
         if eqn.primitive.name in elementwise.SHAPE_ONLY:
             return False
@@ -171,7 +188,7 @@ class _Growth:
         except NotElementwise:
             return False
         if isinstance(atom, Literal):
-            return not atom.aval.shape
+            return not aval_of(atom).shape
         return tuple(atom.aval.shape) == self.shape or self._is_per_channel(atom)
 
     def _is_per_channel(self, atom: Any) -> bool:
@@ -208,7 +225,7 @@ class _Growth:
             raise NotElementwise("more inputs than a kernel takes")
         lhs, rhs = self.graph.eqns[self.root].invars
         inputs = (lhs, rhs, *emission.sides, *emission.vectors)
-        needed = self._needed(output, set(inputs))
+        needed = self._needed(output, inputs)
         region = ir.Region(
             problem=self.problem.problem,
             epilogue=builder.epilogue(
@@ -226,7 +243,7 @@ class _Growth:
             label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
         )
 
-    def _needed(self, output: Var, inputs: set[Var]) -> set[int]:
+    def _needed(self, output: Var, inputs: Sequence[Any]) -> set[int]:
         """Equations that compute ``output`` from ``inputs``."""
         needed: set[int] = set()
         pending: list[Any] = [output]
@@ -279,8 +296,10 @@ class _Emission:
             if isinstance(atom, Literal):
                 break
             index = self.graph.producer.get(atom)
-            eqn = None if index is None else self.graph.eqns[index]
-            if eqn is None or eqn.primitive.name not in elementwise.SHAPE_ONLY:
+            if index is None:
+                break
+            eqn = self.graph.eqns[index]
+            if eqn.primitive.name not in elementwise.SHAPE_ONLY:
                 break
             if not self._spreads_channels(eqn):
                 break
@@ -296,18 +315,18 @@ class _Emission:
         source, result = eqn.invars[0], eqn.outvars[0]
         if len(eqn.invars) != 1:
             return False
-        if source.aval.size == 1:
+        if aval_of(source).size == 1:
             return True
         if not self.growth._is_per_channel(source):
             return False
         if eqn.primitive.name != "broadcast_in_dim":
             return self.growth._is_per_channel(result)
         # The source's axes, units aside, must land on the trailing channel axes.
-        rank = len(result.aval.shape)
+        rank = len(aval_of(result).shape)
         axes = [
             axis - rank
             for axis, size in zip(
-                eqn.params["broadcast_dimensions"], source.aval.shape, strict=True
+                eqn.params["broadcast_dimensions"], aval_of(source).shape, strict=True
             )
             if size > 1
         ]
@@ -347,7 +366,7 @@ class _Emission:
             return False
         inside = self.inside | self.absorbed
         return self.graph.used_only_in(eqn.outvars[0], inside) and all(
-            isinstance(v, Literal) and not v.aval.shape
+            (isinstance(v, Literal) and not aval_of(v).shape)
             or (isinstance(v, Var) and self.growth._is_input(v))
             for v in eqn.invars
         )
@@ -376,8 +395,13 @@ def label(root: str, epilogue: ir.Epilogue, callees: Sequence[str]) -> str:
 
 def _callees(growth: _Growth, eqns: list[int]) -> list[str]:
     """Names of the user's own elementwise functions (relu, silu) in the region."""
-    names = [growth.graph.eqns[i].params.get("name") for i in eqns]
-    return [name for name in names if isinstance(name, str)]
+    around = _CALL.findall(name_stack(growth.graph.eqns[growth.root]))
+    names: list[str] = []
+    for index in eqns[1:]:
+        eqn = growth.graph.eqns[index]
+        calls = _CALL.findall(name_stack(eqn))[len(around) :]
+        names += calls[:1] or [str(eqn.params.get("name", ""))]
+    return [name for name in dict.fromkeys(names) if name.isidentifier()]
 
 
 def _in(atom: Any, values: dict[Var, Any]) -> bool:

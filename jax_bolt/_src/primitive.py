@@ -35,6 +35,14 @@ class SiteInfo:
     line: str
     root: str
 
+    @property
+    def in_avals(self) -> list[Any]:
+        return list(self.reference.in_avals)
+
+    @property
+    def out_aval(self) -> Any:
+        return self.reference.out_avals[0]
+
     def __repr__(self) -> str:
         return f"{self.name}: {self.label}"
 
@@ -94,7 +102,9 @@ def _transpose(cotangent, *args, reference, **_):
     """Reverse mode of a region that is linear in its undefined operands."""
     linear = [i for i, a in enumerate(args) if ad.is_undefined_primal(a)]
     if isinstance(cotangent, ad.Zero):
-        return [ad.Zero(args[i].aval) if i in linear else None for i in range(len(args))]
+        return [
+            ad.Zero(args[i].aval) if i in linear else None for i in range(len(args))
+        ]
 
     def of_linear(*values):
         operands = list(args)
@@ -122,4 +132,3 @@ def lower_reference(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) ->
 
 
 mlir.register_lowering(bolt_call_p, lower_reference)
-

@@ -11,13 +11,10 @@ In this order:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeAlias
-
-import jax
 
 from . import arch as arch_
 from . import ir, paths, plan
@@ -42,7 +39,7 @@ class Missing(UnsupportedError):
 
 
 def resolve(
-    site: SiteInfo, family: Family, options: Options, device: jax.Device
+    site: SiteInfo, family: Family, options: Options, device: Any
 ) -> Resolution:
     """What ``site`` runs on, on ``device``.
 
@@ -139,7 +136,7 @@ def _plan(
         return Rejection('no tuning result, and on_miss="xla"')
     if options.on_miss == "error":
         raise Missing(
-            f'{site.name}: no tuning result for {site.region.problem.text} on '
+            f"{site.name}: no tuning result for {site.region.problem.text} on "
             f'{target.arch.gpu}, and on_miss="error"; run jax_bolt.tune first'
         )
     if options.on_miss == "heuristic":
@@ -155,12 +152,8 @@ def _load(
     candidate = made.candidate
     source = candidate.source
     digest = target.kernels.digest(target.toolchain, source, target.arch)
-    built = target.kernels.build(
-        target.toolchain, [source], target.arch, options.jobs
-    )
-    return search.executable(
-        site.region, candidate, digest, built[digest], target
-    )
+    built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
+    return search.executable(site.region, candidate, digest, built[digest], target)
 
 
 def explain_failure(error: Exception) -> str:

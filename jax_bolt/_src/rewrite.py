@@ -42,9 +42,7 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     left alone. Rewriting a rewritten program changes nothing.
     """
     family, refusals = Family(), []
-    return Rewritten(
-        _rewrite(program, family, refusals, options), family, refusals
-    )
+    return Rewritten(_rewrite(program, family, refusals, options), family, refusals)
 
 
 def _rewrite(
@@ -73,9 +71,7 @@ def _rewrite(
     return rebuilt(program, _without_unused(eqns, origin, absorbed, jaxpr.outvars))
 
 
-def _call(
-    jaxpr: Any, match: Match, family: Family, options: Options
-) -> JaxprEqn:
+def _call(jaxpr: Any, match: Match, family: Family, options: Options) -> JaxprEqn:
     operands = list(dict.fromkeys(match.inputs))
     indices = sorted({*match.eqns, *match.absorbed})
     root = jaxpr.eqns[match.root]
@@ -112,9 +108,7 @@ def _with_bodies(
     return eqn.replace(params={**eqn.params, **changes}) if changes else eqn
 
 
-def _body(
-    body: Any, family: Family, refusals: list[Refusal], options: Options
-) -> Any:
+def _body(body: Any, family: Family, refusals: list[Refusal], options: Options) -> Any:
     old = closed(body)
     found = len(family.sites)
     new = _rewrite(old, family, refusals, options)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import ir
-from .compat import JaxprEqn
+from .compat import JaxprEqn, aval_of
 
 ROOTS = ("conv_general_dilated", "dot_general")
 _FLOATS: dict[str, ir.DType] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -45,7 +45,7 @@ def read_root(eqn: JaxprEqn) -> Root:
       Refused: with the reason, when no region can start here.
     """
     dtype = _operand_dtype(eqn)
-    shapes = [tuple(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)]
+    shapes = [tuple(aval_of(v).shape) for v in (*eqn.invars, *eqn.outvars)]
     if not all(isinstance(d, int) for shape in shapes for d in shape):
         raise Refused("shapes are symbolic; kernels are chosen for fixed shapes")
     if any(d == 0 for shape in shapes for d in shape):
@@ -57,8 +57,8 @@ def read_root(eqn: JaxprEqn) -> Root:
 
 
 def _operand_dtype(eqn: JaxprEqn) -> ir.DType:
-    lhs, rhs = (np.dtype(v.aval.dtype).name for v in eqn.invars)
-    out = np.dtype(eqn.outvars[0].aval.dtype).name
+    lhs, rhs = (np.dtype(aval_of(v).dtype).name for v in eqn.invars)
+    out = np.dtype(aval_of(eqn.outvars[0]).dtype).name
     if lhs != rhs:
         raise Refused(f"operands of different dtypes ({lhs}, {rhs})")
     for name in (lhs, out):
@@ -82,7 +82,7 @@ def _check_precision(eqn: JaxprEqn, dtype: ir.DType) -> None:
 
 def _read_dot(eqn: JaxprEqn, dtype: ir.DType) -> Root:
     (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
-    lhs, rhs = (tuple(v.aval.shape) for v in eqn.invars)
+    lhs, rhs = (tuple(aval_of(v).shape) for v in eqn.invars)
     batch_axes = tuple(range(len(batch_l)))
     if tuple(batch_l) != batch_axes or tuple(batch_r) != batch_axes:
         raise Refused("batch dimensions are not the leading ones of both operands")
@@ -132,8 +132,8 @@ def _layout(shape, first, second, which: str) -> ir.Layout:
 
 def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
     p = eqn.params
-    x, w = (tuple(v.aval.shape) for v in eqn.invars)
-    out = tuple(eqn.outvars[0].aval.shape)
+    x, w = (tuple(aval_of(v).shape) for v in eqn.invars)
+    out = tuple(aval_of(eqn.outvars[0]).shape)
     if len(x) != 4:
         raise Refused(f"a {len(x) - 2}-D conv: kernels are 2-D")
     if p["batch_group_count"] != 1:

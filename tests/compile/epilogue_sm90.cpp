@@ -62,9 +62,9 @@ int errors() {
   using Builder = jax_bolt::sm90::EpilogueBuilder<Epilogue, TileShape, kCooperative>;
   using Node = typename Builder::Node;
   constexpr int kSides = Epilogue::kSides;
-  auto tiled_mma = make_tiled_mma(GMMA::ss_op_selector<bf16, bf16, float, TileShape,
-                                                       GMMA::Major::K, GMMA::Major::MN>(),
-                                  Layout<Shape<Int<kCooperative ? 2 : 1>, _1, _1>>{});
+  auto tiled_mma = make_tiled_mma(
+      GMMA::ss_op_selector<bf16, bf16, float, TileShape, GMMA::Major::K, GMMA::Major::MN>(),
+      Layout<Shape<Int<kCooperative ? 2 : 1>, _1, _1>>{});
   int const rows = TileM * 3 - 5, channels = TileN * 2 - 24, tile_m = 1, tile_n = 1;
 
   std::vector<float> first(channels);
@@ -98,8 +98,8 @@ int errors() {
       auto const end = make_coord(rows, channels);
       cutlass::epilogue::fusion::detail::ConsumerStoreArgs args(
           make_shape(rows, channels, 64, 1), TileShape{}, make_coord(tile_m, tile_n, 0, 0),
-          tiled_mma, epilogue_tile, tiled_copy, make_coord_tensor(tile.layout()),
-          end - tile(_0{}), make_coord_tensor(mine.layout()), end - mine(_0{}), source, thread);
+          tiled_mma, epilogue_tile, tiled_copy, make_coord_tensor(tile.layout()), end - tile(_0{}),
+          make_coord_tensor(mine.layout()), end - mine(_0{}), source, thread);
       body(node.template get_consumer_store_callbacks<true>(args), mine);
     }
   };

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import region_cases as cases
 
 from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import measure, search
-
-from . import cases
 
 PER_TEMPLATE = 2  # candidates of each template and form that a case compiles
 

@@ -9,15 +9,15 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import region_cases as cases
 
 import jax_bolt
-
-from . import cases
 
 
 def normal(seed, *dims, dtype=jnp.bfloat16):
@@ -89,7 +89,9 @@ def test_heuristic_kernels_run_in_every_transform(args):
         close(fun(*args), want)
         close(jax.jit(lambda *a: fun(*a) * 2)(*args), want * 2)
         loop = jax.jit(
-            lambda x: jax.lax.scan(lambda c, _: (fun(c, *args[1:]), None), x, None, 2)[0]
+            lambda x: jax.lax.scan(lambda c, _: (fun(c, *args[1:]), None), x, None, 2)[
+                0
+            ]
         )
         close(loop(args[0]), block(block(*args), *args[1:]))
         xs = jnp.stack([args[0], args[0] * 2])
@@ -146,7 +148,7 @@ def test_a_kernel_that_does_not_compile_is_one_warning(args, monkeypatch, tmp_pa
         with pytest.warns(UserWarning, match="runs on XLA"):
             close(jax_bolt.optimize(lambda x, w: x @ w)(x, w), x @ w)
         strict = jax_bolt.optimize(lambda x, w: x @ w, on_error="raise")
-        with pytest.raises(jax_bolt.CompileError, match="such"):
+        with pytest.raises(jax_bolt.CompileError, match="identifier"):
             strict(x, w)
 
 
@@ -156,7 +158,7 @@ import jax, jax.numpy as jnp
 sys.path[:0] = sys.argv[1:]
 import jax_bolt
 from jax_bolt._src.jit import store
-from tests.gpu import test_optimize as t
+import test_optimize as t
 args = (t.normal(0, 4, 28, 28, 64), t.normal(1, 3, 3, 64, 64) * 0.05,
         t.normal(2, 1, 1, 64, 64) * 0.1, t.normal(3, 64, dtype=jnp.float32))
 jax.block_until_ready(jax_bolt.optimize(t.block)(*args))
@@ -171,9 +173,9 @@ def test_a_second_process_compiles_and_tunes_nothing(args, tuned):
         "JAX_BOLT_CACHE_DIR": str(options.current().cache_dir),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", SECOND, root],
+        [sys.executable, "-P", "-c", SECOND, str(here), str(here.parent)],
         env=environ,
         capture_output=True,
         text=True,

@@ -24,7 +24,9 @@ def random(seed, *shape):
 
 
 def conv_problem(**kw):
-    return ir.ConvProblem(**{"n": 2, "h": 11, "w": 9, "c": 3, "k": 5, "r": 3, "s": 3} | kw)
+    return ir.ConvProblem(
+        **{"n": 2, "h": 11, "w": 9, "c": 3, "k": 5, "r": 3, "s": 3} | kw
+    )
 
 
 CONVS = [
@@ -34,7 +36,9 @@ CONVS = [
     conv_problem(dtype="bf16", stride=(2, 2), padding=(3, 3, 3, 3), r=7, s=7),
     conv_problem(dtype="bf16", stride=(2, 2), padding=(2, 3, 2, 3), r=7, s=7),
     conv_problem(dtype="bf16", stride=(2, 2), padding=(1, 0, 0, 0), r=4, s=2),
-    conv_problem(dtype="bf16", stride=(2, 2), h=12, w=8, r=2, s=5, padding=(0, 0, 5, 1)),
+    conv_problem(
+        dtype="bf16", stride=(2, 2), h=12, w=8, r=2, s=5, padding=(0, 0, 5, 1)
+    ),
     conv_problem(dtype="bf16", stride=(2, 1), h=12, w=8),
     conv_problem(dtype="bf16", r=1, s=1, k=8, c=8),
     conv_problem(dtype="bf16", r=1, s=1, k=5, c=6),
@@ -82,12 +86,20 @@ def test_stems_are_folded_exactly():
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("layouts", [(a, b) for a in ("row", "col") for b in ("row", "col")])
+@pytest.mark.parametrize(
+    "layouts", [(a, b) for a in ("row", "col") for b in ("row", "col")]
+)
 @pytest.mark.parametrize("sizes", [(8, 16, 24, 1), (5, 7, 9, 3), (1, 1000, 12, 1)])
 def test_gemm_forms(dtype, layouts, sizes):
     m, n, k, batch = sizes
     problem = ir.GemmProblem(
-        m=m, n=n, k=k, batch=batch, dtype=dtype, a_layout=layouts[0], b_layout=layouts[1]
+        m=m,
+        n=n,
+        k=k,
+        batch=batch,
+        dtype=dtype,
+        a_layout=layouts[0],
+        b_layout=layouts[1],
     )
     a, b = random(0, batch, m, k), random(1, batch, k, n)
     want = jnp.matmul(a, b, precision="highest").reshape(batch * m, n)

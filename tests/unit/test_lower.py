@@ -37,9 +37,7 @@ def sharded(aval, *spec):
 
 
 DENSE = shape(4, 16), shape(16, 8), shape(8)
-MESH = jax.sharding.AbstractMesh(
-    (2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,)
-)
+MESH = jax.sharding.AbstractMesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def cuda_text(fun, *args):
@@ -126,7 +124,10 @@ def test_partitioned_programs_fall_back(kernel):
 def test_a_shard_map_body_is_one_device_and_keeps_its_kernel(kernel):
     spec = jax.sharding.PartitionSpec
     fun = jax.shard_map(
-        jax_bolt.optimize(dense), mesh=MESH, in_specs=(spec("i"), spec(), spec()), out_specs=spec("i")
+        jax_bolt.optimize(dense),
+        mesh=MESH,
+        in_specs=(spec("i"), spec(), spec()),
+        out_specs=spec("i"),
     )
     args = [sharded(a) for a in DENSE]
     text = lowered(fun, *args).as_text()

@@ -199,7 +199,11 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
 @pytest.mark.parametrize(
     ("fun", "args", "reason"),
     [
-        (lambda x, w: conv(x, w), (shape(2, 8, 8, 4, dtype=jnp.int8),) * 2, "dtype int8"),
+        (
+            lambda x, w: conv(x, w),
+            (shape(2, 8, 8, 4, dtype=jnp.int8),) * 2,
+            "dtype int8",
+        ),
         (
             lambda x, w: conv(x, w, feature_group_count=16),
             (X, shape(3, 3, 1, 32)),
@@ -233,8 +237,10 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
             "precision=HIGHEST",
         ),
         (
-            lambda x, y: jnp.einsum("mbk,kn->mbn", x, y).swapaxes(0, 1)
-            @ jnp.zeros((4, 4, 4, 4), BF16),
+            lambda x, y: (
+                jnp.einsum("mbk,kn->mbn", x, y).swapaxes(0, 1)
+                @ jnp.zeros((4, 4, 4, 4), BF16)
+            ),
             (shape(4, 4, 4), shape(4, 4)),
             None,
         ),

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import region_cases as cases
 
 from jax_bolt._src import evaluate, ir
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import measure
-from tests.gpu import cases
 
 TOLERANCE = {"bf16": 2e-2, "f16": 3e-3, "f32": 1e-5}
 

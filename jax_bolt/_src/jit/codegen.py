@@ -131,7 +131,8 @@ def _body(
             text = given[i] if i in given else leaf(op)
             names[i] = f"({text} != 0.0f)" if kinds[i] == "bool" else text
         elif op.name == "const":
-            names[i] = literal(float(op.attr or 0.0))
+            # Not "or 0.0", which would lose the sign of -0.0.
+            names[i] = literal(0.0 if op.attr is None else float(op.attr))
         else:
             names[i] = f"x{i}"
             expression = _expression(op, [names[a] for a in op.args])

@@ -13,7 +13,7 @@ from .tiles import Tile
 name = "gemm_sm80"
 header = "jax_bolt/gemm/sm80.hpp"
 
-_CANDIDATES = 5
+_CANDIDATES = 3
 _CANDIDATES_SM90 = 2  # beside those of gemm_sm90
 _TILES = (
     Tile(256, 128, 32, 64, 64, 3, 1.0),

@@ -71,9 +71,7 @@ def make_operands(site: SiteInfo, l2_bytes: int, seed: int = 0) -> Operands:
     for i in range(1, count):
         fresh = _random_set(site, jax.random.fold_in(key, i))
         sets.append(
-            tuple(
-                first[p] if p in shared else value for p, value in enumerate(fresh)
-            )
+            tuple(first[p] if p in shared else value for p, value in enumerate(fresh))
         )
     return Operands(site, tuple(jax.block_until_ready(sets)))
 
@@ -84,7 +82,7 @@ def _random_set(site: SiteInfo, key: jax.Array) -> tuple[jax.Array, ...]:
     _, filter_elements = site.region.problem.operand_elements
     depth = max(1, filter_elements // site.region.problem.channels)
     values = []
-    for position, aval in enumerate(site.reference.in_avals):
+    for position, aval in enumerate(site.in_avals):
         role = roles[position]
         at = jax.random.fold_in(key, position)
         if aval.dtype == jnp.bool_:
@@ -102,7 +100,7 @@ def _random_set(site: SiteInfo, key: jax.Array) -> tuple[jax.Array, ...]:
 
 def kernel_function(site: SiteInfo, kernel: Executable) -> Callable:
     """The region on ``kernel``, as a function of the ``bolt_call``'s operands."""
-    shape = site.reference.out_avals[0].shape
+    shape = site.out_aval.shape
 
     def fun(*operands: Any) -> Any:
         return invoke.call(kernel, *split(site, operands), shape)
@@ -167,7 +165,7 @@ class Errors:
 
 
 def errors(operands: Operands, kernel: Executable) -> Errors:
-    """Runs the region on ``kernel`` and on XLA and compares both with the IR's value."""
+    """Compares the region on ``kernel`` and on XLA with the IR's value."""
     site = operands.site
     ours = kernel_function(site, kernel)
     xla = reference_fun(site.reference)
@@ -188,7 +186,7 @@ def is_accurate(found: Errors, region: ir.Region) -> bool:
 
 
 def _truth(site: SiteInfo, operands: Sequence[Any]) -> Any:
-    """The region from its IR in float32; "direct" and "krsc" hold operands as it does."""
+    """The region from its IR in float32."""
     lhs, rhs, sides, vectors = split(site, operands)
     if isinstance(site.region.problem, ir.ConvProblem):
         rhs = jnp.transpose(rhs, (3, 0, 1, 2))

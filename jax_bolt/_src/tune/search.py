@@ -112,7 +112,7 @@ def _tune(
         progress.start("tuning", len(sites))
         for site in sites:
             if deadline is not None and time.monotonic() > deadline:
-                failures[site.region] = f"not tuned: the budget of {budget_s} s is spent"
+                failures[site.region] = f"the tuning budget of {budget_s} s is spent"
                 continue
             found, reasons = candidates[site.region]
             if not found:

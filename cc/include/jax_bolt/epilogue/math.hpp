@@ -10,6 +10,8 @@
 
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "jax_bolt/epilogue/traits.hpp"
 
@@ -21,6 +23,30 @@ JAX_BOLT_HOST_DEVICE float nan() { return __builtin_nanf(""); }
 
 JAX_BOLT_HOST_DEVICE float to_float(bool x) { return x ? 1.0f : 0.0f; }
 JAX_BOLT_HOST_DEVICE float to_float(float x) { return x; }
+
+/// Rounded to bfloat16, to nearest even. On bits: no 16-bit type is needed here.
+JAX_BOLT_HOST_DEVICE float to_bf16(float x) {
+  if (x != x) return x;
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
+
+/// Rounded to float16, to nearest even; inf from 65520 on.
+JAX_BOLT_HOST_DEVICE float to_f16(float x) {
+  if (x != x) return x;
+  float const size = ::fabsf(x);
+  if (size >= 65520.0f) return ::copysignf(inf(), x);
+  // Below the least normal number the values are multiples of 2^-24, as floats around 0.5 are.
+  if (size < 0x1p-14f) return ::copysignf((size + 0.5f) - 0.5f, x);
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  bits = (bits + 0xfffu + (bits >> 13 & 1u)) & 0xffffe000u;
+  memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
 
 // Arithmetic.
 JAX_BOLT_HOST_DEVICE float neg(float x) { return -x; }
@@ -152,12 +178,14 @@ JAX_BOLT_HOST_DEVICE float erf_inv(float y) {
   double const t = 2.0 / (M_PI * 0.147) + 0.5 * l;
   // t + root has no cancellation, where root - t has it all for a small z.
   double const root = ::sqrt(t * t - l / 0.147);
-  double x = ::copysign(::sqrt(-l / 0.147 / (root + t)), z);
+  double x = ::sqrt(-l / 0.147 / (root + t));
+  double const size = ::fabs(z);
   for (int i = 0; i < 4; ++i) {
-    double const miss =
-        ::fabs(z) < 0.5 ? ::erf(x) - z : ::copysign((1.0 - ::fabs(z)) - ::erfc(::fabs(x)), z);
+    // erf(x) - |z|, without cancellation near 1.
+    double const miss = size < 0.5 ? ::erf(x) - size : (1.0 - size) - ::erfc(x);
     x -= miss * 0.5 * ::sqrt(M_PI) * ::exp(x * x);
   }
+  x = ::copysign(x, z);
   return static_cast<float>(x);
 #endif
 }

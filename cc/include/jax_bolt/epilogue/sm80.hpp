@@ -115,7 +115,7 @@ class EpilogueSm80 {
 
   /// The hoisted values of the tile's columns. Not part of SharedStorage, which the caller overlays
   /// on the mainloop's.
-  struct ColumnStorage {
+  struct alignas(16) ColumnStorage {
     float values[array_size(kColumns)][kTileN];
   };
   struct SharedStorage {
@@ -248,10 +248,12 @@ class EpilogueSm80 {
       CUTLASS_PRAGMA_UNROLL
       for (int e = 0; e < kAccess; ++e) {
         float s[array_size(kSides)] = {};
-        for_each_index<kSides>([&](auto index) {
-          constexpr int i = decltype(index)::value;
-          s[i] = to_float(sides[a].template get<i>().data[e]);
-        });
+        if constexpr (kSides > 0) {
+          for_each_index<kSides>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            s[i] = to_float(sides[a].template get<i>().data[e]);
+          });
+        }
         values[e] = Functor::apply(fragment[a * kAccess + e], columns.values[e], s);
       }
       Place const place = locate(step, a);

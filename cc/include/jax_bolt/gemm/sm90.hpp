@@ -83,7 +83,8 @@ class Sm90 {
       typename Schedule::Mainloop>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, CollectiveMainloop,
                                                       CollectiveEpilogue, void>;
-  static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes,
+  static_assert(Kernel::SharedStorageSize <=
+                    cutlass::gemm::collective::detail::sm90_smem_capacity_bytes,
                 "the tile does not fit into shared memory");
 
  public:

@@ -92,7 +92,9 @@ def _plain(spec: str, a: tuple, b: tuple, dtype: Any = BF16) -> Case:
     return Case(name, lambda x, y: jnp.einsum(spec, x, y), args)
 
 
-def _conv(n, h, w, c, k, r, s, dtype: Any = BF16, bare: bool = False, **kw: Any) -> Case:
+def _conv(
+    n, h, w, c, k, r, s, dtype: Any = BF16, bare: bool = False, **kw: Any
+) -> Case:
     x, f = shape(n, h, w, c, dtype=dtype), shape(r, s, c, k, dtype=dtype)
     out = jax.eval_shape(lambda x, f: conv(x, f, **kw), x, f)
     tag = f"{jnp.dtype(dtype).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
@@ -116,7 +118,9 @@ def _two_sides() -> Case:
         *(shape(77, 24), shape(24, n), shape(77, n), shape(77, n)),
         *(shape(1, n, dtype=F32), shape(dtype=F32)),
     )
-    return Case("two-sides", lambda *a: fun(*a[:4], jnp.broadcast_to(a[4], (77, n)), a[5]), args)
+    return Case(
+        "two-sides", lambda *a: fun(*a[:4], jnp.broadcast_to(a[4], (77, n)), a[5]), args
+    )
 
 
 def _masked() -> Case:

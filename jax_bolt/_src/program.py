@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A traced function with its regions: run it, tune it, report on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import arch as arch_
+from . import compat, options, paths, plan, resolve, rewrite
+from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
+from .arch import GpuArch
+from .errors import CompileError, UnsupportedError
+from .jit import store, toolchain
+from .options import Options
+from .plan import Rejection
+from .primitive import SiteInfo
+from .report import Report, Site
+from .rewrite import Rewritten
+from .tune import search
+
+
+def trace(
+    fun: Callable,
+    static_argnums: Sequence[int],
+    args: Any,
+    kwargs: Any,
+    active: Options,
+) -> tuple[Rewritten, Any]:
+    """The rewritten program of ``fun(*args, **kwargs)`` and its output tree."""
+    traced, tree = compat.make_jaxpr(fun, static_argnums, args, kwargs)
+    return rewrite.rewrite(traced, active), tree
+
+
+def run(rewritten: Rewritten, leaves: Sequence[Any]) -> list[Any]:
+    """The program's results, flat, from its arguments, flat."""
+    return compat.jaxpr_as_fun(rewritten.program)(*leaves)
+
+
+def clear_cache(active: Options) -> None:
+    """Empties the kernel and tuning stores."""
+    store.Store(paths.kernel_root(active)).clear()
+    shutil.rmtree(paths.tuning_root(active), ignore_errors=True)
+    resolve.failures.clear()
+
+
+def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report:
+    """Tunes what is missing; see ``jax_bolt.tune``."""
+    active = options.current()
+    if budget_s is not None:
+        active = dataclasses.replace(active, budget_s=budget_s)
+    device = compat.cuda_device()
+    if device is None:
+        raise UnsupportedError(
+            "tuning needs a CUDA device, and JAX sees none; jax_bolt.explain works "
+            "without one"
+        )
+    target = resolve.target_for(device, active)
+    resolve.tune_missing(rewritten.family.sites, target, active, progress)
+    return report(rewritten, None)
+
+
+def report(rewritten: Rewritten, name: str | None) -> Report:
+    """What runs each root on the architecture ``name``; see ``jax_bolt.explain``."""
+    active = options.current()
+    arch = arch_.from_name(name) if name is not None else _local_arch()
+    sources = _sources(active)
+    sites = [
+        Site(
+            name=refusal.name,
+            line=refusal.line,
+            root=refusal.primitive,
+            reason=refusal.reason,
+            kernel="xla",
+            provenance="xla",
+        )
+        for refusal in rewritten.refusals
+    ]
+    sites += [_site(s, arch, active, sources) for s in rewritten.family.sites]
+    return Report(tuple(sites), arch.name if arch else "", store.stats())
+
+
+def _site(site: SiteInfo, arch: GpuArch | None, active: Options, sources: str) -> Site:
+    base = Site(
+        name=site.name,
+        line=site.line,
+        root=site.root,
+        problem=site.region.problem.text,
+        epilogue=site.label,
+        region=site.region,
+        fused=True,
+    )
+    if arch is None:
+        return base
+    made = resolve.stored(site.region, arch, active, sources)
+    if made is None:
+        made = plan.heuristic(site.region, arch, active.disable)
+    failed = resolve.failure(arch, site.region)
+    if failed is not None:
+        made = Rejection(failed)
+    entry = made.entry
+    if entry is not None:
+        base = dataclasses.replace(
+            base,
+            time_us=entry.time_us,
+            xla_time_us=entry.xla_time_us,
+            error=entry.error,
+            xla_error=entry.xla_error,
+        )
+    if isinstance(made, Rejection):
+        return dataclasses.replace(
+            base, reason=made.reason, kernel="xla", provenance="xla"
+        )
+    return dataclasses.replace(
+        base, kernel=made.candidate.text, provenance=made.provenance
+    )
+
+
+def _local_arch() -> GpuArch | None:
+    device = compat.cuda_device()
+    return None if device is None else resolve.arch_of(device)
+
+
+def _sources(active: Options) -> str:
+    """The headers' key of the tuning results; none match without a toolchain."""
+    try:
+        return search.sources_key(toolchain.find(active))
+    except CompileError:
+        return ""

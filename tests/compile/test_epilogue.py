@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated functors, compiled for the host and run: what they compute.
+
+``math.hpp`` is tested one operation at a time against numpy in float64; functors of
+many operations must then equal, bit for bit, their operations applied one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from jax import lax
+from scipy import special
+
+from jax_bolt._src import ir, paths
+from jax_bolt._src.jit import codegen
+
+Array = np.ndarray
+F32 = np.finfo(np.float32)
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "neg": np.negative,
+    "abs": np.abs,
+    "sign": np.sign,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_even": np.rint,
+    "round_away": lambda x: np.trunc(x + np.copysign(0.5, x)),
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "log": np.log,
+    "log1p": np.log1p,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "cbrt": np.cbrt,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tan": np.tan,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "sinh": np.sinh,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "asinh": np.arcsinh,
+    "acosh": np.arccosh,
+    "atanh": np.arctanh,
+    "logistic": special.expit,
+    "erf": special.erf,
+    "erfc": special.erfc,
+    "erf_inv": special.erfinv,
+    "square": np.square,
+    "to_float": lambda x: x,
+    "to_bf16": lambda x: x.astype(np.float32).astype(jnp.bfloat16).astype(float),
+    "to_f16": lambda x: x.astype(np.float32).astype(np.float16).astype(float),
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "rem": np.fmod,
+    "max": np.maximum,
+    "min": np.minimum,
+    "pow": np.power,
+    "atan2": np.arctan2,
+    "clamp": lambda lo, x, hi: np.minimum(np.maximum(x, lo), hi),
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "xor": np.logical_xor,
+    "not": np.logical_not,
+    "is_finite": np.isfinite,
+    "select": lambda p, f, t: np.where(p != 0, t, f),
+}
+LOGICAL = ("and", "or", "xor", "not")
+EXPONENTS = (-3, -1, 0, 1, 2, 3, 7, 30)
+SPECIAL = np.array(
+    [
+        *(0.0, 1.0, 0.5, 2.5, 1e-3, 87.0, 104.0, 65519.0, 65520.0, 1e-7, 3.14159274),
+        *(F32.max, F32.tiny, F32.smallest_subnormal, 0.99999994, 1.5, 1e10, np.inf),
+    ],
+    np.float32,
+)
+SPECIAL = np.concatenate([SPECIAL, -SPECIAL, [np.float32(np.nan)]])
+
+
+# Compiling and running ----------------------------------------------------------------
+
+RUN = """
+extern "C" void run_{i}(long n, float const* acc, float const* vectors,
+                        float const* sides, float* out) {{
+  for (long j = 0; j < n; ++j) {{
+    float v[{v}] = {{}}, c[{c}] = {{}}, s[{s}] = {{}};
+    for (int k = 0; k < F{i}::kVectors; ++k) v[k] = vectors[k * n + j];
+    for (int k = 0; k < F{i}::kSides; ++k) s[k] = sides[k * n + j];
+    F{i}::columns(v, c);
+    out[j] = F{i}::apply(acc[j], c, s);
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """epilogues -> a function (index, acc, vectors, sides) -> what they compute."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    include = paths.own_include()
+    if compiler is None or include is None:
+        pytest.fail("a host C++ compiler and cc/include are needed")
+    folder = tmp_path_factory.mktemp("functors")
+
+    def build(epilogues: Sequence[ir.Epilogue]):
+        text = source(epilogues)
+        library = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
+        if not library.exists():
+            compile_host(compiler, include, text, library)
+        module = ctypes.CDLL(str(library))
+        return functools.partial(run, module)
+
+    return build
+
+
+def source(epilogues: Sequence[ir.Epilogue]) -> str:
+    parts = ['#include "jax_bolt/epilogue/math.hpp"']
+    for i, epilogue in enumerate(epilogues):
+        text = codegen.functor(epilogue, f"F{i}")
+        columns = int(text.split("kColumns = ")[1].split(";")[0])
+        counts = (len(epilogue.vectors), columns, len(epilogue.sides))
+        v, c, s = (max(1, count) for count in counts)
+        parts += [text, RUN.format(i=i, v=v, c=c, s=s)]
+    return "\n".join(parts)
+
+
+def compile_host(compiler: str, include: Path, text: str, library: Path) -> None:
+    file = library.with_suffix(".cc")
+    file.write_text(text)
+    flags = "-std=c++17 -O1 -Wall -Wextra -Werror -shared -fPIC -ffp-contract=off"
+    # The compiler would round a folded cosh(1.0f) better than libm does.
+    flags += " -fno-builtin"
+    # A folded comparison of equal names is what a random program asks for.
+    flags += " -Wno-tautological-compare -Wno-unused-parameter"
+    subprocess.run(
+        [compiler, *flags.split(), f"-I{include}", str(file), "-o", str(library)],
+        check=True,
+        timeout=300,
+    )
+
+
+def run(
+    module: ctypes.CDLL,
+    index: int,
+    acc: Array,
+    vectors: Sequence[Array] = (),
+    sides: Sequence[Array] = (),
+) -> Array:
+    n = len(acc)
+    inputs = [np.stack([*many, acc]).astype(np.float32) for many in (vectors, sides)]
+    out = np.full(n, 12345, np.float32)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (acc, *inputs, out)]
+    getattr(module, f"run_{index}")(ctypes.c_long(n), *pointers)
+    return out
+
+
+def single(name: str, attr: int | None = None) -> ir.Epilogue:
+    """One operation, on side inputs."""
+    arity = ir.ARITHMETIC[name][0]
+    dtypes = ["f32"] * arity
+    if name in LOGICAL or name == "to_float":
+        dtypes = ["bool"] * arity
+    if name == "select":
+        dtypes[0] = "bool"
+    ops = [ir.Op("side", attr=k) for k in range(arity)]
+    ops.append(ir.Op(name, tuple(range(arity)), attr))
+    return ir.Epilogue(tuple(ops), arity, "f32", (), tuple(dtypes))  # pyright: ignore
+
+
+SINGLES: list[tuple[str, int | None]] = [
+    *((name, None) for name in ir.ARITHMETIC if name != "integer_pow"),
+    *(("integer_pow", n) for n in EXPONENTS),
+]
+
+
+# One operation at a time --------------------------------------------------------------
+
+
+def arguments(name: str) -> list[Array]:
+    """Every combination of special values, and random ones of many sizes."""
+    epilogue = single(name, 1 if name == "integer_pow" else None)
+    rng = np.random.default_rng(0)
+    arity = len(epilogue.sides)
+    grid = np.meshgrid(*[SPECIAL] * arity, indexing="ij")
+    found = []
+    for dtype, values in zip(epilogue.sides, grid, strict=True):
+        sizes = rng.choice([0.1, 1.0, 10.0, 1e4], 4000)
+        random = (rng.standard_normal(4000) * sizes).astype(np.float32)
+        values = np.concatenate([values.ravel(), random])
+        found.append((values > 0).astype(np.float32) if dtype == "bool" else values)
+    return found
+
+
+def test_every_operation_has_a_reference():
+    assert set(REFERENCE) | {"integer_pow"} == set(ir.ARITHMETIC)
+
+
+@pytest.fixture(scope="module")
+def singles(build):
+    return build([single(name, attr) for name, attr in SINGLES])
+
+
+@pytest.mark.parametrize("index", range(len(SINGLES)), ids=lambda i: str(SINGLES[i]))
+def test_operation_against_numpy(singles, index):
+    name, attr = SINGLES[index]
+    args = arguments(name)
+    got = singles(index, args[0], sides=args)
+    with np.errstate(all="ignore"):
+        if name == "integer_pow":
+            # Its intermediate products overflow, and JAX's do at the same places.
+            want = np.asarray(lax.integer_pow(jnp.asarray(args[0]), attr))
+            flushed = np.abs(args[0]) < F32.tiny  # XLA on CPU flushes subnormals
+            got, want = got[~flushed], want[~flushed].astype(float)
+        else:
+            want = REFERENCE[name](*[a.astype(float) for a in args])
+        want = want.astype(np.float32)
+        near = np.abs(got - want) <= 4 * np.spacing(np.abs(want)) + F32.tiny
+        same = (got == want) | near | (np.isnan(got) & np.isnan(want))
+    wrong = np.flatnonzero(~same)[:5]
+    cases = [([a[i] for a in args], got[i], want[i]) for i in wrong]
+    assert same.all(), cases
+
+
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_max_and_min_order_zeros(singles, name):
+    zeros = np.array([0.0, -0.0], np.float32)
+    index = SINGLES.index((name, None))
+    got = singles(index, zeros, sides=[zeros, zeros[::-1]])
+    assert np.signbit(got).tolist() == [name == "min"] * 2
+
+
+# Whole functors -----------------------------------------------------------------------
+
+
+@st.composite
+def epilogues(draw) -> ir.Epilogue:
+    """Well-kinded programs of any operations on any inputs."""
+    dtypes = st.sampled_from(["f32", "bf16", "f16", "bool"])
+    vectors = draw(
+        st.lists(st.builds(ir.Vector, dtypes, st.booleans()), max_size=4).map(tuple)
+    )
+    sides = draw(st.lists(dtypes, max_size=2).map(tuple))
+    ops = [ir.Op("acc")]
+    ops += [ir.Op("vector", attr=k) for k in range(len(vectors))]
+    ops += [ir.Op("side", attr=k) for k in range(len(sides))]
+    constants = st.floats(width=32) | st.sampled_from([1e39, -1e39, 1e-46, 0.5])
+    ops += [
+        ir.Op("const", attr=draw(constants)) for _ in range(draw(st.integers(1, 3)))
+    ]
+    kinds = list(ir.Epilogue(tuple(ops), 0, "f32", vectors, sides).kinds())
+
+    def pick(kind: str) -> int | None:
+        these = [i for i, k in enumerate(kinds) if k == kind]
+        return draw(st.sampled_from(these)) if these else None
+
+    for _ in range(draw(st.integers(0, 12))):
+        name = draw(st.sampled_from(list(ir.ARITHMETIC)))
+        arity, result = ir.ARITHMETIC[name]
+        of_bools = name in LOGICAL or name == "to_float"
+        wanted = ["bool" if of_bools else "float"] * arity
+        if name == "select":
+            wanted[0] = "bool"
+        args = [pick(kind) for kind in wanted]
+        if any(a is None for a in args):
+            continue
+        attr = draw(st.sampled_from(EXPONENTS)) if name == "integer_pow" else None
+        ops.append(ir.Op(name, tuple(a for a in args if a is not None), attr))
+        kinds.append(result)
+    result = draw(st.integers(0, len(ops) - 1) | st.just(len(ops) - 1))
+    return ir.Epilogue(tuple(ops), result, "f32", vectors, sides)
+
+
+def one_by_one(singles, epilogue: ir.Epilogue, acc, vectors, sides) -> Array:
+    """Every operation of the program by the functor that has only that one."""
+    values: list[Array] = []
+    for op in epilogue.ops:
+        k = op.attr if isinstance(op.attr, int) else 0
+        if op.name == "acc":
+            values.append(acc)
+        elif op.name == "vector":
+            values.append(vectors[k])
+        elif op.name == "side":
+            values.append(sides[k])
+        elif op.name == "const":
+            with np.errstate(over="ignore"):
+                values.append(np.full_like(acc, op.attr))
+        else:
+            index = SINGLES.index((op.name, None if op.attr is None else k))
+            args = [values[a] for a in op.args]
+            values.append(singles(index, args[0], sides=args))
+    return values[epilogue.result]
+
+
+@settings(
+    max_examples=3,
+    phases=[Phase.generate],  # shrinking compiles again and again, for minutes
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow],
+)
+@given(programs=st.lists(epilogues(), min_size=40, max_size=40))
+def test_a_functor_is_its_operations_one_by_one(build, singles, programs):
+    compiled = build(programs)
+    rng = np.random.default_rng(1)
+    for index, epilogue in enumerate(programs):
+
+        def values(dtype: str) -> Array:
+            random = rng.standard_normal(200).astype(np.float32) * 4
+            found = np.concatenate([rng.permutation(SPECIAL), random])
+            return (found > 0).astype(np.float32) if dtype == "bool" else found
+
+        acc = values("f32")
+        vectors = [values(v.dtype) for v in epilogue.vectors]
+        sides = [values(dtype) for dtype in epilogue.sides]
+        got = compiled(index, acc, vectors, sides)
+        want = one_by_one(singles, epilogue, acc, vectors, sides)
+        same = (got == want) | (np.isnan(got) & np.isnan(want))
+        if not same.all():
+            pytest.fail(f"{epilogue.text}: {got[~same][:5]}, not {want[~same][:5]}")
