@@ -75,12 +75,13 @@ def bench_model(
     }
     # Every variant in turn, so that a clock that drifts drifts for all of them; all
     # wall times before the first trace, which may leave the driver slower.
-    for step, key, prefix in (
-        (_wall, "wall_ms", ""),
-        (_kernels, "kernels_ms", "trace_"),
+    # One round of traces: kernel times hardly vary, and a trace takes seconds.
+    for step, key, prefix, count in (
+        (_wall, "wall_ms", "", settings.rounds),
+        (_kernels, "kernels_ms", "trace_", 1),
     ):
         rounds: dict[str, list[dict[str, Any]]] = {v: [] for v in callables}
-        for _ in range(settings.rounds):
+        for _ in range(count):
             for variant, fun in callables.items():
                 if "error" not in found[variant]:
                     timed = _attempt(step, fun, variables, x, settings, prefix=prefix)
@@ -188,6 +189,11 @@ def main(argv: Sequence[str] | None = None, optimize: Optimize | None = None) ->
     if args.quick:
         settings = dataclasses.replace(settings, runs=5, rounds=1)
     ceilings = floor.measure(quick=not environment.has_gpu())
+    described = environment.describe()
+    path = args.out / (
+        f"models-{environment.slug(described['device'])}-{described['date'][:10]}.json"
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     for name in args.models:
         print(f"{name} ...", flush=True)
@@ -196,24 +202,20 @@ def main(argv: Sequence[str] | None = None, optimize: Optimize | None = None) ->
         jax.clear_caches()
         for problem in problems(results[name]):
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
-    described = environment.describe()
-    path = args.out / (
-        f"models-{environment.slug(described['device'])}-{described['date'][:10]}.json"
-    )
-    document = {
-        "environment": described,
-        "settings": dataclasses.asdict(settings) | {"dtype": "bfloat16"},
-        "ceilings": dataclasses.asdict(ceilings),
-        "models": results,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+        # After every model: a run that is cut short keeps what it measured.
+        document = {
+            "environment": described,
+            "settings": dataclasses.asdict(settings) | {"dtype": "bfloat16"},
+            "ceilings": dataclasses.asdict(ceilings),
+            "models": results,
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        print(table(results), flush=True)
     print(
         f"\n{described['device']}: {ceilings.flops / 1e12:.0f} TFLOP/s bf16, "
         f"{ceilings.bandwidth / 1e12:.2f} TB/s; ms per run of {settings.batch} images, "
         f"{'sum of kernel times' if environment.has_gpu() else 'wall'}"
     )
-    print(table(results))
     print(f"written: {path}")
     return int(any(problems(result) for result in results.values()))
 

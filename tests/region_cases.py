@@ -111,6 +111,7 @@ def _conv(
 def _two_sides() -> Case:
     def fun(x, w, a, b, keep, temperature):
         y = jax.nn.silu(x @ w + a) * b
+        keep = jnp.broadcast_to(keep, y.shape)
         return jnp.where(keep > 0, y, -y) / temperature.astype(y.dtype)
 
     n = 40
@@ -118,9 +119,7 @@ def _two_sides() -> Case:
         *(shape(77, 24), shape(24, n), shape(77, n), shape(77, n)),
         *(shape(1, n, dtype=F32), shape(dtype=F32)),
     )
-    return Case(
-        "two-sides", lambda *a: fun(*a[:4], jnp.broadcast_to(a[4], (77, n)), a[5]), args
-    )
+    return Case("two-sides", fun, args)
 
 
 def _masked() -> Case:
@@ -139,6 +138,8 @@ GEMMS = [
     *_dense(65, 33, 51),
     *_dense(130, 36, 70),
     *_dense(100, 28, 60, F32),
+    *_dense(2050, 200, 520),
+    *_dense(4100, 264, 776),
     _plain("mk,nk->mn", (150, 72), (40, 72)),
     _plain("km,kn->mn", (72, 152), (72, 40)),
     _plain("bmk,bkn->bmn", (3, 70, 24), (3, 24, 48)),

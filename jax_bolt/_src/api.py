@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -39,6 +41,7 @@ class Optimized:
         functools.update_wrapper(self, fun)
         self._fun = fun
         self._static = tuple(static_argnums)
+        self._positions = _positions(fun)
         self._donate = tuple(donate_argnums)
         self._changes = changes
         # An executable is good for the options it was made under.
@@ -53,7 +56,11 @@ class Optimized:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """``jax.stages.Lowered``, as of a jitted function."""
-        return self._jit().lower(*args, **kwargs)
+        try:
+            return self._jit().lower(*args, **kwargs)
+        except TypeError as error:
+            self._explain_bad_argument(args, kwargs, error, abstract=True)
+            raise
 
     def explain(self, *args: Any, arch: str | None = None, **kwargs: Any) -> Report:
         """See ``jax_bolt.explain``."""
@@ -93,9 +100,8 @@ class Optimized:
         def optimized(*args: Any, **kwargs: Any) -> Any:
             from . import program
 
-            rewritten, tree = program.trace(
-                self._fun, self._static, args, kwargs, effective
-            )
+            fun, kwargs = self._bind_static(kwargs)
+            rewritten, tree = program.trace(fun, self._static, args, kwargs, effective)
             leaves = jax.tree.leaves((_without_static(args, self._static), kwargs))
             return jax.tree.unflatten(tree, program.run(rewritten, leaves))
 
@@ -108,16 +114,50 @@ class Optimized:
         from . import program
 
         active = options.current()
-        return program.trace(self._fun, self._static, args, kwargs, active)[0]
+        fun, kwargs = self._bind_static(kwargs)
+        try:
+            return program.trace(fun, self._static, args, kwargs, active)[0]
+        except TypeError as error:
+            self._explain_bad_argument(args, kwargs, error, abstract=True)
+            raise
 
-    def _explain_bad_argument(self, args: Any, kwargs: Any, error: TypeError) -> None:
-        """Raises a clearer error where an argument is no array; else returns."""
+    def _bind_static(self, kwargs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+        """The function with the static ones of ``kwargs`` set, and the other ones."""
+        # As jax.jit, which takes the names of static_argnums from the signature.
+        static = {k for k in kwargs if self._positions.get(k) in self._static}
+        if not static:
+            return self._fun, kwargs
+        fun = functools.partial(self._fun, **{k: kwargs[k] for k in static})
+        return fun, {k: v for k, v in kwargs.items() if k not in static}
+
+    def _explain_bad_argument(
+        self, args: Any, kwargs: Any, error: TypeError, *, abstract: bool = False
+    ) -> None:
+        """Raises a clearer error where an argument is no array; else returns.
+
+        ``abstract``: a shape and dtype are as good as an array.
+        """
         for index, arg in enumerate(args):
             if index in self._static or index - len(args) in self._static:
                 continue
-            _check_leaves(f"argument {index}", arg, error)
-        for name, value in kwargs.items():
-            _check_leaves(f"argument {name!r}", value, error)
+            fix = f"make it static: static_argnums={index}"
+            _check_leaves(f"argument {index}", arg, fix, abstract, error)
+        for name, value in self._bind_static(kwargs)[1].items():
+            index = self._positions.get(name)
+            fix = f"make it static: static_argnums={index}"
+            if index is None:
+                fix = f"set it before: optimize(functools.partial(f, {name}=...))"
+            _check_leaves(f"argument {name!r}", value, fix, abstract, error)
+
+
+def _positions(fun: Callable) -> dict[str, int]:
+    """The positions of the arguments that may be passed either way."""
+    try:
+        parameters = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):  # a function of C's may have no signature
+        return {}
+    both = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return {p.name: i for i, p in enumerate(parameters) if p.kind == both}
 
 
 def _without_static(args: Sequence[Any], static: Sequence[int]) -> tuple[Any, ...]:
@@ -125,16 +165,22 @@ def _without_static(args: Sequence[Any], static: Sequence[int]) -> tuple[Any, ..
     return tuple(arg for i, arg in enumerate(args) if i not in indices)
 
 
-def _check_leaves(label: str, value: Any, error: TypeError) -> None:
+def _check_leaves(
+    label: str, value: Any, fix: str, abstract: bool, error: TypeError
+) -> None:
+    numbers = (bool, int, float, complex, np.ndarray, np.generic)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+        if isinstance(leaf, (jax.Array, *numbers)) or hasattr(leaf, "__jax_array__"):
             continue
-        if isinstance(leaf, complex) or hasattr(leaf, "__jax_array__"):
+        if abstract and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             continue
-        where = f"{label}{jax.tree_util.keystr(path)}"
+        if path:
+            fix = "pass it apart, as a static argument"
+        text = repr(leaf)
+        text = text if len(text) < 100 else f"{text[:100]}..."
         raise TypeError(
-            f"{where} is {leaf!r} of type {type(leaf).__name__}, not an array; pass an "
-            "array, or name the argument in static_argnums"
+            f"{label}{jax.tree_util.keystr(path)} is {text} of type "
+            f"{type(leaf).__name__}, not an array; pass an array, or {fix}"
         ) from error
 
 
@@ -235,9 +281,16 @@ def clear_cache() -> None:
 
 def _callable(fun: Any) -> Callable:
     if not callable(fun):
-        raise TypeError(f"optimize takes a function, got {fun!r}")
+        raise TypeError(f"jax_bolt takes a function of arrays, got {fun!r}")
     return fun
 
 
 def _argnums(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    numbers = value if isinstance(value, Iterable) else (value,)
+    try:
+        return tuple(operator.index(number) for number in numbers)
+    except TypeError:
+        raise TypeError(
+            "static_argnums and donate_argnums are positions of arguments, such as 1 "
+            f"or (0, 2), not {value!r}"
+        ) from None

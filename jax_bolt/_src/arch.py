@@ -121,8 +121,8 @@ def of_device(
     sm = int(parts[1]) * 10 + int(parts[2]) if parts else 0
     if sm not in _SHARED_KIB:
         raise UnsupportedError(
-            f"{device_kind} has compute capability {compute_capability!r}, "
-            f"which has no kernels; known: {_known()}"
+            f"jax_bolt has no kernels for {device_kind}, of compute capability "
+            f"{compute_capability!r}; it knows {', '.join(map(_dotted, _SHARED_KIB))}"
         )
     for board in _BOARDS:
         if board.sm == sm and re.search(rf"\b(?:{board.pattern})\b", device_kind):
@@ -133,6 +133,10 @@ def of_device(
 def known() -> tuple[str, ...]:
     """The names ``from_name`` accepts, oldest first."""
     return tuple(f"sm_{sm}{_suffix(sm)}" for sm in _SHARED_KIB)
+
+
+def _dotted(sm: int) -> str:
+    return f"{sm // 10}.{sm % 10}"
 
 
 def _known() -> str:

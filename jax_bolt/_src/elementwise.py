@@ -46,18 +46,18 @@ class Builder:
         self.ops: list[ir.Op] = [ir.Op("acc")]
         self.vectors: list[ir.Vector] = []
         self.sides: list[ir.DType] = []
-        self._known: dict[ir.Op, int] = {self.ops[0]: 0}
+        self._known: dict[str, int] = {self.ops[0].text: 0}
 
     def op(self, name: str, *args: int, attr: float | int | None = None) -> int:
         if name in _COMMUTATIVE:
             # x + y and y + x are one kernel.
             args = tuple(sorted(args))
         op = ir.Op(name, args, attr)
-        # NaN constants compare unequal, so they are simply never shared.
-        if op not in self._known:
-            self._known[op] = len(self.ops)
+        # By text: 0.0 equals -0.0 and NaN does not equal itself.
+        if op.text not in self._known:
+            self._known[op.text] = len(self.ops)
             self.ops.append(op)
-        return self._known[op]
+        return self._known[op.text]
 
     def const(self, value: Any) -> int:
         return self.op("const", attr=float(value))

@@ -40,6 +40,8 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
         if _wants_k_major(_as_gemm(problem)):
             names.append("pixels_k_major")
     else:
+        if (problem.r, problem.s, *problem.padding) == (1, 1, 0, 0, 0, 0):
+            names.append("strided_pixels")
         if _fits_space_to_depth(problem):
             names.append("space_to_depth")
         names.append("krsc")
@@ -221,6 +223,18 @@ def _space_to_depth(problem: ir.ConvProblem, x, hwio):
     return _pad_axis(x, 3, c), _pad_axis(w, 3, c)
 
 
+def _strided_problem(problem: ir.ConvProblem) -> ir.GemmProblem:
+    return dataclasses.replace(_as_gemm(problem), m=problem.rows)
+
+
+def _strided_pixels(problem: ir.ConvProblem, x, hwio):
+    """A strided 1x1 conv as a product over the pixels it reads, gathered first."""
+    strides = (1, *problem.stride, 1)
+    return _direct(
+        _strided_problem(problem), lax.slice(x, (0,) * 4, x.shape, strides), hwio
+    )
+
+
 def _pixels(prepare_gemm: Callable) -> Callable:
     return lambda problem, x, hwio: prepare_gemm(_as_gemm(problem), x, hwio)
 
@@ -231,6 +245,7 @@ _FORMS: dict[str, tuple[Callable, Callable]] = {
     "k_major": (_k_major_problem, _k_major),
     "pixels": (_as_gemm, _pixels(_direct)),
     "pixels_k_major": (lambda p: _k_major_problem(_as_gemm(p)), _pixels(_k_major)),
+    "strided_pixels": (_strided_problem, _strided_pixels),
     "krsc": (_krsc_problem, _krsc),
     "space_to_depth": (_space_to_depth_problem, _space_to_depth),
 }

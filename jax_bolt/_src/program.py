@@ -30,7 +30,9 @@ def trace(
     active: Options,
 ) -> tuple[Rewritten, Any]:
     """The rewritten program of ``fun(*args, **kwargs)`` and its output tree."""
-    traced, tree = compat.make_jaxpr(fun, static_argnums, args, kwargs)
+    # A static argument may have been left to its default or bound by name.
+    static = [i for i in static_argnums if -len(args) <= i < len(args)]
+    traced, tree = compat.make_jaxpr(fun, static, args, kwargs)
     return rewrite.rewrite(traced, active), tree
 
 
@@ -54,7 +56,8 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
     device = compat.cuda_device()
     if device is None:
         raise UnsupportedError(
-            "tuning needs a CUDA device, and JAX sees none; jax_bolt.explain works "
+            "tuning needs a CUDA device, and JAX sees none (`pip install "
+            '"jax_bolt[cuda13]"` installs JAX for NVIDIA GPUs); jax_bolt.explain works '
             "without one"
         )
     target = resolve.target_for(device, active)

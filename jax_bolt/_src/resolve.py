@@ -159,5 +159,6 @@ def _load(
 def explain_failure(error: Exception) -> str:
     """One line for a warning: what failed, without a compiler's log."""
     if isinstance(error, CompileError):
-        return error.message
+        hint = '; on_error="raise" shows what the compiler printed'
+        return error.message + (hint if error.log else "")
     return str(error) or type(error).__name__

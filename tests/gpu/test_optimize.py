@@ -18,6 +18,7 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
+from jax_bolt._src import options, resolve
 
 
 def normal(seed, *dims, dtype=jnp.bfloat16):
@@ -54,18 +55,12 @@ def close(got, want):
     assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
 
 
-def forced():
-    """Kernels wherever there are any, tuned or not."""
-    return jax_bolt.options(on_miss="heuristic", cache_dir=os.environ["FORCED_CACHE"])
-
-
-@pytest.fixture(autouse=True)
-def _forced_cache(monkeypatch):
-    from jax_bolt._src import options
-
-    cache = options.current().cache_dir
-    assert cache is not None
-    monkeypatch.setenv("FORCED_CACHE", str(cache / "forced"))
+@pytest.fixture
+def forced(monkeypatch):
+    """Kernels wherever there are any, whatever tuning chose; the store is shared."""
+    monkeypatch.setattr(resolve, "stored", lambda *_: None)
+    with jax_bolt.options(on_miss="heuristic"):
+        yield
 
 
 def test_tuned_and_plain_agree(args, tuned):
@@ -80,30 +75,27 @@ def test_both_times_and_errors_are_reported(tuned):
         assert site.error <= 1.25 * site.xla_error + 1e-6
 
 
-def test_heuristic_kernels_run_in_every_transform(args):
-    with forced():
-        fun = jax_bolt.optimize(block)
-        want = jax.jit(block)(*args)
-        text = fun.lower(*args).as_text()
-        assert text.count("@jax_bolt.launch") == 2
-        close(fun(*args), want)
-        close(jax.jit(lambda *a: fun(*a) * 2)(*args), want * 2)
-        loop = jax.jit(
-            lambda x: jax.lax.scan(lambda c, _: (fun(c, *args[1:]), None), x, None, 2)[
-                0
-            ]
-        )
-        close(loop(args[0]), block(block(*args), *args[1:]))
-        xs = jnp.stack([args[0], args[0] * 2])
-        close(
-            jax.vmap(fun, in_axes=(0, None, None, None))(xs, *args[1:]),
-            jax.vmap(block, in_axes=(0, None, None, None))(xs, *args[1:]),
-        )
-        loss = lambda f: lambda w: f(args[0], w, *args[2:]).astype(jnp.float32).sum()  # noqa: E731
-        close(jax.grad(loss(fun))(args[1]), jax.grad(loss(block))(args[1]))
+def test_heuristic_kernels_run_in_every_transform(args, forced):
+    fun = jax_bolt.optimize(block)
+    want = jax.jit(block)(*args)
+    text = fun.lower(*args).as_text()
+    assert text.count("@jax_bolt.launch") == 2
+    close(fun(*args), want)
+    close(jax.jit(lambda *a: fun(*a) * 2)(*args), want * 2)
+    loop = jax.jit(
+        lambda x: jax.lax.scan(lambda c, _: (fun(c, *args[1:]), None), x, None, 2)[0]
+    )
+    close(loop(args[0]), block(block(*args), *args[1:]))
+    xs = jnp.stack([args[0], args[0] * 2])
+    close(
+        jax.vmap(fun, in_axes=(0, None, None, None))(xs, *args[1:]),
+        jax.vmap(block, in_axes=(0, None, None, None))(xs, *args[1:]),
+    )
+    loss = lambda f: lambda w: f(args[0], w, *args[2:]).astype(jnp.float32).sum()  # noqa: E731
+    close(jax.grad(loss(fun))(args[1]), jax.grad(loss(block))(args[1]))
 
 
-def test_command_buffers_hold_the_launches(args):
+def test_command_buffers_hold_the_launches(args, forced):
     """Many launches in a row: XLA records them into a command buffer and replays it."""
 
     def chain(x, w1, w2, b):
@@ -111,20 +103,19 @@ def test_command_buffers_hold_the_launches(args):
             x = block(x, w1, w2, b)
         return x
 
-    with forced():
-        fun = jax_bolt.optimize(chain)
-        want = jax.jit(chain)(*args)
-        for _ in range(5):
-            close(fun(*args), want)
+    fun = jax_bolt.optimize(chain)
+    want = jax.jit(chain)(*args)
+    for _ in range(5):
+        close(fun(*args), want)
 
 
-def test_threads_share_kernels(args):
-    with forced():
-        fun = jax_bolt.optimize(block)
-        want = np.asarray(fun(*args))
+def test_threads_share_kernels(args, forced):
+    fun = jax_bolt.optimize(block)
+    want = np.asarray(fun(*args))
 
     def work(_):
-        with forced():
+        # Options hold for the thread that sets them.
+        with jax_bolt.options(on_miss="heuristic"):
             return np.asarray(fun(*args))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -167,8 +158,6 @@ print(json.dumps(store.stats()))
 
 
 def test_a_second_process_compiles_and_tunes_nothing(args, tuned):
-    from jax_bolt._src import options
-
     environ = os.environ | {
         "JAX_BOLT_CACHE_DIR": str(options.current().cache_dir),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

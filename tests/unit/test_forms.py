@@ -2,6 +2,7 @@
 """Every form of a region computes the region."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,34 @@ def plain(problem):
 
 
 def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def conv_problem(**kw):
-    return ir.ConvProblem(
-        **{"n": 2, "h": 11, "w": 9, "c": 3, "k": 5, "r": 3, "s": 3} | kw
-    )
+def conv_problem(**kw: Any):
+    sizes: dict[str, Any] = {"n": 2, "h": 11, "w": 9, "c": 3, "k": 5, "r": 3, "s": 3}
+    return ir.ConvProblem(**sizes | kw)
+
+
+def check(problem, lhs, rhs, want_fun):
+    """Every form, on operands rearranged for it, has the value of ``want_fun``."""
+    found = forms.forms(plain(problem))
+    assert found
+
+    # One program: compiling takes nearly all of the time.
+    @jax.jit
+    def values(lhs, rhs):
+        results = []
+        for form in found:
+            a, b = forms.prepare(form.name, problem, lhs, rhs)
+            assert (a.size, b.size) == form.region.problem.operand_elements
+            results.append(evaluate.evaluate(form.region, a, b, [], []))
+        return want_fun(lhs, rhs).reshape(problem.rows, problem.channels), results
+
+    want, results = values(lhs, rhs)
+    for form, got in zip(found, results, strict=True):
+        executed = form.region.problem
+        assert (executed.rows, executed.channels) == (problem.rows, problem.channels)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=form.name)
 
 
 CONVS = [
@@ -43,6 +65,7 @@ CONVS = [
     conv_problem(dtype="bf16", r=1, s=1, k=8, c=8),
     conv_problem(dtype="bf16", r=1, s=1, k=5, c=6),
     conv_problem(dtype="f16", r=1, s=1, stride=(2, 2)),
+    conv_problem(dtype="bf16", r=1, s=1, stride=(3, 2), c=8, k=16),
 ]
 
 
@@ -51,26 +74,19 @@ def test_conv_forms(problem):
     x = random(0, problem.n, problem.h, problem.w, problem.c)
     w = random(1, problem.r, problem.s, problem.c, problem.k)
     top, bottom, left, right = problem.padding
-    want = lax.conv_general_dilated(
-        x,
-        w,
-        problem.stride,
-        ((top, bottom), (left, right)),
-        rhs_dilation=problem.dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision="highest",
-    )
-    found = forms.forms(plain(problem))
-    assert found
-    for form in found:
-        a, b = forms.prepare(form.name, problem, x, w)
-        executed = form.region.problem
-        assert (executed.rows, executed.channels) == (problem.rows, problem.channels)
-        assert (a.size, b.size) == executed.operand_elements
-        got = evaluate.evaluate(form.region, a, b, [], [])
-        np.testing.assert_allclose(
-            got.reshape(want.shape), want, rtol=1e-4, atol=1e-4, err_msg=form.name
+
+    def want(x, w):
+        return lax.conv_general_dilated(
+            x,
+            w,
+            problem.stride,
+            ((top, bottom), (left, right)),
+            rhs_dilation=problem.dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
         )
+
+    check(problem, x, w, want)
 
 
 def test_stems_are_folded_exactly():
@@ -81,6 +97,7 @@ def test_stems_are_folded_exactly():
     form = forms.forms(plain(problem))[0]
     assert form.name == "space_to_depth"
     folded = form.region.problem
+    assert isinstance(folded, ir.ConvProblem)
     assert (folded.h, folded.w, folded.c, folded.r, folded.s) == (112, 112, 16, 4, 4)
     assert (folded.p, folded.q) == (112, 112)
 
@@ -101,14 +118,18 @@ def test_gemm_forms(dtype, layouts, sizes):
         a_layout=layouts[0],
         b_layout=layouts[1],
     )
-    a, b = random(0, batch, m, k), random(1, batch, k, n)
-    want = jnp.matmul(a, b, precision="highest").reshape(batch * m, n)
-    lhs = a if layouts[0] == "row" else a.swapaxes(1, 2)
-    rhs = b if layouts[1] == "row" else b.swapaxes(1, 2)
-    for form in forms.forms(plain(problem)):
-        prepared = forms.prepare(form.name, problem, lhs, rhs)
-        got = evaluate.evaluate(form.region, *prepared, [], [])
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=form.name)
+    swapped = [layout == "col" for layout in layouts]
+
+    def stored(x, swap):
+        return x.swapaxes(1, 2) if swap else x
+
+    def want(lhs, rhs):
+        a, b = map(stored, (lhs, rhs), swapped)
+        return jnp.matmul(a, b, precision="highest")
+
+    lhs = stored(random(0, batch, m, k), swapped[0])
+    rhs = stored(random(1, batch, k, n), swapped[1])
+    check(problem, lhs, rhs, want)
 
 
 def test_unaligned_channels_get_a_form_that_loads_16_bytes():

@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 import jax_bolt
-from jax_bolt._src import compat, forms, invoke, ir, lower, plan, resolve
+from jax_bolt._src import arch, compat, invoke, ir, lower, plan, resolve
 from jax_bolt._src.errors import CompileError, UnsupportedError
 
 TARGET = "jax_bolt.launch"
@@ -63,9 +63,10 @@ def kernel(monkeypatch):
     """A device, and a kernel for every site, that only exist on paper."""
 
     def found(site, family, options, device):
-        form = forms.forms(site.region)[0]
-        loaded = invoke.Executable("d" * 64, site.region.problem, form, 128)
-        return plan.Plan(None, "heuristic"), loaded
+        made = plan.heuristic(site.region, arch.from_name("sm_90a"))
+        assert isinstance(made, plan.Plan)
+        form = made.candidate.form
+        return made, invoke.Executable("d" * 64, site.region.problem, form, 128)
 
     monkeypatch.setattr(compat, "cuda_device", lambda: object())
     monkeypatch.setattr(resolve, "resolve", found)

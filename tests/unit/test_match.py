@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jax_bolt._src import canonicalize, match
+from jax_bolt._src import canonicalize, ir, match
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -155,6 +155,7 @@ def test_dense_flattens_leading_dims():
 
     found = one(fun, shape(4, 5, 16), shape(16, 24), shape(24))
     problem = found.region.problem
+    assert isinstance(problem, ir.GemmProblem)
     assert (problem.m, problem.n, problem.k, problem.batch) == (20, 24, 16, 1)
     assert len(found.region.epilogue.vectors) == 1
 
@@ -183,6 +184,7 @@ def test_bias_over_several_channel_axes():
 def test_layouts_of_a_product(spec, a, b, layouts, batch):
     found = one(lambda x, y: jnp.einsum(spec, x, y), shape(*a), shape(*b))
     problem = found.region.problem
+    assert isinstance(problem, ir.GemmProblem)
     assert (problem.a_layout, problem.b_layout) == layouts
     assert problem.batch == batch
 

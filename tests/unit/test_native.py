@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import Build, builder
+from fresh_python import run
 from jax.experimental import serialize_executable
 
 from jax_bolt import _native
@@ -290,6 +289,4 @@ def test_resolver_serves_a_loaded_executable(
     compiled = f.lower(rand(4, 5), rand(5, 3)).compile()
     saved = tmp_path / "executable"
     saved.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
-    command = [sys.executable, "-c", RELOAD, str(kernel), TARGET, str(saved)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(RELOAD, kernel, TARGET, saved)

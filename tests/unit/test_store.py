@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fake_nvcc import FakeNvcc, toolchain, wait_for
+from fresh_python import environ
 
 from jax_bolt._src import arch
 from jax_bolt._src.errors import CacheError, CompileError
@@ -333,10 +334,9 @@ print(store.stats()["compiled"], *result.values())
 
 
 def start_builder(kernels: Store, fake: FakeNvcc, ready: Path) -> subprocess.Popen[str]:
-    places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     return subprocess.Popen(
         [sys.executable, "-c", BUILDER, kernels.root, fake.nvcc, ready],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        env=environ(),
         stdout=subprocess.PIPE,
         text=True,
     )

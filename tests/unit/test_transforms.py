@@ -61,6 +61,8 @@ def test_static_and_donated_arguments(xwb):
     x, w, _ = xwb
     same(fun(x, "plain", w), x @ w)
     same(fun(x, "tanh", w), jnp.tanh(x @ w))
+    same(fun(x, w=w, n="tanh"), jnp.tanh(x @ w))
+    assert fun.explain(x, w=w, n="tanh").coverage == 1.0
     donated = jax_bolt.optimize(lambda x, w: x @ w, donate_argnums=0)
     same(donated(x + 0, w), x @ w)
 

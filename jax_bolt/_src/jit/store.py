@@ -268,7 +268,10 @@ class Store:
         except (OSError, filelock.Timeout) as error:
             # Nothing is wrong with the kernel: a later call may try again.
             count("failed")
-            return CompileError(f"a kernel cannot be stored in {root}: {error}")
+            return CompileError(
+                f"a kernel cannot be stored in {root}: {error}; make room there, or "
+                "set JAX_BOLT_CACHE_DIR to another directory"
+            )
 
 
 def _compile(

@@ -105,7 +105,10 @@ def _find(
         raise CompileError("jax_bolt's own headers are missing: reinstall jax_bolt")
     cutlass = paths.cutlass_root()
     if cutlass is None:
-        raise CompileError(f"no CUTLASS headers were found: {INSTALL}")
+        raise CompileError(
+            "CUTLASS's headers, which come with jax_bolt, are missing: reinstall "
+            "jax_bolt (in a checkout: `make clean venv`)"
+        )
     toolchain = Toolchain(
         nvcc=nvcc,
         version=version,
@@ -147,9 +150,12 @@ def _find_nvcc(
     if cuda_home is not None:
         fix = "correct the option cuda_home (JAX_BOLT_CUDA_HOME) or leave it out"
     else:
-        fix = INSTALL
+        fix = f"`{INSTALL}` installs one"
         refused = refused or ["no nvcc in the PyPI wheels, $CUDA_HOME or $PATH"]
-    raise CompileError(f"no usable CUDA compiler; {fix}. Tried: {'; '.join(refused)}")
+    raise CompileError(
+        "kernels are built by NVIDIA's compiler, nvcc, and there is none that can be "
+        f"used; {fix}. Tried: {'; '.join(refused)}"
+    )
 
 
 def _candidates(

@@ -13,7 +13,7 @@ from .tiles import Tile
 name = "conv_sm80"
 header = "jax_bolt/conv/sm80.hpp"
 
-_CANDIDATES = 5
+_CANDIDATES = 4
 _TILES = (
     Tile(256, 128, 64, 64, 64, 3, 1.0),
     Tile(128, 256, 64, 64, 64, 3, 1.0),

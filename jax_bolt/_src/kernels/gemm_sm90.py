@@ -16,7 +16,7 @@ header = "jax_bolt/gemm/sm90.hpp"
 _MAX_EXTENT = 2**31 - 1 - 4096  # the kernel counts tiles in 32 bits
 _MAX_VECTORS = 8  # JAX_BOLT_MAX_VECTORS
 _MAX_SIDES = 2  # JAX_BOLT_MAX_SIDES
-_MAX_CONFIGS = 5
+_MAX_CONFIGS = 4
 _LAYOUT = {"row": "cutlass::layout::RowMajor", "col": "cutlass::layout::ColumnMajor"}
 
 
@@ -35,12 +35,9 @@ _TILES = (
     _Tile(128, 128, "Pingpong"),
     _Tile(128, 128, "Pingpong", cluster_m=2),
     _Tile(64, 128, "Pingpong"),
-    _Tile(64, 256, "Pingpong"),
     _Tile(128, 64, "Pingpong"),
     _Tile(64, 64, "Pingpong"),
-    _Tile(128, 192, "Cooperative"),
     _Tile(128, 256, "Cooperative"),
-    _Tile(128, 256, "Cooperative", cluster_m=2),
     _Tile(256, 128, "Cooperative"),
     _Tile(256, 128, "Cooperative", cluster_m=2),
 )

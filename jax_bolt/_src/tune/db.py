@@ -35,8 +35,8 @@ class Entry:
     """A tuned choice.
 
     ``choice`` is "kernel" or "xla". Times are µs for the whole region, preparation
-    of its operands included, ours and XLA's measured alike; errors are relative
-    (2-norm) to a float32 reference. ``digest`` names the kernel's artifact and
+    of its operands included, ours and XLA's measured alike; ``kernel_time_us`` is of
+    the kernel alone. Errors are relative (2-norm) to a float32 reference. ``digest`` names the kernel's artifact and
     ``sources`` the headers it was built from; with other headers the entry is void.
     """
 
@@ -48,6 +48,7 @@ class Entry:
     sources: str = ""
     time_us: float | None = None
     xla_time_us: float | None = None
+    kernel_time_us: float | None = None
     error: float | None = None
     xla_error: float | None = None
     candidates: int = 0

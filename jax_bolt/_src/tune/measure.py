@@ -4,9 +4,8 @@
 Kernels are compared with each other by the native profiler (CUDA events around a
 replayed graph, buffers rotated to keep L2 cold). The best of them and XLA's own
 lowering are then compared as what a program would run, rearranged operands and all,
-through one and the same path: a jitted function that runs the region several times on
-rotated operands, dispatched many times behind a long matrix product, so that host
-time hides behind the device's.
+through one and the same path: a jitted function that runs the region on several sets of
+operands, dispatched behind a long matrix product that hides the host's time.
 
 All memory is JAX's own, so tuning fits into what JAX left free.
 """
@@ -14,6 +13,7 @@ All memory is JAX's own, so tuning fits into what JAX left free.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -22,26 +22,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from .. import evaluate, forms, invoke, ir
 from ..invoke import Executable
 from ..jit import loader
 from ..primitive import SiteInfo, reference_fun
 
-_TARGET_S = 4e-3  # device time of one timed batch
 _REPEATS = 5
-_BLOCKER = 6144  # side of the matrix product that hides the dispatch of a batch
+_TARGET_S = 2e-3  # device time of one timed batch
+_MAX_CALLS = 24  # of one batch; a client with 32 executions in flight waits
+# The matrix products, of this side, that the device is given first. They take some
+# 20 ms, in which the host dispatches all of a batch.
+_BLOCKER_SIDE = 8192
+_BLOCKERS = 14
+_DRAWN = 1048573  # elements drawn of a large operand, then repeated; a prime
 # A result that XLA itself gets this wrong was not described right by the matcher.
 _SANE_ERROR = {"bf16": 3e-2, "f16": 1e-2, "f32": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operands:
-    """Random operands of a region, several sets of them, in the user's shapes.
-
-    Activations and side inputs differ from set to set; filters and vectors are shared.
-    """
+    """Random operands of a region, several different sets, in the user's shapes."""
 
     site: SiteInfo
     sets: tuple[tuple[jax.Array, ...], ...]
@@ -60,42 +62,37 @@ def split(site: SiteInfo, operands: Sequence[Any]) -> tuple[Any, Any, list, list
 
 def make_operands(site: SiteInfo, l2_bytes: int, seed: int = 0) -> Operands:
     """Random operands, enough sets to exceed the L2 cache twice (2 to 8)."""
-    per_set = site.region.bytes_moved
-    count = max(2, min(8, math.ceil(2 * l2_bytes / per_set)))
-    key = jax.random.key(seed)
-    shared = set(site.operands[2 + len(site.region.epilogue.sides) :])
-    shared.add(site.operands[1])
-    shared.discard(site.operands[0])
-    first = _random_set(site, key)
-    sets = [first]
-    for i in range(1, count):
-        fresh = _random_set(site, jax.random.fold_in(key, i))
-        sets.append(
-            tuple(first[p] if p in shared else value for p, value in enumerate(fresh))
+    count = max(2, min(8, math.ceil(2 * l2_bytes / site.region.bytes_moved)))
+    sets = [
+        tuple(
+            jax.device_put(
+                _random(site, position, np.random.default_rng([seed, i, position]))
+            )
+            for position in range(len(site.in_avals))
         )
+        for i in range(count)
+    ]
     return Operands(site, tuple(jax.block_until_ready(sets)))
 
 
-def _random_set(site: SiteInfo, key: jax.Array) -> tuple[jax.Array, ...]:
-    roles = {position: role for role, position in enumerate(site.operands)}
-    first_vector = 2 + len(site.region.epilogue.sides)
-    _, filter_elements = site.region.problem.operand_elements
-    depth = max(1, filter_elements // site.region.problem.channels)
-    values = []
-    for position, aval in enumerate(site.in_avals):
-        role = roles[position]
-        at = jax.random.fold_in(key, position)
-        if aval.dtype == jnp.bool_:
-            value = jax.random.bernoulli(at, 0.5, aval.shape)
-        elif role >= first_vector:
-            # Positive: a per-channel input may be a variance.
-            value = jax.random.uniform(at, aval.shape, minval=0.5, maxval=1.5)
-        else:
-            value = jax.random.normal(at, aval.shape)
-            if role == 1:
-                value = value / math.sqrt(depth)
-        values.append(value.astype(aval.dtype))
-    return tuple(values)
+def _random(site: SiteInfo, position: int, rng: np.random.Generator) -> np.ndarray:
+    """One operand of the ``bolt_call``; NumPy's, since JAX would compile for each."""
+    aval = site.in_avals[position]
+    drawn = min(aval.size, _DRAWN)
+    # Of several roles the last: the square of a matrix is scaled as a filter is.
+    (*_, role) = (r for r, p in enumerate(site.operands) if p == position)
+    if aval.dtype == bool:
+        value = rng.random(drawn) < 0.5
+    elif role >= 2 + len(site.region.epilogue.sides):
+        # Positive: a per-channel input may be a variance.
+        value = rng.uniform(0.5, 1.5, drawn)
+    else:
+        value = rng.standard_normal(drawn, np.float32)
+    if role == 1:
+        _, filter_elements = site.region.problem.operand_elements
+        depth = max(1, filter_elements // site.region.problem.channels)
+        value = value / np.float32(math.sqrt(depth))
+    return np.resize(value.astype(aval.dtype), aval.shape)
 
 
 def kernel_function(site: SiteInfo, kernel: Executable) -> Callable:
@@ -205,21 +202,15 @@ def _relative(value: Any, truth: Any) -> Any:
 def time_region(fun: Callable, operands: Operands) -> float:
     """Median µs of the region as a jitted function, operand sets rotated.
 
-    The runs in one call are chained by a barrier: XLA may neither merge nor reorder
-    them.
+    All launches of a batch are queued behind a long product, so what is timed is the
+    device's work alone; a difference of two batches cancels the product.
     """
 
-    def chain(sets: Sequence[tuple]) -> list[Any]:
-        results: list[Any] = []
-        for values in sets:
-            if results:
-                values, results[-1] = lax.optimization_barrier((values, results[-1]))
-            results.append(fun(*values))
-        return results
+    def rotation(sets: Sequence[tuple]) -> list[Any]:
+        return [fun(*values) for values in sets]
 
-    compiled = jax.jit(chain).lower(operands.sets).compile()
-    block = jax.jit(lambda x: (x @ x) @ x)
-    x = jnp.ones((_BLOCKER, _BLOCKER), jnp.bfloat16)
+    compiled = jax.jit(rotation).lower(operands.sets).compile()
+    block, x = _blocker()
 
     def batch(count: int) -> float:
         start = time.perf_counter()
@@ -235,9 +226,20 @@ def time_region(fun: Callable, operands: Operands) -> float:
         return statistics.median(batch(count) for _ in range(_REPEATS))
 
     batch(2)
-    # The difference of two batches cancels the product in front of both.
     few = median(1)
     once = max(20e-6, median(3) - few) / 2
-    count = max(3, min(64, math.ceil(_TARGET_S / once)))
+    count = max(3, min(_MAX_CALLS, math.ceil(_TARGET_S / once)))
     many = median(1 + count)
     return max(0.0, many - few) / (count * len(operands.sets)) * 1e6
+
+
+@functools.cache
+def _blocker() -> tuple[Callable, jax.Array]:
+    def products(x: Any) -> Any:
+        y = x
+        for _ in range(_BLOCKERS):
+            y = (x @ y) * 1e-2
+        return y
+
+    x = jnp.ones((_BLOCKER_SIDE, _BLOCKER_SIDE), jnp.bfloat16)
+    return jax.jit(products).lower(x).compile(), x

@@ -161,76 +161,101 @@ def _memory_guard() -> Iterator[None]:
         raise Untunable("not tuned: too little free device memory") from error
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Timed:
+    """A candidate that ran, and its own time in µs."""
+
+    candidate: Candidate
+    kernel: Executable
+    micros: float
+
+
 def _tune_site(
     site: SiteInfo, found: list[Candidate], built: dict[str, Any], target: Target
 ) -> db.Entry:
     operands = measure.make_operands(site, target.arch.l2_bytes)
-    best, tried, problems = _fastest_kernels(site, found, built, operands, target)
+    problems: list[str] = []
+    groups = _time_kernels(site, found, built, operands, target, problems)
     xla_us = measure.time_region(reference_fun(site.reference), operands)
     entry = db.Entry(
         choice="xla",
         sources=target.sources,
         xla_time_us=xla_us,
-        candidates=tried,
+        candidates=sum(map(len, groups)),
         versions=_versions(target),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
-    for candidate, kernel in best:
-        errors = measure.errors(operands, kernel)
-        if not measure.is_accurate(errors, site.region):
-            problems.append(
-                f"{candidate.text}: error {errors.kernel:.2e}, XLA's {errors.xla:.2e}"
-            )
-            continue
-        ours_us = measure.time_region(measure.kernel_function(site, kernel), operands)
-        if entry.time_us is None or ours_us < entry.time_us:
-            entry = dataclasses.replace(
-                entry,
-                form=candidate.form.name,
-                template=candidate.template.name,
-                config=candidate.config.text,
-                digest=kernel.digest,
-                time_us=ours_us,
-                error=errors.kernel,
-                xla_error=errors.xla,
-            )
+    for group in groups:
+        entry = _with_best(entry, site, group, operands, problems)
     if entry.time_us is None:
         raise Untunable("no candidate ran: " + "; ".join(problems))
     for problem in problems:
-        logger.warning("%s: %s", site, problem)
+        logger.info("%s: %s", site, problem)
     if entry.time_us < _MARGIN * xla_us:
         entry = dataclasses.replace(entry, choice="kernel")
     return entry
 
 
-def _fastest_kernels(
+def _with_best(
+    entry: db.Entry,
+    site: SiteInfo,
+    group: list[_Timed],
+    operands: measure.Operands,
+    problems: list[str],
+) -> db.Entry:
+    """``entry`` with the fastest accurate kernel of one form, if it is faster."""
+    for timed in group:
+        errors = measure.errors(operands, timed.kernel)
+        if not measure.is_accurate(errors, site.region):
+            problems.append(
+                f"{timed.candidate.text}: error {errors.kernel:.2e}, "
+                f"XLA's {errors.xla:.2e}"
+            )
+            continue
+        fun = measure.kernel_function(site, timed.kernel)
+        time_us = measure.time_region(fun, operands)
+        if entry.time_us is not None and time_us >= entry.time_us:
+            return entry
+        return dataclasses.replace(
+            entry,
+            form=timed.candidate.form.name,
+            template=timed.candidate.template.name,
+            config=timed.candidate.config.text,
+            digest=timed.kernel.digest,
+            time_us=time_us,
+            kernel_time_us=timed.micros,
+            error=errors.kernel,
+            xla_error=errors.xla,
+        )
+    return entry
+
+
+def _time_kernels(
     site: SiteInfo,
     found: list[Candidate],
     built: dict[str, Any],
     operands: measure.Operands,
     target: Target,
-) -> tuple[list[tuple[Candidate, Executable]], int, list[str]]:
-    """The fastest two kernels of every form, how many were timed, and what failed."""
-    chosen: list[tuple[Candidate, Executable]] = []
-    problems: list[str] = []
-    tried = 0
+    problems: list[str],
+) -> list[list[_Timed]]:
+    """The candidates of each form that ran, the fastest first."""
+    groups: list[list[_Timed]] = []
     for name in dict.fromkeys(c.form.name for c in found):
-        timed: list[tuple[float, int, Candidate, Executable]] = []
-        group = [c for c in found if c.form.name == name]
-        buffers = measure.Buffers(operands, group[0].form)
-        for order, candidate in enumerate(group):
+        timed: list[_Timed] = []
+        same_form = [c for c in found if c.form.name == name]
+        buffers = measure.Buffers(operands, same_form[0].form)
+        for candidate in same_form:
             digest, result = built[candidate.source]
             try:
                 kernel = executable(site.region, candidate, digest, result, target)
                 micros = measure.time_kernel(kernel, buffers, target.ordinal)
             except (CompileError, RuntimeError) as error:
                 problems.append(f"{candidate.text}: {_first_line(error)}")
-                continue
-            tried += 1
-            timed.append((micros, order, candidate, kernel))
-        del buffers
-        chosen += [(c, k) for _, _, c, k in sorted(timed, key=lambda t: t[:2])[:2]]
-    return chosen, tried, problems
+            else:
+                timed.append(_Timed(candidate, kernel, micros))
+        # Stable: of equal times the heuristic's earlier one.
+        groups.append(sorted(timed, key=lambda t: t.micros))
+    return groups
 
 
 def executable(

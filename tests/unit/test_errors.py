@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users are told when they, or their machines, get something wrong.
+
+Each message names the value at fault and what to do about it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from fake_nvcc import FakeNvcc
+
+import jax_bolt
+from jax_bolt._src import compat, lower, options, paths, resolve
+from jax_bolt._src.jit import directories, loader, store
+from jax_bolt._src.jit import toolchain as toolchains
+
+TARGET = "jax_bolt.launch"
+
+
+def dense(x: Any, w: Any) -> Any:
+    return jax.nn.relu(x @ w)
+
+
+def two_sites(x: Any, w: Any) -> Any:
+    return jnp.tanh(dense(x, w) @ w)
+
+
+ARGS = (
+    jax.ShapeDtypeStruct((16, 64), jnp.bfloat16),
+    jax.ShapeDtypeStruct((64, 64), jnp.bfloat16),
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A GPU on paper, whose driver takes whatever was compiled."""
+    gpu = types.SimpleNamespace(
+        compute_capability="9.0", device_kind="NVIDIA H200", local_hardware_id=0
+    )
+    native = types.SimpleNamespace(
+        device_info=lambda ordinal: {"sm_count": 132},
+        is_loaded=lambda digest: False,
+        load=lambda digest, path: None,
+        check=lambda digest, kind, dims: None,
+        workspace_bytes=lambda *args: 0,
+    )
+    monkeypatch.setattr(compat, "cuda_device", lambda: gpu)
+    monkeypatch.setattr(loader, "native", lambda: native)
+    monkeypatch.setattr(loader, "ffi_target", lambda: TARGET)
+    # What a process remembers, so as to say and try things once.
+    monkeypatch.setattr(lower, "_warned", set())
+    monkeypatch.setattr(store, "_failures", {})
+    monkeypatch.setattr(resolve, "failures", {})
+    return gpu
+
+
+@pytest.fixture
+def nvcc(cache_dir: Path, tmp_path: Path, monkeypatch: Any) -> Iterator[FakeNvcc]:
+    header = tmp_path / "cutlass" / "include" / "cutlass" / "version.h"
+    header.parent.mkdir(parents=True)
+    parts = ("MAJOR", "MINOR", "PATCH")
+    header.write_text("".join(f"#define CUTLASS_{part} 4\n" for part in parts))
+    monkeypatch.setattr(paths, "cutlass_root", lambda: tmp_path / "cutlass")
+    fake = FakeNvcc(tmp_path / "cuda")
+    with options.options(cuda_home=fake.home, on_miss="heuristic"):
+        yield fake
+
+
+def lowered(fun: Any) -> str:
+    """The StableHLO that a CUDA device would be given."""
+    program = jax.jit(fun).trace(*ARGS).lower(lowering_platforms=("cuda",))
+    return program.as_text()
+
+
+def warning_of(fun: Any = dense) -> str:
+    """The one warning of a function that runs on XLA in the end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        text = lowered(jax_bolt.optimize(lambda *args: fun(*args)))
+    assert TARGET not in text and "stablehlo.dot_general" in text
+    (warning,) = caught
+    message = str(warning.message)
+    # The site, by its source line, and what runs instead.
+    assert re.match(r"jax_bolt: .*test_errors.py:\d+.* runs on XLA: ", message)
+    return message
+
+
+# --- The machine
+
+
+def test_no_compiler(gpu, cache_dir, tmp_path, monkeypatch):
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchains, "_wheels", lambda: [])
+    message = warning_of()
+    assert "NVIDIA's compiler, nvcc" in message
+    assert '`pip install "jax_bolt[cuda13]"`' in message
+
+
+def test_a_cuda_home_without_a_compiler(gpu, nvcc):
+    nvcc.nvcc.unlink()
+    message = warning_of()
+    assert f"{nvcc.nvcc} (cuda_home): there is no such file" in message
+    assert "JAX_BOLT_CUDA_HOME" in message
+
+
+def test_no_cutlass(gpu, nvcc, monkeypatch):
+    monkeypatch.setattr(paths, "cutlass_root", lambda: None)
+    message = warning_of()
+    assert "CUTLASS" in message and "reinstall jax_bolt" in message
+
+
+def test_no_native_module(gpu, nvcc, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(compat, "cuda_device", lambda: gpu)
+    monkeypatch.setattr(lower, "_warned", set())
+    monkeypatch.setattr(loader.importlib, "import_module", missing_module)
+    loader.native.cache_clear()
+    try:
+        message = warning_of()
+    finally:
+        loader.native.cache_clear()
+    assert "undefined symbol" in message and "pip install --force-reinstall" in message
+
+
+def missing_module(name: str) -> Any:
+    raise ImportError(f"{name}: undefined symbol: it")
+
+
+def test_an_old_gpu(gpu, nvcc):
+    gpu.compute_capability, gpu.device_kind = "6.1", "NVIDIA GeForce GTX 1080"
+    message = warning_of()
+    assert "no kernels for NVIDIA GeForce GTX 1080" in message
+    assert "'6.1'; it knows 7.5, 8.0" in message
+
+
+@pytest.fixture
+def own_temporary(monkeypatch: Any, tmp_path: Path) -> Iterator[None]:
+    """Undoes what falling back to the temporary cache does to the process."""
+    monkeypatch.setattr(directories.tempfile, "tempdir", str(tmp_path))
+    cached = (directories.temporary, directories._warn)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def test_an_unwritable_cache_costs_no_kernel(
+    gpu, nvcc, own_temporary, tmp_path, caplog
+):
+    # Not even root can make a directory below a file.
+    (tmp_path / "file").touch()
+    with (
+        options.options(cache_dir=tmp_path / "file"),
+        caplog.at_level(logging.WARNING, "jax_bolt"),
+    ):
+        text = lowered(jax_bolt.optimize(lambda *args: two_sites(*args)))
+    assert text.count(TARGET) == 2
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert f"the cache {tmp_path / 'file' / 'kernels'} cannot be written" in message
+    assert "set JAX_BOLT_CACHE_DIR to a writable directory" in message
+
+
+def test_a_cache_that_others_can_write(gpu, nvcc, cache_dir):
+    (cache_dir / "kernels").mkdir(parents=True)
+    (cache_dir / "kernels").chmod(0o777)
+    assert f"chmod go-w '{cache_dir / 'kernels'}'" in warning_of()
+    assert not nvcc.calls
+
+
+# --- A kernel that does not compile
+
+
+@pytest.fixture
+def failing(nvcc: FakeNvcc) -> FakeNvcc:
+    script = nvcc.nvcc.read_text()
+    nvcc.nvcc.write_text(script.replace("grep -q FAIL source.cu", "true"))
+    return nvcc
+
+
+def test_a_failing_compile_is_one_warning(gpu, failing):
+    message = warning_of(two_sites)
+    assert "kernel for sm_90a does not compile: nvcc ended with status 2" in message
+    assert 'on_error="raise"' in message
+    # Pages of log are for those who ask.
+    assert "FAIL is not defined" not in message
+    assert len(failing.calls) == 2
+
+
+def test_on_error_raise_shows_what_the_compiler_printed(gpu, failing):
+    strict = jax_bolt.optimize(lambda *args: dense(*args), on_error="raise")
+    with pytest.raises(jax_bolt.CompileError, match="error: FAIL is not defined"):
+        lowered(strict)
+
+
+def test_on_miss_error_names_the_site_and_the_problem(gpu, nvcc):
+    strict = jax_bolt.optimize(lambda *args: dense(*args), on_miss="error")
+    message = r"test_errors.py:\d+.*m16n64k64.*NVIDIA H200.*jax_bolt\.tune"
+    with pytest.raises(jax_bolt.UnsupportedError, match=message):
+        lowered(strict)
+
+
+def test_tuning_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(compat, "cuda_device", lambda: None)
+    with pytest.raises(jax_bolt.UnsupportedError, match=r"CUDA device.*pip install"):
+        jax_bolt.tune(dense, *ARGS)
+
+
+# --- The call
+
+
+def choose(x: Any, how: str = "relu", *, scale: Any = 1) -> Any:
+    return getattr(jax.nn, how)(x @ x) * scale
+
+
+X = jnp.ones((4, 4))
+OPTIMIZED = jax_bolt.optimize(choose)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: OPTIMIZED(X, "tanh"),
+        lambda: OPTIMIZED.lower(X, "tanh"),
+        lambda: OPTIMIZED.explain(X, "tanh"),
+        lambda: jax_bolt.explain(choose, X, "tanh"),
+        lambda: jax_bolt.tune(choose, X, "tanh"),
+    ],
+)
+def test_an_argument_that_is_no_array(call):
+    message = "argument 1 is 'tanh' of type str, not an array.* static_argnums=1"
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_keyword_that_is_no_array():
+    message = "argument 'how' is 'tanh' of type str.* static_argnums=1"
+    with pytest.raises(TypeError, match=message):
+        OPTIMIZED(X, how="tanh")
+    message = r"argument 'scale' is 'a' .*functools.partial\(f, scale=\.\.\.\)"
+    with pytest.raises(TypeError, match=message):
+        OPTIMIZED(X, scale="a")
+
+
+def test_a_leaf_that_is_no_array():
+    fun = jax_bolt.optimize(lambda tree: tree["x"][0] @ tree["x"][0])
+    with pytest.raises(TypeError, match=r"argument 0\['x'\]\[1\] is 'name' .* apart"):
+        fun({"x": [X, "name"]})
+    with pytest.raises(TypeError, match=r"argument 0\['x'\]\[0\] is ShapeDtype"):
+        fun({"x": [jax.ShapeDtypeStruct((4, 4), jnp.float32)]})
+
+
+def test_a_long_argument_is_cut_short():
+    with pytest.raises(TypeError) as caught:
+        OPTIMIZED("x" * 10000)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_mistake_inside_the_function_is_its_own():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        jax_bolt.optimize(lambda x: (x @ x) + "a")(X)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        OPTIMIZED()
+
+
+# --- The decorator
+
+
+@pytest.mark.parametrize("bad", [3, "dense", None])
+def test_what_is_no_function(bad):
+    with pytest.raises(TypeError, match=f"takes a function of arrays, got {bad!r}"):
+        jax_bolt.explain(bad, X)
+    with pytest.raises(TypeError, match=f"takes a function of arrays, got {bad!r}"):
+        jax_bolt.optimize(on_miss="xla")(bad)
+    if bad is not None:
+        with pytest.raises(TypeError, match=f"takes a function of arrays, got {bad!r}"):
+            jax_bolt.optimize(bad)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("on_miss", "always", "'tune', 'heuristic', 'xla', 'error'"),
+        ("on_miss", True, "'tune', 'heuristic', 'xla', 'error'"),
+        ("on_error", "ignore", "'xla', 'raise'"),
+    ],
+)
+def test_a_bad_option_fails_where_it_is_written(option, value, allowed):
+    message = f"{option}={value!r} must be one of {allowed}"
+    with pytest.raises(ValueError, match=message):
+        jax_bolt.optimize(dense, **{option: value})
+
+
+@pytest.mark.parametrize("argnums", ["static_argnums", "donate_argnums"])
+@pytest.mark.parametrize("bad", ["how", 1.0, (0, "how")])
+def test_positions_of_arguments_are_numbers(argnums, bad):
+    with pytest.raises(TypeError, match=f"{argnums}.* not {re.escape(repr(bad))}"):
+        functools.partial(jax_bolt.optimize, **{argnums: bad})(choose)
