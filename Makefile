@@ -13,8 +13,8 @@ JOBS ?= 2
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check
 gpu := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu)
-extras := flax,test$(if $(gpu),$(comma)cuda13)
 comma := ,
+extras := flax,test$(if $(gpu),$(comma)cuda13)
 
 # The entries of a list in pyproject.toml that contain a word, for a shell: versions
 # stand there alone.

@@ -31,10 +31,11 @@ def has_gpu() -> bool:
 def sound_cpu_options() -> dict[str, str]:
     """XLA options under which a bf16 CNN on the CPU is computed correctly.
 
-    jaxlib 0.11's CPU backend fuses a bf16 conv with the max pooling after it, and some
-    of those fusions give NaN. Other versions need no option, and may not know this one.
+    The CPU backend of jaxlib 0.11 and 0.12 fuses a bf16 conv with the max pooling after
+    it, and some of those fusions give NaN. jaxlib 0.10 needs no option, and later
+    versions may not know this one.
     """
-    if not (_version("jaxlib") or "").startswith("0.11."):
+    if not (_version("jaxlib") or "").startswith(("0.11.", "0.12.")):
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": ""}
 

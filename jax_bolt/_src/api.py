@@ -46,6 +46,7 @@ class Optimized:
         self._changes = changes
         # An executable is good for the options it was made under.
         self._jitted: dict[Options, Any] = {}
+        self._last: tuple[Options, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -90,8 +91,13 @@ class Optimized:
 
     def _jit(self) -> Any:
         active = options.current()
+        # By identity first: hashing the options costs more than the rest of a call.
+        last = self._last
+        if last is not None and last[0] is active:
+            return last[1]
         if active not in self._jitted:
             self._jitted[active] = self._make(active)
+        self._last = (active, self._jitted[active])
         return self._jitted[active]
 
     def _make(self, active: Options) -> Any:

@@ -27,40 +27,67 @@ from .compat import (
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 
 
-def inline_calls(program: ClosedJaxpr) -> ClosedJaxpr:
-    """Inlines every call that means nothing but its body."""
-    constvars = list(program.jaxpr.constvars)
-    consts = list(program.consts)
-    eqns: list[JaxprEqn] = []
-    env: dict[Var, Any] = {}
-    _emit(program.jaxpr, None, env, eqns, constvars, consts, fresh_vars())
+def inline_calls(program: ClosedJaxpr, *, lift_constants: bool = True) -> ClosedJaxpr:
+    """Inlines every call that means nothing but its body.
+
+    A call with constants of its own is left as it is unless ``lift_constants``: the
+    program then gets them as its own.
+    """
+    inliner = _Inliner(program, lift_constants)
+    inliner.emit(program.jaxpr, None, env := {})
     outvars = [_read(env, v) for v in program.jaxpr.outvars]
-    return rebuilt(program, eqns, outvars=outvars, constvars=constvars, consts=consts)
+    return rebuilt(
+        program,
+        inliner.eqns,
+        outvars=outvars,
+        constvars=inliner.constvars,
+        consts=inliner.consts,
+    )
 
 
-def _emit(jaxpr: Jaxpr, outer, env, eqns, constvars, consts, make_var) -> None:
-    """Appends ``jaxpr``'s equations under ``env``; ``outer`` is the call inlined."""
-    for eqn in jaxpr.eqns:
-        invars = [_read(env, v) for v in eqn.invars]
-        if outer is not None:
-            eqn = eqn.replace(source_info=prefixed(eqn, outer))
-        if _may_inline(eqn):
-            body = closed(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
-            inner: dict[Var, Any] = dict(zip(body.jaxpr.invars, invars, strict=True))
-            for var, value in zip(body.jaxpr.constvars, body.consts, strict=True):
-                inner[var] = make_var(var.aval)
-                constvars.append(inner[var])
-                consts.append(value)
-            _emit(body.jaxpr, eqn, inner, eqns, constvars, consts, make_var)
-            for out, result in zip(eqn.outvars, body.jaxpr.outvars, strict=True):
-                env[out] = _read(inner, result)
-            continue
-        outvars = eqn.outvars
-        if outer is not None:
-            # One cached body may be inlined many times; its variables may not.
-            outvars = [v if is_drop(v) else make_var(v.aval) for v in eqn.outvars]
-            env.update(zip(eqn.outvars, outvars, strict=True))
-        eqns.append(eqn.replace(invars=invars, outvars=outvars))
+class _Inliner:
+    """The flat list of equations that a program becomes."""
+
+    def __init__(self, program: ClosedJaxpr, lift_constants: bool):
+        self.constvars = list(program.jaxpr.constvars)
+        self.consts = list(program.consts)
+        self.eqns: list[JaxprEqn] = []
+        self._lift = lift_constants
+        self._make_var = fresh_vars()
+
+    def emit(self, jaxpr: Jaxpr, outer: JaxprEqn | None, env: dict[Var, Any]) -> None:
+        """Appends ``jaxpr``'s equations; ``outer`` is the call they are inlined for."""
+        for eqn in jaxpr.eqns:
+            invars = [_read(env, v) for v in eqn.invars]
+            if outer is not None:
+                eqn = eqn.replace(source_info=prefixed(eqn, outer))
+            if self._inlines(eqn):
+                self._inline(eqn, invars, env)
+                continue
+            outvars = eqn.outvars
+            if outer is not None:
+                # One cached body may be inlined many times; its variables may not.
+                outvars = [v if is_drop(v) else self._make_var(v.aval) for v in outvars]
+                env.update(zip(eqn.outvars, outvars, strict=True))
+            self.eqns.append(eqn.replace(invars=invars, outvars=outvars))
+
+    def _inline(self, eqn: JaxprEqn, invars: list[Any], env: dict[Var, Any]) -> None:
+        body = _body(eqn)
+        inner: dict[Var, Any] = dict(zip(body.jaxpr.invars, invars, strict=True))
+        for var, value in zip(body.jaxpr.constvars, body.consts, strict=True):
+            inner[var] = self._make_var(var.aval)
+            self.constvars.append(inner[var])
+            self.consts.append(value)
+        self.emit(body.jaxpr, eqn, inner)
+        for out, result in zip(eqn.outvars, body.jaxpr.outvars, strict=True):
+            env[out] = _read(inner, result)
+
+    def _inlines(self, eqn: JaxprEqn) -> bool:
+        return _may_inline(eqn) and (self._lift or not _body(eqn).consts)
+
+
+def _body(eqn: JaxprEqn) -> ClosedJaxpr:
+    return closed(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
 
 
 def _read(env: dict[Var, Any], atom: Any) -> Any:

@@ -51,7 +51,6 @@ __all__ = [
     "region_jaxpr",
     "source_line",
     "sub_jaxprs",
-    "user_scope",
 ]
 
 # Parameters that hold the bodies of the higher-order primitives we look into. A
@@ -173,13 +172,6 @@ def prefixed(inner: JaxprEqn, outer: JaxprEqn) -> Any:
 def source_line(eqn: JaxprEqn) -> str:
     """``file.py:12 (function)`` of the user's line, or an empty text."""
     return _source_info.summarize(eqn.source_info)
-
-
-def user_scope(eqn: JaxprEqn):
-    """Context in which re-bound equations keep ``eqn``'s names and lines."""
-    return _source_info.user_context(
-        eqn.source_info.traceback, name_stack=eqn.source_info.name_stack
-    )
 
 
 def device_count(ctx: mlir.LoweringRuleContext) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from jax import lax
 
 from . import ir
 from .compat import JaxprEqn, Literal, aval_of, closed
@@ -183,7 +184,7 @@ def _select(builder, eqn, args, per_channel) -> int:
 
 
 def _round(builder, eqn, args, per_channel) -> int:
-    to_even = "EVEN" in str(eqn.params["rounding_method"])
+    to_even = eqn.params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
     return builder.op("round_even" if to_even else "round_away", args[0])
 
 

@@ -139,9 +139,6 @@ class Epilogue:
         return tuple(same)
 
 
-IDENTITY_OPS = (Op("acc"),)
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GemmProblem:
     """D[l] = A[l] @ B[l]: A is M by K, B is K by N, ``batch`` of each.

@@ -67,8 +67,9 @@ def reference_fun(reference: ClosedJaxpr):
 
 
 @bolt_call_p.def_impl
-def _impl(*args: Any, **params: Any) -> Any:
-    return jax.jit(lambda *a: bolt_call_p.bind(*a, **params))(*args)
+def _impl(*args: Any, reference: ClosedJaxpr, **_: Any) -> Any:
+    # Outside jit (disable_jit, say) nothing is compiled, so nothing is tuned either.
+    return reference_fun(reference)(*args)
 
 
 @bolt_call_p.def_abstract_eval

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import arch as arch_
@@ -14,6 +18,7 @@ from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
 from .jit import store, toolchain
+from .match import Refusal
 from .options import Options
 from .plan import Rejection
 from .primitive import SiteInfo
@@ -33,7 +38,28 @@ def trace(
     # A static argument may have been left to its default or bound by name.
     static = [i for i in static_argnums if -len(args) <= i < len(args)]
     traced, tree = compat.make_jaxpr(fun, static, args, kwargs)
-    return rewrite.rewrite(traced, active), tree
+    rewritten = rewrite.rewrite(traced, active)
+    if active.dump_dir is not None:
+        _dump(active.dump_dir, getattr(fun, "__name__", "function"), traced, rewritten)
+    return rewritten, tree
+
+
+def _dump(root: Path, name: str, traced: Any, rewritten: Rewritten) -> None:
+    """Writes a program before and after rewriting, and its regions; see ``dump_dir``."""
+    regions = "\n".join(f"{s}\n  {s.region.text}" for s in rewritten.family.sites)
+    texts = {
+        "0-traced.txt": str(traced),
+        "1-rewritten.txt": str(rewritten.program),
+        "2-regions.txt": regions,
+    }
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        prefix = re.sub(r"\W", "_", name) + "-"
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+        for file, text in texts.items():
+            (folder / file).write_text(text + "\n")
+    except OSError as error:
+        warnings.warn(f"jax_bolt: nothing is dumped to {root}: {error}", stacklevel=2)
 
 
 def run(rewritten: Rewritten, leaves: Sequence[Any]) -> list[Any]:
@@ -45,7 +71,7 @@ def clear_cache(active: Options) -> None:
     """Empties the kernel and tuning stores."""
     store.Store(paths.kernel_root(active)).clear()
     shutil.rmtree(paths.tuning_root(active), ignore_errors=True)
-    resolve.failures.clear()
+    resolve.forget()
 
 
 def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report:
@@ -61,7 +87,9 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
             "without one"
         )
     target = resolve.target_for(device, active)
-    resolve.tune_missing(rewritten.family.sites, target, active, progress)
+    resolve.tune_missing(
+        rewritten.family.sites, target, active, retry=True, show_progress=progress
+    )
     return report(rewritten, None)
 
 
@@ -71,18 +99,23 @@ def report(rewritten: Rewritten, name: str | None) -> Report:
     arch = arch_.from_name(name) if name is not None else _local_arch()
     sources = _sources(active)
     sites = [
-        Site(
-            name=refusal.name,
-            line=refusal.line,
-            root=refusal.primitive,
-            reason=refusal.reason,
-            kernel="xla",
-            provenance="xla",
-        )
-        for refusal in rewritten.refusals
+        _refused(root)
+        if isinstance(root, Refusal)
+        else _site(root, arch, active, sources)
+        for root in rewritten.roots
     ]
-    sites += [_site(s, arch, active, sources) for s in rewritten.family.sites]
     return Report(tuple(sites), arch.name if arch else "", store.stats())
+
+
+def _refused(root: Refusal) -> Site:
+    return Site(
+        name=root.name,
+        line=root.line,
+        root=root.primitive,
+        reason=root.reason,
+        kernel="xla",
+        provenance="xla",
+    )
 
 
 def _site(site: SiteInfo, arch: GpuArch | None, active: Options, sources: str) -> Site:

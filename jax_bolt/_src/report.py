@@ -78,14 +78,20 @@ class Report:
         }
         return json.dumps(document, indent=1)
 
+    def _title(self) -> str:
+        fused = sum(site.fused for site in self.sites)
+        title = f"{fused} of {len(self.sites)} roots fused"
+        if not self.arch:
+            return f"{title}, no GPU to plan for"
+        kernels = sum(site.kernel not in ("", "xla") for site in self.sites)
+        return f"{title}, {kernels} on kernels, planned for {self.arch}"
+
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        fused = sum(site.fused for site in self.sites)
-        plan = f"planned for {self.arch}" if self.arch else "no GPU to plan for"
-        title = f"{fused} of {len(self.sites)} roots fused, {plan}"
+        title = self._title()
         table = Table(title=title, title_justify="left", show_edge=False)
         for heading in ("site", "region", "problem", "kernel"):
             table.add_column(heading, overflow="fold")

@@ -103,19 +103,35 @@ def tune_missing(
     sites: Sequence[SiteInfo],
     target: search.Target,
     options: Options,
+    *,
+    retry: bool = False,
     show_progress: bool = True,
 ) -> None:
-    """Tunes the sites that have no result yet and have not failed here before."""
+    """Tunes the sites that have no result yet.
+
+    A site that failed in this process before (or was not reached within the budget) is
+    left alone unless ``retry``.
+    """
     device = db.device_key(target.arch)
-    missing = [
-        site
-        for site in sites
-        if stored(site.region, target.arch, options, target.sources) is None
-        and (device, site.region.text) not in failures
-    ]
-    if missing:
+    with _lock:
+        missing = [
+            site
+            for site in sites
+            if stored(site.region, target.arch, options, target.sources) is None
+            and (retry or (device, site.region.text) not in failures)
+        ]
+        if not missing:
+            return
+        for site in missing:
+            failures.pop((device, site.region.text), None)
         failed = search.tune(missing, target, options.budget_s, show_progress)
-        failures.update({(device, r.text): reason for r, reason in failed.items()})
+        failures.update({(device, text): reason for text, reason in failed.items()})
+
+
+def forget() -> None:
+    """Drops what this process remembers of tuning: results and failures."""
+    failures.clear()
+    _database.cache_clear()
 
 
 def failure(arch: GpuArch, region: ir.Region) -> str | None:

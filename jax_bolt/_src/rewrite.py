@@ -27,11 +27,19 @@ from .primitive import Family, SiteInfo, bolt_call_p
 
 @dataclasses.dataclass(slots=True)
 class Rewritten:
-    """A rewritten program, its regions, and the roots that stay with XLA."""
+    """A rewritten program, its regions, and all its roots.
+
+    ``roots`` are in program order, a body's after those of the program around it.
+    """
 
     program: ClosedJaxpr
     family: Family
-    refusals: list[Refusal]
+    roots: list[SiteInfo | Refusal]
+
+    @property
+    def refusals(self) -> list[Refusal]:
+        """The roots that stay with XLA."""
+        return [root for root in self.roots if isinstance(root, Refusal)]
 
 
 def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
@@ -41,82 +49,87 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     could not be inlined are rewritten in place; any other higher-order primitive is
     left alone. Rewriting a rewritten program changes nothing.
     """
-    family, refusals = Family(), []
-    return Rewritten(_rewrite(program, family, refusals, options), family, refusals)
+    pass_ = _Pass(options)
+    done = pass_.program(inline_calls(program))
+    return Rewritten(done, pass_.family, pass_.roots)
 
 
-def _rewrite(
-    program: ClosedJaxpr, family: Family, refusals: list[Refusal], options: Options
-) -> ClosedJaxpr:
-    program = inline_calls(program)
-    jaxpr = program.jaxpr
-    matches, refused = find_regions(jaxpr)
-    refusals += refused
-    calls: dict[int, JaxprEqn] = {}
-    replaced: set[int] = set()
-    for match in matches:
-        # At the last equation's place: all inputs, side inputs too, exist by then.
-        calls[match.eqns[-1]] = _call(jaxpr, match, family, options)
-        replaced.update(match.eqns)
-    eqns: list[JaxprEqn] = []
-    origin: list[int | None] = []
-    for index, eqn in enumerate(jaxpr.eqns):
-        if index in calls:
-            eqns.append(calls[index])
-            origin.append(None)
-        elif index not in replaced:
-            eqns.append(_with_bodies(eqn, family, refusals, options))
-            origin.append(index)
-    absorbed = {i for match in matches for i in match.absorbed}
-    return rebuilt(program, _without_unused(eqns, origin, absorbed, jaxpr.outvars))
+class _Pass:
+    """One rewriting of a program: what it found so far."""
 
+    def __init__(self, options: Options):
+        self.options = options
+        self.family = Family()
+        self.roots: list[SiteInfo | Refusal] = []
 
-def _call(jaxpr: Any, match: Match, family: Family, options: Options) -> JaxprEqn:
-    operands = list(dict.fromkeys(match.inputs))
-    indices = sorted({*match.eqns, *match.absorbed})
-    root = jaxpr.eqns[match.root]
-    site = SiteInfo(
-        region=match.region,
-        reference=region_jaxpr(
-            jaxpr, [jaxpr.eqns[i] for i in indices], operands, match.output
-        ),
-        operands=tuple(operands.index(v) for v in match.inputs),
-        name=match.name,
-        label=match.label,
-        line=source_line(root),
-        root=root.primitive.name,
-    )
-    family.sites.append(site)
-    params = dict(reference=site.reference, site=site, family=family, options=options)
-    return call_equation(operands, match.output, bolt_call_p, params, root)
+    def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
+        jaxpr = program.jaxpr
+        matches, refusals = find_regions(jaxpr)
+        calls: dict[int, JaxprEqn] = {}
+        replaced: set[int] = set()
+        for root in sorted([*matches, *refusals], key=lambda found: found.root):
+            if isinstance(root, Refusal):
+                self.roots.append(root)
+                continue
+            # At the last equation's place: all inputs, side inputs too, exist by then.
+            calls[root.eqns[-1]] = self._call(jaxpr, root)
+            replaced.update(root.eqns)
+        eqns: list[JaxprEqn] = []
+        origin: list[int | None] = []
+        for index, eqn in enumerate(jaxpr.eqns):
+            if index in calls:
+                eqns.append(calls[index])
+                origin.append(None)
+            elif index not in replaced:
+                eqns.append(self._with_bodies(eqn))
+                origin.append(index)
+        absorbed = {i for match in matches for i in match.absorbed}
+        return rebuilt(program, _without_unused(eqns, origin, absorbed, jaxpr.outvars))
 
+    def _call(self, jaxpr: Any, match: Match) -> JaxprEqn:
+        operands = list(dict.fromkeys(match.inputs))
+        indices = sorted({*match.eqns, *match.absorbed})
+        root = jaxpr.eqns[match.root]
+        site = SiteInfo(
+            region=match.region,
+            reference=region_jaxpr(
+                jaxpr, [jaxpr.eqns[i] for i in indices], operands, match.output
+            ),
+            operands=tuple(operands.index(v) for v in match.inputs),
+            name=match.name,
+            label=match.label,
+            line=source_line(root),
+            root=root.primitive.name,
+        )
+        self.family.sites.append(site)
+        self.roots.append(site)
+        params = {
+            "reference": site.reference,
+            "site": site,
+            "family": self.family,
+            "options": self.options,
+        }
+        return call_equation(operands, match.output, bolt_call_p, params, root)
 
-def _with_bodies(
-    eqn: JaxprEqn, family: Family, refusals: list[Refusal], options: Options
-) -> JaxprEqn:
-    """``eqn`` with its bodies rewritten."""
-    changes: dict[str, Any] = {}
-    for name, body in sub_jaxprs(eqn):
-        if isinstance(body, tuple):
-            new = tuple(_body(b, family, refusals, options) for b in body)
-            changed = any(a is not b for a, b in zip(new, body, strict=True))
-        else:
-            new = _body(body, family, refusals, options)
-            changed = new is not body
-        if changed:
-            changes[name] = new
-    return eqn.replace(params={**eqn.params, **changes}) if changes else eqn
+    def _with_bodies(self, eqn: JaxprEqn) -> JaxprEqn:
+        """``eqn`` with its bodies rewritten."""
+        changes: dict[str, Any] = {}
+        for name, body in sub_jaxprs(eqn):
+            if isinstance(body, tuple):
+                new = tuple(self._body(b) for b in body)
+                changed = any(a is not b for a, b in zip(new, body, strict=True))
+            else:
+                new = self._body(body)
+                changed = new is not body
+            if changed:
+                changes[name] = new
+        return eqn.replace(params={**eqn.params, **changes}) if changes else eqn
 
-
-def _body(body: Any, family: Family, refusals: list[Refusal], options: Options) -> Any:
-    old = closed(body)
-    found = len(family.sites)
-    new = _rewrite(old, family, refusals, options)
-    if len(family.sites) == found or len(new.consts) != len(old.consts):
-        # Untouched, or a constant of an inlined call has no binder in this body.
-        del family.sites[found:]
-        return body
-    return like_body(new, body)
+    def _body(self, body: Any) -> Any:
+        found = len(self.family.sites)
+        # A body has no binder for a constant of a call inside it.
+        new = self.program(inline_calls(closed(body), lift_constants=False))
+        return body if len(self.family.sites) == found else like_body(new, body)
 
 
 def _without_unused(

@@ -44,6 +44,9 @@ def read_root(eqn: JaxprEqn) -> Root:
     Raises:
       Refused: with the reason, when no region can start here.
     """
+    where = getattr(eqn.ctx, "compute_type", None)
+    if where:
+        raise Refused(f"placed by compute_on({where!r})")
     dtype = _operand_dtype(eqn)
     shapes = [tuple(aval_of(v).shape) for v in (*eqn.invars, *eqn.outvars)]
     if not all(isinstance(d, int) for shape in shapes for d in shape):

@@ -59,7 +59,12 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path, text):
 def test_a_damaged_entry_is_passed_over(tmp_path):
     database = db.Database(tmp_path)
     key = region(8).text
-    document = {"schema": db.SCHEMA, "entries": {key: {"choice": "?"}, "x": 3}}
+    entries = {
+        key: {"choice": "kernel", "time_us": "fast"},
+        "x": 3,
+        "y": {"choice": "?"},
+    }
+    document = {"schema": db.SCHEMA, "entries": entries}
     database.path(ARCH).write_text(__import__("json").dumps(document))
     assert database.get(ARCH, region(8)) is None
 

@@ -88,8 +88,7 @@ def test_resnet50_on_sm_90a():
     assert report.arch == "sm_90a"
     for site in report.sites:
         pointwise = site.epilogue.startswith(("conv1x1", "dot"))
-        strided = "st2x2" in site.problem
-        template = "gemm_sm90" if pointwise and not strided else "conv_sm80"
+        template = "gemm_sm90" if pointwise else "conv_sm80"
         assert site.kernel.startswith(template), site
         assert site.provenance == "heuristic"
     assert [s.epilogue for s in report.sites[:3]] == [
@@ -109,7 +108,7 @@ def test_a_report_as_text_and_json():
     report = jax_bolt.explain(model, *args, arch="sm_80")
     assert report.coverage == 0.5
     text = str(report)
-    assert "1 of 2 roots fused, planned for sm_80" in text
+    assert "1 of 2 roots fused, 1 on kernels, planned for sm_80" in text
     assert "conv3x3+bn+relu" in text and "dtype int8" in text
     assert "[bf16 n2h6w6c4" in text
     parsed = json.loads(report.to_json())
@@ -136,3 +135,21 @@ def test_an_unknown_architecture_is_named():
 def test_a_function_without_roots():
     report = jax_bolt.explain(jnp.tanh, jnp.ones(3))
     assert not report.sites and report.coverage == 1.0
+
+
+def test_dump_dir_gets_the_program_before_and_after(tmp_path):
+    fun, *args = conv_norm_relu()
+    with jax_bolt.options(dump_dir=tmp_path / "dump"):
+        jax_bolt.explain(fun, *args)
+    (folder,) = (tmp_path / "dump").iterdir()
+    assert "bolt_call" not in (folder / "0-traced.txt").read_text()
+    assert "bolt_call" in (folder / "1-rewritten.txt").read_text()
+    assert EPILOGUE in (folder / "2-regions.txt").read_text()
+
+
+def test_a_dump_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    fun, *args = conv_norm_relu()
+    with jax_bolt.options(dump_dir=tmp_path / "file"):
+        with pytest.warns(UserWarning, match="nothing is dumped"):
+            assert jax_bolt.explain(fun, *args).coverage == 1.0

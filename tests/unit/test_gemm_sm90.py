@@ -92,7 +92,9 @@ def best(a_region: ir.Region) -> tuple[int, int]:
 
 def test_configs_are_distinct_and_name_the_template():
     configs = gemm_sm90.configs(region(), HOPPER)
-    assert len({config.text for config in configs}) == len(configs) == 5
+    assert len({config.text for config in configs}) == len(configs)
+    # Each costs a minute of compiling.
+    assert 3 <= len(configs) <= 6
     assert {config.template for config in configs} == {gemm_sm90.name}
 
 

@@ -149,6 +149,7 @@ def failing(error):
         CompileError("no nvcc was found: pip install ...", log="line\n" * 50),
         UnsupportedError("compute capability '6.1' has no kernels"),
         RuntimeError("anything of the driver's"),
+        ValueError("anything at all"),
     ],
 )
 def test_a_failure_is_one_warning_and_xla(kernel, fresh_warnings, monkeypatch, error):

@@ -266,6 +266,21 @@ def test_refusals_have_reasons(fun, args, reason):
     assert any(reason in r.reason for r in refused), refused
 
 
+def test_rounding_methods_are_told_apart():
+    for method, name in [
+        (lax.RoundingMethod.TO_NEAREST_EVEN, "round_even"),
+        (lax.RoundingMethod.AWAY_FROM_ZERO, "round_away"),
+    ]:
+        found = one(lambda x, w, m=method: lax.round(conv(x, w), m), X, W)
+        assert names(found) == ["acc", name]
+
+
+def test_zeros_of_either_sign_are_two_constants():
+    found = one(lambda x, w: jnp.copysign(1, 1) * (conv(x, w) + 0.0) * -0.0, X, W)
+    values = [op.attr for op in found.region.epilogue.ops if op.name == "const"]
+    assert sorted(str(v) for v in values if v == 0) == ["-0.0", "0.0"]
+
+
 def test_highest_precision_means_nothing_to_bfloat16():
     one(lambda x, y: jnp.dot(x, y, precision="highest"), shape(4, 4), shape(4, 4))
 

@@ -14,7 +14,7 @@ def test_defaults():
     assert options.from_environment({}) == Options()
     assert Options().on_miss == "tune"
     assert Options().on_error == "xla"
-    assert Options().warm == "build"
+    assert Options().on_error == "xla"
 
 
 def test_every_option_is_read_from_its_variable():
@@ -23,7 +23,6 @@ def test_every_option_is_read_from_its_variable():
         "JAX_BOLT_CUDA_HOME": "/cuda",
         "JAX_BOLT_ON_MISS": "xla",
         "JAX_BOLT_ON_ERROR": "raise",
-        "JAX_BOLT_WARM": "off",
         "JAX_BOLT_BUDGET_S": "1.5",
         "JAX_BOLT_JOBS": "3",
         "JAX_BOLT_DISABLE": "gemm_sm90, conv_sm80,",
@@ -35,7 +34,6 @@ def test_every_option_is_read_from_its_variable():
         cuda_home=Path("/cuda"),
         on_miss="xla",
         on_error="raise",
-        warm="off",
         budget_s=1.5,
         jobs=3,
         disable=("gemm_sm90", "conv_sm80"),
@@ -52,7 +50,6 @@ def test_an_empty_variable_is_an_unset_one():
     [
         ("ON_MISS", "never", "'tune', 'heuristic', 'xla', 'error'"),
         ("ON_ERROR", "Raise", "'xla', 'raise'"),
-        ("WARM", "yes", "'build', 'load', 'off'"),
         ("JOBS", "0", "at least 1"),
         ("JOBS", "two", "whole number"),
         ("BUDGET_S", "-1", "seconds"),
@@ -69,7 +66,7 @@ def test_a_bad_variable_is_named_with_what_is_allowed(name, text, allowed):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"jobs": True}, {"jobs": 1.5}, {"warm": 1}, {"disable": 3}, {"cache_dir": 1}],
+    [{"jobs": True}, {"jobs": 1.5}, {"on_miss": 1}, {"disable": 3}, {"cache_dir": 1}],
 )
 def test_a_bad_value_is_refused_in_the_context_manager_too(bad):
     (name,) = bad

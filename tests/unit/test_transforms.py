@@ -205,6 +205,24 @@ def test_constants_of_inlined_calls(xwb):
     same(jax_bolt.optimize(remat)(x, w), fun(x, w))
 
 
+def test_bodies_whose_calls_have_constants(xwb):
+    x, w, _ = xwb
+    table = np.arange(6.0, dtype=np.float32)
+    shifted = jax.jit(lambda y: y + table[None])
+
+    def loop(x):
+        step = lambda c, _: (jax.nn.relu(shifted(c) @ w), None)  # noqa: E731
+        return lax.scan(step, x, None, length=2)[0]
+
+    assert count_calls(loop, x) == 1
+    same(jax_bolt.optimize(loop)(x), loop(x))
+
+
+def test_disable_jit(xwb):
+    with jax.disable_jit():
+        same(jax_bolt.optimize(dense)(*xwb), dense(*xwb))
+
+
 def test_linear_transpose(xwb):
     x, w, _ = xwb
     got = jax.linear_transpose(jax_bolt.optimize(lambda x: 2 * (x @ w)), x)(x)

@@ -36,8 +36,9 @@ class Entry:
 
     ``choice`` is "kernel" or "xla". Times are µs for the whole region, preparation
     of its operands included, ours and XLA's measured alike; ``kernel_time_us`` is of
-    the kernel alone. Errors are relative (2-norm) to a float32 reference. ``digest`` names the kernel's artifact and
-    ``sources`` the headers it was built from; with other headers the entry is void.
+    the kernel alone. Errors are relative (2-norm) to a float32 reference. ``digest``
+    names the kernel's artifact and ``sources`` the headers it was built from; with
+    other headers the entry is void.
     """
 
     choice: str
@@ -57,6 +58,7 @@ class Entry:
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Entry)}
+_NUMBERS = {"time_us", "xla_time_us", "kernel_time_us", "error", "xla_error"}
 
 
 def device_key(arch: GpuArch) -> str:
@@ -91,9 +93,9 @@ class Database:
         new = {region.text: entry for region, entry in entries.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock"), self._lock:
+            with filelock.FileLock(f"{path}.lock", timeout=60), self._lock:
                 self._save(path, arch, {**self._load(path), **new})
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # no locks on this disk
             with self._lock:
                 self._unsaved.setdefault(path, {}).update(new)
             warnings.warn(
@@ -139,6 +141,22 @@ def _parse(path: Path) -> dict[str, Entry]:
         return {}
     parsed = {}
     for key, value in entries.items():
-        if isinstance(value, dict) and value.get("choice") in ("kernel", "xla"):
-            parsed[key] = Entry(**{k: v for k, v in value.items() if k in _FIELDS})
+        entry = _entry(value)
+        if entry is not None:
+            parsed[key] = entry
     return parsed
+
+
+def _entry(value: Any) -> Entry | None:
+    """An entry of a file, or None where a field is missing or of the wrong type."""
+    if not isinstance(value, dict) or value.get("choice") not in ("kernel", "xla"):
+        return None
+    fields = {k: v for k, v in value.items() if k in _FIELDS}
+    for name, field in fields.items():
+        if name in _NUMBERS:
+            good = field is None or isinstance(field, int | float)
+        else:
+            good = isinstance(field, int if name == "candidates" else str)
+        if not good:
+            return None
+    return Entry(**fields)

@@ -53,16 +53,20 @@ class Target:
 
     @property
     def sources(self) -> str:
-        """What the kernels are made of: our headers and CUTLASS."""
+        """What the kernels are made from: our headers, CUTLASS, the compiler."""
         return sources_key(self.toolchain)
 
 
 def sources_key(tools: toolchain.Toolchain) -> str:
-    return f"{tools.own_digest} cutlass {tools.cutlass_version}"
+    return f"{tools.own_digest} cutlass {tools.cutlass_version} nvcc {tools.version}"
 
 
 class Untunable(Exception):
     """Why a region could not be tuned; it runs on XLA in this process."""
+
+
+class _Stopped(Exception):
+    """The caller no longer waits, or the budget is spent."""
 
 
 def tune(
@@ -70,84 +74,115 @@ def tune(
     target: Target,
     budget_s: float | None,
     show_progress: bool = True,
-) -> dict[ir.Region, str]:
-    """Tunes ``sites``, records the results and returns the failures with reasons.
+) -> dict[str, str]:
+    """Tunes ``sites`` and records the results; one reason per region that failed.
 
     Runs in a thread of its own: the caller may be in the middle of a trace, and what
-    tuning runs must not become part of it.
+    tuning runs must not become part of it. An interrupt of the caller ends it.
     """
-    unique = list({site.region: site for site in sites}.values())
-    failures: dict[ir.Region, str] = {}
+    unique = list({site.region.text: site for site in sites}.values())
+    run = _Run(target, budget_s, Progress(show_progress))
     error: list[BaseException] = []
 
     def work() -> None:
         try:
             with jax.default_device(target.device), jax.debug_nans(False):
-                _tune(unique, target, budget_s, failures, show_progress)
+                run.tune(unique)
         except BaseException as raised:
             error.append(raised)
 
-    thread = threading.Thread(target=work, name="jax_bolt-tune")
+    logger.warning(
+        "jax_bolt: building and timing kernels for %d regions, once for this GPU; "
+        "this takes minutes",
+        len(unique),
+    )
+    thread = threading.Thread(target=work, name="jax_bolt-tune", daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:
+        run.stop.set()
+        raise
     if error:
         raise error[0]
-    return failures
+    return run.failures
 
 
-def _tune(
-    sites: list[SiteInfo],
-    target: Target,
-    budget_s: float | None,
-    failures: dict[ir.Region, str],
-    show_progress: bool,
-) -> None:
-    deadline = None if budget_s is None else time.monotonic() + budget_s
-    candidates = {
-        site.region: plan.candidates(site.region, target.arch, target.disable)
-        for site in sites
-    }
-    with Progress(show_progress) as progress:
-        built = _build(candidates, target, progress)
-        progress.start("tuning", len(sites))
-        for site in sites:
-            if deadline is not None and time.monotonic() > deadline:
-                failures[site.region] = f"the tuning budget of {budget_s} s is spent"
-                continue
-            found, reasons = candidates[site.region]
-            if not found:
-                failures[site.region] = "no kernel takes it: " + "; ".join(reasons)
-                continue
-            try:
-                with _memory_guard():
-                    entry = _tune_site(site, found, built, target)
-            except Untunable as reason:
-                failures[site.region] = str(reason)
-            else:
-                store.count("tuned")
-                target.results.put(target.arch, {site.region: entry})
-                progress.result(entry)
-            progress.step(site.label)
+class _Run:
+    """One tuning of several regions."""
 
+    def __init__(self, target: Target, budget_s: float | None, progress: Progress):
+        self.target = target
+        self.progress = progress
+        self.failures: dict[str, str] = {}
+        self.stop = threading.Event()
+        self._budget_s = budget_s
+        self._deadline = None if budget_s is None else time.monotonic() + budget_s
 
-def _build(candidates: Any, target: Target, progress: Progress) -> dict[str, Any]:
-    """source -> (its digest, the path of its artifact or the CompileError)."""
-    sources = list(
-        dict.fromkeys(c.source for found, _ in candidates.values() for c in found)
-    )
-    keys = {
-        source: target.kernels.digest(target.toolchain, source, target.arch)
-        for source in sources
-    }
-    progress.start("compiling", len(sources))
-    results = target.kernels.build(
-        target.toolchain,
-        sources,
-        target.arch,
-        target.jobs,
-        on_done=lambda digest, result: progress.step(digest[:8]),
-    )
-    return {source: (keys[source], results[keys[source]]) for source in sources}
+    def check(self) -> None:
+        """Raises _Stopped when it is time to stop."""
+        if self.stop.is_set():
+            raise _Stopped("tuning was interrupted")
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise _Stopped(f"the tuning budget of {self._budget_s} s is spent")
+
+    def tune(self, sites: list[SiteInfo]) -> None:
+        target = self.target
+        candidates = [
+            plan.candidates(site.region, target.arch, target.disable) for site in sites
+        ]
+        with self.progress:
+            built = self._build([c for found, _ in candidates for c in found])
+            self.progress.start("tuning", len(sites))
+            for site, (found, reasons) in zip(sites, candidates, strict=True):
+                if not found:
+                    reason = "no kernel takes it: " + "; ".join(reasons)
+                    self.failures[site.region.text] = reason
+                else:
+                    self._tune_one(site, found, built)
+                self.progress.step(site.label)
+        measure.release()
+
+    def _tune_one(
+        self, site: SiteInfo, found: list[Candidate], built: dict[str, Any]
+    ) -> None:
+        try:
+            self.check()
+            with _memory_guard():
+                entry = _tune_site(site, found, built, self)
+        except (_Stopped, Untunable) as reason:
+            self.failures[site.region.text] = str(reason)
+        except Exception as error:  # a fault of the device, say: the others may work
+            logger.info("%s", site, exc_info=True)
+            reason = f"tuning failed: {_first_line(error)}"
+            self.failures[site.region.text] = reason
+        else:
+            store.count("tuned")
+            self.target.results.put(self.target.arch, {site.region: entry})
+            self.progress.result(entry)
+
+    def _build(self, candidates: list[Candidate]) -> dict[str, Any]:
+        """source -> (its digest, the path of its artifact or the CompileError)."""
+        target = self.target
+        sources = list(dict.fromkeys(c.source for c in candidates))
+        keys = {
+            source: target.kernels.digest(target.toolchain, source, target.arch)
+            for source in sources
+        }
+        results: dict[str, Any] = {}
+
+        def on_done(digest: str, result: Any) -> None:
+            results[digest] = result
+            self.progress.step(digest[:8])
+            self.check()  # raising ends the compilers
+
+        self.progress.start("compiling", len(sources))
+        with contextlib.suppress(_Stopped):
+            target.kernels.build(
+                target.toolchain, sources, target.arch, target.jobs, on_done
+            )
+        missing = CompileError("not compiled: tuning stopped before")
+        return {s: (keys[s], results.get(keys[s], missing)) for s in sources}
 
 
 @contextlib.contextmanager
@@ -171,18 +206,19 @@ class _Timed:
 
 
 def _tune_site(
-    site: SiteInfo, found: list[Candidate], built: dict[str, Any], target: Target
+    site: SiteInfo, found: list[Candidate], built: dict[str, Any], run: _Run
 ) -> db.Entry:
+    target = run.target
     operands = measure.make_operands(site, target.arch.l2_bytes)
     problems: list[str] = []
-    groups = _time_kernels(site, found, built, operands, target, problems)
+    groups = _time_kernels(site, found, built, operands, run, problems)
     xla_us = measure.time_region(reference_fun(site.reference), operands)
     entry = db.Entry(
         choice="xla",
         sources=target.sources,
         xla_time_us=xla_us,
         candidates=sum(map(len, groups)),
-        versions=_versions(target),
+        versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     for group in groups:
@@ -235,7 +271,7 @@ def _time_kernels(
     found: list[Candidate],
     built: dict[str, Any],
     operands: measure.Operands,
-    target: Target,
+    run: _Run,
     problems: list[str],
 ) -> list[list[_Timed]]:
     """The candidates of each form that ran, the fastest first."""
@@ -245,14 +281,18 @@ def _time_kernels(
         same_form = [c for c in found if c.form.name == name]
         buffers = measure.Buffers(operands, same_form[0].form)
         for candidate in same_form:
+            run.check()
             digest, result = built[candidate.source]
             try:
-                kernel = executable(site.region, candidate, digest, result, target)
-                micros = measure.time_kernel(kernel, buffers, target.ordinal)
+                kernel = executable(site.region, candidate, digest, result, run.target)
+                micros = measure.time_kernel(kernel, buffers, run.target.ordinal)
             except (CompileError, RuntimeError) as error:
                 problems.append(f"{candidate.text}: {_first_line(error)}")
-            else:
-                timed.append(_Timed(candidate, kernel, micros))
+                continue
+            if measure.left_unwritten(buffers, operands):
+                problems.append(f"{candidate.text}: left elements unwritten")
+                continue
+            timed.append(_Timed(candidate, kernel, micros))
         # Stable: of equal times the heuristic's earlier one.
         groups.append(sorted(timed, key=lambda t: t.micros))
     return groups
@@ -284,9 +324,8 @@ def executable(
     return Executable(digest, region.problem, candidate.form, workspace)
 
 
-def _versions(target: Target) -> str:
-    versions = [f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib")]
-    return ", ".join([*versions, f"nvcc {target.toolchain.version}"])
+def _versions() -> str:
+    return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib"))
 
 
 def _first_line(error: BaseException) -> str:
