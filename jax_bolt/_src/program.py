@@ -45,7 +45,7 @@ def trace(
 
 
 def _dump(root: Path, name: str, traced: Any, rewritten: Rewritten) -> None:
-    """Writes a program before and after rewriting, and its regions; see ``dump_dir``."""
+    """Writes a program before and after rewriting, and its regions."""
     regions = "\n".join(f"{s}\n  {s.region.text}" for s in rewritten.family.sites)
     texts = {
         "0-traced.txt": str(traced),
