@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a committed benchmark result into the README's table.
+"""Writes committed benchmark results into the README's table.
 
-    python benchmarks/readme_table.py benchmarks/results/models-....json
+python benchmarks/readme_table.py benchmarks/results/models-....json
 """
 
 from __future__ import annotations
@@ -41,6 +41,25 @@ def rows(document: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """All models of documents measured alike; raises ValueError where they were not."""
+    first = documents[0]
+    models: dict[str, Any] = {}
+    for document in documents:
+        if _where(document) != _where(first):
+            raise ValueError(f"not measured alike: {_where(document)}, {_where(first)}")
+        models |= document["models"]
+    return first | {"models": models}
+
+
+def _where(document: dict[str, Any]) -> tuple[Any, ...]:
+    where, settings = document["environment"], document["settings"]
+    return (
+        *(where["device"], where["versions"], where["date"][:10]),
+        *(settings["batch"], settings["image"], settings["dtype"]),
+    )
+
+
 def text(document: dict[str, Any]) -> str:
     """The table, and a line that says where it was measured."""
     where = document["environment"]
@@ -49,15 +68,16 @@ def text(document: dict[str, Any]) -> str:
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"{body}\n\n{where['device']}, jax {where['versions']['jax']}, "
-        f"{where['date'][:10]}; ms of GPU kernel time per batch of {settings['batch']}, "
-        f"{settings['image']}x{settings['image']}, {settings['dtype']}."
+        f"{where['date'][:10]}; ms of GPU kernel time per batch of "
+        f"{settings['batch']}, {settings['image']}x{settings['image']}, "
+        f"{settings['dtype']}."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("result", type=Path)
-    document = json.loads(parser.parse_args().result.read_text())
+    parser.add_argument("results", type=Path, nargs="+")
+    document = merged([json.loads(p.read_text()) for p in parser.parse_args().results])
     before, _, rest = _README.read_text().partition(_BEGIN)
     _, _, after = rest.partition(_END)
     _README.write_text(f"{before}{_BEGIN}\n\n{text(document)}\n\n{_END}{after}")

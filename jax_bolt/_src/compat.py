@@ -7,13 +7,13 @@ No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax._src import source_info_util as _source_info
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
+from jax.extend import core as _core
 from jax.extend.core import (
-    ClosedJaxpr,
     Jaxpr,
     JaxprEqn,
     Literal,
@@ -52,6 +52,9 @@ __all__ = [
     "source_line",
     "sub_jaxprs",
 ]
+
+# From JAX 0.12 on another name of Jaxpr, which then has its constants with it.
+ClosedJaxpr: TypeAlias = _core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 # Parameters that hold the bodies of the higher-order primitives we look into. A
 # primitive not listed here is left exactly as it is.

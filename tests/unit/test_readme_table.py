@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's table says what a results file says."""
 
+import copy
+
+import pytest
+
 from benchmarks import readme_table
 
 DOCUMENT = {
@@ -35,3 +39,13 @@ def test_a_row_per_model_and_where_it_was_measured():
     assert lines[2] == row
     assert lines[0].count("|") == lines[1].count("|") == row.count("|")
     assert "NVIDIA H200, jax 0.11.2, 2026-01-02" in lines[-1]
+
+
+def test_files_measured_alike_make_one_table():
+    other = copy.deepcopy(DOCUMENT)
+    other["models"] = {"n": other["models"]["m"] | {"title": "Other"}}
+    text = readme_table.text(readme_table.merged([DOCUMENT, other]))
+    assert "| Model |" in text and "| Other |" in text
+    other["environment"]["device"] = "NVIDIA A100"
+    with pytest.raises(ValueError, match="A100"):
+        readme_table.merged([DOCUMENT, other])

@@ -19,8 +19,9 @@ extern "C" {
 #endif
 
 typedef enum JaxBoltProblemKind {
-  JAX_BOLT_GEMM = 0,       /* dims: M, N, K, batch */
-  JAX_BOLT_CONV_FPROP = 1, /* dims: N, H, W, C, K, R, S, P, Q, stride h, w, pad top, left, dilation h, w */
+  JAX_BOLT_GEMM = 0, /* dims: M, N, K, batch */
+  JAX_BOLT_CONV_FPROP =
+      1, /* dims: N, H, W, C, K, R, S, P, Q, stride h, w, pad top, left, dilation h, w */
 } JaxBoltProblemKind;
 
 /* Number of dims each kind uses. */
@@ -35,10 +36,10 @@ typedef struct JaxBoltProblem {
 
 /* Device pointers. Unused entries are null. */
 typedef struct JaxBoltBuffers {
-  const void* a; /* gemm: A; conv: x, N H W C */
-  const void* b; /* gemm: B; conv: filter, K R S C */
-  void* d;       /* row-major, [batch * M, N] or [N * P * Q, K] */
-  const void* sides[JAX_BOLT_MAX_SIDES]; /* as d, each with its own dtype */
+  const void* a;                             /* gemm: A; conv: x, N H W C */
+  const void* b;                             /* gemm: B; conv: filter, K R S C */
+  void* d;                                   /* row-major, [batch * M, N] or [N * P * Q, K] */
+  const void* sides[JAX_BOLT_MAX_SIDES];     /* as d, each with its own dtype */
   const void* vectors[JAX_BOLT_MAX_VECTORS]; /* N (K) elements each, or one */
   void* workspace;                           /* jax_bolt_workspace_bytes bytes, 256-byte aligned */
 } JaxBoltBuffers;
