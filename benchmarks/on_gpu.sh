@@ -5,7 +5,7 @@
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
-# Stages: install, tests, models, second. Each one's output is kept in DIR/<stage>.log;
+# Stages: install, models, second, tests, memcheck. Each one's output is kept in DIR/<stage>.log;
 # a stage that fails does not stop the later ones, except install. Uses no network: JAX
 # with CUDA, flax, pytest, pybind11, scikit-build-core and nvidia-cutlass must be there.
 # PYTHON names the interpreter (default: python3).
@@ -15,7 +15,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="$root/benchmarks/results"
 skip=""
-usage() { sed -n '3,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
 done
 for stage in ${skip//,/ }; do
   case "$stage" in
-    install|tests|models|second) ;;
+    install|models|second|tests|memcheck) ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
   esac
 done
@@ -55,9 +55,12 @@ run install "$python" -m pip install --no-index --no-build-isolation --no-deps \
   --force-reinstall . || exit 1
 # The pytest program and scripts run by path leave the repository's root off sys.path,
 # where the source tree would shadow the package just installed.
-run tests env JAX_BOLT_REQUIRE=gpu,nvcc "$python" -P -m pytest -ra tests/gpu
 run models "$python" benchmarks/bench_models.py --out "$out" "$@"
 run second "$python" benchmarks/second_process.py --fill --out "$out/second_process.json"
+run tests env JAX_BOLT_REQUIRE=gpu,nvcc "$python" -P -m pytest -ra tests/gpu
+# An allocation of its own for every buffer, so that a read past one's end is seen.
+run memcheck env XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck \
+  --error-exitcode 1 "$python" -P tests/gpu/sanitize.py
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -173,8 +173,12 @@ def prefixed(inner: JaxprEqn, outer: JaxprEqn) -> Any:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """``file.py:12 (function)`` of the user's line, or an empty text."""
-    return _source_info.summarize(eqn.source_info)
+    """``file.py:12 (function)`` of the user's line, or an empty text.
+
+    An installed package's file is named from the package on.
+    """
+    line = _source_info.summarize(eqn.source_info)
+    return line.rpartition("site-packages/")[2]
 
 
 def device_count(ctx: mlir.LoweringRuleContext) -> int:
