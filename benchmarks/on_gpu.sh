@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one call: builds and installs the package into the
-# current Python, runs tests/gpu, the model benchmark and the second-process check.
+# current Python, then the model benchmark, the second-process check, tests/gpu and,
+# over the ragged cases, compute-sanitizer.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
