@@ -52,6 +52,17 @@ class Rejection:
     entry: db.Entry | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """What kernels are made from here (headers), and with which compiler.
+
+    ``compiler`` is None where there is none: kernels of any may then be loaded.
+    """
+
+    sources: str
+    compiler: str | None
+
+
 def candidates(
     region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
 ) -> tuple[list[Candidate], list[str]]:
@@ -86,15 +97,17 @@ def tuned(
     region: ir.Region,
     arch: GpuArch,
     entry: db.Entry,
-    sources: str,
+    origin: Origin,
     disable: tuple[str, ...] = (),
 ) -> Plan | Rejection | None:
     """What a tuning result says, or None where it no longer holds.
 
-    It does not hold when the kernels' headers changed (``sources``) or its candidate
-    no longer exists.
+    It does not hold when its kernel came from elsewhere than ``origin`` or its
+    candidate no longer exists.
     """
-    if entry.sources != sources:
+    if entry.sources != origin.sources:
+        return None
+    if origin.compiler not in (None, entry.compiler):
         return None
     if entry.choice == "xla":
         ours = "" if entry.time_us is None else f" (kernel {entry.time_us:.1f} µs)"

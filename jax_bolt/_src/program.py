@@ -17,7 +17,7 @@ from . import compat, options, paths, plan, resolve, rewrite
 from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
-from .jit import store, toolchain
+from .jit import store
 from .match import Refusal
 from .options import Options
 from .plan import Rejection
@@ -97,11 +97,11 @@ def report(rewritten: Rewritten, name: str | None) -> Report:
     """What runs each root on the architecture ``name``; see ``jax_bolt.explain``."""
     active = options.current()
     arch = arch_.from_name(name) if name is not None else _local_arch()
-    sources = _sources(active)
+    origin = _origin(active)
     sites = [
         _refused(root)
         if isinstance(root, Refusal)
-        else _site(root, arch, active, sources)
+        else _site(root, arch, active, origin)
         for root in rewritten.roots
     ]
     return Report(tuple(sites), arch.name if arch else "", store.stats())
@@ -118,7 +118,9 @@ def _refused(root: Refusal) -> Site:
     )
 
 
-def _site(site: SiteInfo, arch: GpuArch | None, active: Options, sources: str) -> Site:
+def _site(
+    site: SiteInfo, arch: GpuArch | None, active: Options, origin: plan.Origin | None
+) -> Site:
     base = Site(
         name=site.name,
         line=site.line,
@@ -130,7 +132,9 @@ def _site(site: SiteInfo, arch: GpuArch | None, active: Options, sources: str) -
     )
     if arch is None:
         return base
-    made = resolve.stored(site.region, arch, active, sources)
+    made = None
+    if origin is not None:
+        made = resolve.stored(site.region, arch, active, origin)
     if made is None:
         made = plan.heuristic(site.region, arch, active.disable)
     failed = resolve.failure(arch, site.region)
@@ -159,9 +163,9 @@ def _local_arch() -> GpuArch | None:
     return None if device is None else resolve.arch_of(device)
 
 
-def _sources(active: Options) -> str:
-    """The headers' key of the tuning results; none match without a toolchain."""
+def _origin(active: Options) -> plan.Origin | None:
+    """What tuning results are compared with; none hold without our headers."""
     try:
-        return search.sources_key(toolchain.find(active))
+        return search.origin(resolve.tools_for(active))
     except CompileError:
-        return ""
+        return None

@@ -44,7 +44,8 @@ def resolve(
     """What ``site`` runs on, on ``device``.
 
     Raises:
-      CompileError: no toolchain, or the chosen kernel cannot be built or loaded.
+      CompileError: the chosen kernel cannot be built (there is no compiler, say) or
+        loaded.
       UnsupportedError: the device's architecture is unknown.
       Missing: as ``on_miss="error"`` asks.
     """
@@ -60,16 +61,26 @@ def resolve(
 def target_for(device: Any, options: Options) -> search.Target:
     """The device and the stores; raises as ``resolve`` does."""
     arch = arch_of(device)
+    tools = tools_for(options)
     return search.Target(
         device=device,
         ordinal=device.local_hardware_id or 0,
         arch=arch,
         kernels=store.Store(paths.kernel_root(options)),
         results=database(options),
-        toolchain=toolchain.find(options),
+        tools=tools,
+        origin=search.origin(tools),
         jobs=options.jobs,
         disable=options.disable,
     )
+
+
+def tools_for(options: Options) -> toolchain.Toolchain | CompileError:
+    """The compiler, or why there is none: what is built already runs without."""
+    try:
+        return toolchain.find(options)
+    except CompileError as error:
+        return error
 
 
 def arch_of(device: Any) -> GpuArch:
@@ -90,13 +101,13 @@ def _database(root: Any) -> db.Database:
 
 
 def stored(
-    region: ir.Region, arch: GpuArch, options: Options, sources: str
+    region: ir.Region, arch: GpuArch, options: Options, origin: plan.Origin
 ) -> Plan | Rejection | None:
     """What the tuning results say of ``region``, or None where they say nothing."""
     entry = database(options).get(arch, region)
     if entry is None:
         return None
-    return plan.tuned(region, arch, entry, sources, options.disable)
+    return plan.tuned(region, arch, entry, origin, options.disable)
 
 
 def tune_missing(
@@ -117,11 +128,13 @@ def tune_missing(
         missing = [
             site
             for site in sites
-            if stored(site.region, target.arch, options, target.sources) is None
+            if stored(site.region, target.arch, options, target.origin) is None
             and (retry or (device, site.region.text) not in failures)
         ]
         if not missing:
             return
+        if isinstance(target.tools, CompileError):
+            raise target.tools
         for site in missing:
             failures.pop((device, site.region.text), None)
         failed = search.tune(missing, target, options.budget_s, show_progress)
@@ -143,7 +156,7 @@ def _plan(
     site: SiteInfo, family: Family, options: Options, target: search.Target
 ) -> Plan | Rejection:
     key = (db.device_key(target.arch), site.region.text)
-    known = stored(site.region, target.arch, options, target.sources)
+    known = stored(site.region, target.arch, options, target.origin)
     if known is not None:
         return known
     if key in failures:
@@ -158,7 +171,7 @@ def _plan(
     if options.on_miss == "heuristic":
         return plan.heuristic(site.region, target.arch, options.disable)
     tune_missing(family.sites, target, options)
-    known = stored(site.region, target.arch, options, target.sources)
+    known = stored(site.region, target.arch, options, target.origin)
     return known or Rejection(failures.get(key, "not tuned"))
 
 
@@ -166,6 +179,10 @@ def _load(
     site: SiteInfo, made: Plan, target: search.Target, options: Options
 ) -> Executable:
     candidate = made.candidate
+    if made.entry is not None and isinstance(target.tools, CompileError):
+        digest = made.entry.digest
+        artifact = target.kernels.find(digest) or target.tools
+        return search.executable(site.region, candidate, digest, artifact, target)
     source = candidate.source
     digest = target.kernels.digest(target.toolchain, source, target.arch)
     built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import shutil
 import types
 import warnings
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ import pytest
 from fake_nvcc import FakeNvcc
 
 import jax_bolt
-from jax_bolt._src import compat, lower, options, paths, resolve
+from jax_bolt._src import compat, lower, options, paths, plan, program, resolve
+from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import directories, loader, store
 from jax_bolt._src.jit import toolchain as toolchains
+from jax_bolt._src.tune import db
 
 TARGET = "jax_bolt.launch"
 
@@ -107,6 +110,37 @@ def test_no_compiler(gpu, cache_dir, tmp_path, monkeypatch):
     message = warning_of()
     assert "NVIDIA's compiler, nvcc" in message
     assert '`pip install "jax_bolt[cuda13]"`' in message
+
+
+def test_a_full_cache_needs_no_compiler(gpu, nvcc, monkeypatch):
+    """What was tuned and built runs where it is later deployed without nvcc."""
+    fun = jax_bolt.optimize(lambda *args: dense(*args))
+    assert TARGET in lowered(fun)
+    (built,) = store.Store(paths.kernel_root(options.current())).entries()
+    target = resolve.target_for(gpu, options.current())
+    (site,) = program.trace(dense, (), ARGS, {}, options.current())[0].family.sites
+    made = plan.heuristic(site.region, target.arch)
+    assert isinstance(made, plan.Plan)
+    entry = db.Entry(
+        choice="kernel",
+        form=made.candidate.form.name,
+        template=made.candidate.template.name,
+        config=made.candidate.config.text,
+        digest=built.path.name,
+        sources=target.origin.sources,
+        compiler=target.origin.compiler or "",
+    )
+    target.results.put(target.arch, {site.region: entry})
+
+    def none(_):
+        raise CompileError("no compiler")
+
+    monkeypatch.setattr(toolchains, "find", none)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TARGET in lowered(jax_bolt.optimize(lambda *args: dense(*args)))
+    shutil.rmtree(built.path)
+    assert "no compiler" in warning_of()
 
 
 def test_a_cuda_home_without_a_compiler(gpu, nvcc):

@@ -66,6 +66,9 @@ def test_every_ragged_size_has_a_candidate():
             assert plan.candidates(region(problem), H100)[0], problem.text
 
 
+NOW = plan.Origin("now", "nvcc 1")
+
+
 def entry(candidate, **changes):
     fields = {
         "choice": "kernel",
@@ -73,6 +76,7 @@ def entry(candidate, **changes):
         "template": candidate.template.name,
         "config": candidate.config.text,
         "sources": "now",
+        "compiler": "nvcc 1",
         "time_us": 3.0,
         "xla_time_us": 4.0,
     }
@@ -82,7 +86,7 @@ def entry(candidate, **changes):
 def test_a_tuned_choice_is_found_again():
     candidates, _ = plan.candidates(region(), H100)
     for candidate in candidates:
-        made = plan.tuned(region(), H100, entry(candidate), "now")
+        made = plan.tuned(region(), H100, entry(candidate), NOW)
         assert isinstance(made, plan.Plan)
         assert made.provenance == "user"
         assert made.candidate.source == candidate.source
@@ -90,15 +94,26 @@ def test_a_tuned_choice_is_found_again():
 
 def test_a_stale_choice_is_none():
     candidate = plan.candidates(region(), H100)[0][0]
-    assert plan.tuned(region(), H100, entry(candidate), "later") is None
+    assert (
+        plan.tuned(region(), H100, entry(candidate), plan.Origin("later", "nvcc 1"))
+        is None
+    )
+    newer = plan.Origin("now", "nvcc 2")
+    assert plan.tuned(region(), H100, entry(candidate), newer) is None
     gone = entry(candidate, config="tile=1x1x1")
-    assert plan.tuned(region(), H100, gone, "now") is None
+    assert plan.tuned(region(), H100, gone, NOW) is None
     disabled = (candidate.template.name,)
-    assert plan.tuned(region(), H100, entry(candidate), "now", disabled) is None
+    assert plan.tuned(region(), H100, entry(candidate), NOW, disabled) is None
 
 
 def test_xla_wins_where_it_was_faster():
     candidate = plan.candidates(region(), H100)[0][0]
-    made = plan.tuned(region(), H100, entry(candidate, choice="xla"), "now")
+    made = plan.tuned(region(), H100, entry(candidate, choice="xla"), NOW)
     assert isinstance(made, plan.Rejection)
     assert "4.0 µs" in made.reason and "3.0 µs" in made.reason
+
+
+def test_without_a_compiler_any_compilers_kernel_will_do():
+    candidate = plan.candidates(region(), H100)[0][0]
+    made = plan.tuned(region(), H100, entry(candidate), plan.Origin("now", None))
+    assert isinstance(made, plan.Plan)

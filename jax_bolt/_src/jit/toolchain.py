@@ -100,15 +100,7 @@ def _find(
     cuda_home: Path | None, environ: tuple[tuple[str, str | None], ...]
 ) -> Toolchain:
     nvcc, version, origin, includes = _find_nvcc(cuda_home, dict(environ))
-    own = paths.own_include()
-    if own is None:
-        raise CompileError("jax_bolt's own headers are missing: reinstall jax_bolt")
-    cutlass = paths.cutlass_root()
-    if cutlass is None:
-        raise CompileError(
-            "CUTLASS's headers, which come with jax_bolt, are missing: reinstall "
-            "jax_bolt (in a checkout: `make clean venv`)"
-        )
+    own, cutlass = _headers()
     toolchain = Toolchain(
         nvcc=nvcc,
         version=version,
@@ -124,6 +116,29 @@ def _find(
     )
     logger.debug("toolchain: %s", toolchain)
     return toolchain
+
+
+def sources() -> str:
+    """What kernels are made from besides their own text: our headers and CUTLASS's.
+
+    Raises CompileError where either is missing; needs no compiler.
+    """
+    own, cutlass = _headers()
+    return f"{headers_digest(own)} cutlass {_cutlass_version(cutlass / 'include')}"
+
+
+def _headers() -> tuple[Path, Path]:
+    """Our include directory and CUTLASS's tree."""
+    own = paths.own_include()
+    if own is None:
+        raise CompileError("jax_bolt's own headers are missing: reinstall jax_bolt")
+    cutlass = paths.cutlass_root()
+    if cutlass is None:
+        raise CompileError(
+            "CUTLASS's headers, which come with jax_bolt, are missing: reinstall "
+            "jax_bolt (in a checkout: `make clean venv`)"
+        )
+    return own, cutlass
 
 
 def headers_digest(root: Path) -> str:

@@ -37,8 +37,8 @@ class Entry:
     ``choice`` is "kernel" or "xla". Times are µs for the whole region, preparation
     of its operands included, ours and XLA's measured alike; ``kernel_time_us`` is of
     the kernel alone. Errors are relative (2-norm) to a float32 reference. ``digest``
-    names the kernel's artifact and ``sources`` the headers it was built from; with
-    other headers the entry is void.
+    names the kernel's artifact, ``sources`` and ``compiler`` what it was built from
+    and with; with others the entry is void.
     """
 
     choice: str
@@ -47,6 +47,7 @@ class Entry:
     config: str = ""
     digest: str = ""
     sources: str = ""
+    compiler: str = ""
     time_us: float | None = None
     xla_time_us: float | None = None
     kernel_time_us: float | None = None

@@ -47,18 +47,23 @@ class Target:
     arch: GpuArch
     kernels: store.Store
     results: db.Database
-    toolchain: toolchain.Toolchain
+    tools: toolchain.Toolchain | CompileError  # or why there is none
+    origin: plan.Origin
     jobs: int | None
     disable: tuple[str, ...]
 
     @property
-    def sources(self) -> str:
-        """What the kernels are made from: our headers, CUTLASS, the compiler."""
-        return sources_key(self.toolchain)
+    def toolchain(self) -> toolchain.Toolchain:
+        """Raises CompileError where there is none."""
+        if isinstance(self.tools, CompileError):
+            raise self.tools
+        return self.tools
 
 
-def sources_key(tools: toolchain.Toolchain) -> str:
-    return f"{tools.own_digest} cutlass {tools.cutlass_version} nvcc {tools.version}"
+def origin(tools: toolchain.Toolchain | CompileError) -> plan.Origin:
+    """Raises CompileError where our headers or CUTLASS's are missing."""
+    compiler = None if isinstance(tools, CompileError) else f"nvcc {tools.version}"
+    return plan.Origin(toolchain.sources(), compiler)
 
 
 class Untunable(Exception):
@@ -215,7 +220,8 @@ def _tune_site(
     xla_us = measure.time_region(reference_fun(site.reference), operands)
     entry = db.Entry(
         choice="xla",
-        sources=target.sources,
+        sources=target.origin.sources,
+        compiler=target.origin.compiler or "",
         xla_time_us=xla_us,
         candidates=sum(map(len, groups)),
         versions=_versions(),
