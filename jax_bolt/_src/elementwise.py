@@ -47,6 +47,8 @@ class Builder:
         self.ops: list[ir.Op] = [ir.Op("acc")]
         self.vectors: list[ir.Vector] = []
         self.sides: list[ir.DType] = []
+        # For every value, whether it is the same in all rows.
+        self.per_channel: list[bool] = [False]
         self._known: dict[str, int] = {self.ops[0].text: 0}
 
     def op(self, name: str, *args: int, attr: float | int | None = None) -> int:
@@ -58,6 +60,10 @@ class Builder:
         if op.text not in self._known:
             self._known[op.text] = len(self.ops)
             self.ops.append(op)
+            if name in ir.LEAVES:
+                self.per_channel.append(name in ("vector", "const"))
+            else:
+                self.per_channel.append(all(self.per_channel[a] for a in args))
         return self._known[op.text]
 
     def const(self, value: Any) -> int:
@@ -81,7 +87,7 @@ class Builder:
         )
 
 
-Emit: TypeAlias = Callable[[Builder, JaxprEqn, Sequence[int], bool], int]
+Emit: TypeAlias = Callable[[Builder, JaxprEqn, Sequence[int]], int]
 
 
 def dtype_of(atom: Any) -> ir.DType:
@@ -99,20 +105,17 @@ def literal(builder: Builder, atom: Literal) -> int:
     return builder.const(np.asarray(atom.val).astype(np.float32))
 
 
-def emit(
-    builder: Builder, eqn: JaxprEqn, args: Sequence[int], per_channel: bool
-) -> tuple[int, ...]:
+def emit(builder: Builder, eqn: JaxprEqn, args: Sequence[int]) -> tuple[int, ...]:
     """Appends the operations of ``eqn`` on the values ``args``.
 
-    Returns one value for each of ``eqn``'s results. ``per_channel`` says that the
-    result is one value per channel, where casts to narrower floats must round.
+    Returns one value for each of ``eqn``'s results.
 
     Raises:
       NotElementwise: the table has no row for this equation.
     """
     name = eqn.primitive.name
     if name in _CALLS:
-        return _emit_call(builder, eqn, args, per_channel)
+        return _emit_call(builder, eqn, args)
     for var in eqn.outvars:
         dtype_of(var)
     if name in SHAPE_ONLY or name == "copy":
@@ -123,7 +126,7 @@ def emit(
     if name == "add_any":
         return (builder.op("add", *args),)
     if name in _SPECIAL:
-        return (_SPECIAL[name](builder, eqn, args, per_channel),)
+        return (_SPECIAL[name](builder, eqn, args),)
     raise NotElementwise(f"{name} is not elementwise or not known")
 
 
@@ -131,15 +134,13 @@ def supported(eqn: JaxprEqn) -> bool:
     """Whether ``emit`` has a rule for ``eqn`` (shapes are the matcher's business)."""
     try:
         scratch = Builder()
-        emit(scratch, eqn, [0] * len(eqn.invars), False)
+        emit(scratch, eqn, [0] * len(eqn.invars))
     except (NotElementwise, ValueError):
         return False
     return True
 
 
-def _emit_call(
-    builder: Builder, eqn: JaxprEqn, args: Sequence[int], per_channel: bool
-) -> tuple[int, ...]:
+def _emit_call(builder: Builder, eqn: JaxprEqn, args: Sequence[int]) -> tuple[int, ...]:
     body = closed(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")))
     if body.consts or eqn.effects:
         raise NotElementwise(f"{eqn.primitive.name} with constants or effects")
@@ -156,7 +157,7 @@ def _emit_call(
             source, result = aval_of(inner.invars[0]), aval_of(inner.outvars[0])
             if source.size != 1 and source.shape != result.shape:
                 raise NotElementwise(f"{inner.primitive.name} inside a call")
-        results = emit(builder, inner, values, per_channel)
+        results = emit(builder, inner, values)
         env.update(zip(inner.outvars, results, strict=True))
     (out,) = body.jaxpr.outvars
     if isinstance(out, Literal):
@@ -170,11 +171,11 @@ def _check_operands(eqn: JaxprEqn) -> None:
         dtype_of(atom)
 
 
-def _integer_pow(builder, eqn, args, per_channel) -> int:
+def _integer_pow(builder, eqn, args) -> int:
     return builder.op("integer_pow", args[0], attr=int(eqn.params["y"]))
 
 
-def _select(builder, eqn, args, per_channel) -> int:
+def _select(builder, eqn, args) -> int:
     which, *cases = eqn.invars
     if len(cases) != 2 or dtype_of(which) != "bool":
         raise NotElementwise("select_n with other than two cases")
@@ -183,12 +184,12 @@ def _select(builder, eqn, args, per_channel) -> int:
     return builder.op("select", *args)
 
 
-def _round(builder, eqn, args, per_channel) -> int:
+def _round(builder, eqn, args) -> int:
     to_even = eqn.params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN
     return builder.op("round_even" if to_even else "round_away", args[0])
 
 
-def _convert(builder, eqn, args, per_channel) -> int:
+def _convert(builder, eqn, args) -> int:
     source, target = dtype_of(eqn.invars[0]), dtype_of(eqn.outvars[0])
     if source == target:
         return args[0]
@@ -196,7 +197,7 @@ def _convert(builder, eqn, args, per_channel) -> int:
         return builder.op("ne", args[0], builder.const(0.0))
     if source == "bool":
         return builder.op("to_float", args[0])
-    if per_channel and ir.ITEM_BYTES[target] < 4:
+    if builder.per_channel[args[0]] and ir.ITEM_BYTES[target] < 4:
         return builder.op(f"to_{target}", args[0])
     return args[0]
 

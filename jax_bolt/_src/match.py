@@ -274,7 +274,7 @@ class _Emission:
     def equation(self, index: int) -> None:
         eqn = self.graph.eqns[index]
         args = [self._operand(atom) for atom in eqn.invars]
-        results = elementwise.emit(self.builder, eqn, args, per_channel=False)
+        results = elementwise.emit(self.builder, eqn, args)
         self.values.update(zip(eqn.outvars, results, strict=True))
 
     def _operand(self, atom: Any) -> int:
@@ -347,7 +347,7 @@ class _Emission:
             if all(source is not None for source in sources):
                 self.absorbed.add(index)  # first: its operands' users must be inside
                 args = [self._channel_value(source) for source in sources]
-                results = elementwise.emit(self.builder, eqn, args, per_channel=True)
+                results = elementwise.emit(self.builder, eqn, args)
                 self.values.update(zip(eqn.outvars, results, strict=True))
                 return self.values[atom]
         self.vectors.append(atom)

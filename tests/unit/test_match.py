@@ -266,6 +266,16 @@ def test_refusals_have_reasons(fun, args, reason):
     assert any(reason in r.reason for r in refused), refused
 
 
+def test_casts_of_a_vector_round_inside_a_custom_call_too():
+    @jax.custom_jvp
+    def scaled(y, b):
+        return y.astype(F32) * b.astype(BF16).astype(F32)
+
+    scaled.defjvp(lambda p, t: (scaled(*p), scaled(*p)))
+    found = one(lambda x, w, b: scaled(conv(x, w), spread(b)), X, W, V)
+    assert names(found) == ["acc", "vector", "to_bf16", "mul"]
+
+
 def test_rounding_methods_are_told_apart():
     for method, name in [
         (lax.RoundingMethod.TO_NEAREST_EVEN, "round_even"),
