@@ -44,6 +44,10 @@ ARITHMETIC: dict[str, tuple[int, str]] = {
     "is_finite": (1, "bool"),
     "select": (3, "float"),  # predicate, value where false, value where true
 }
+# What the C ABI carries (abi.h: JAX_BOLT_MAX_VECTORS, JAX_BOLT_MAX_SIDES).
+MAX_VECTORS = 8
+MAX_SIDES = 2
+
 LEAVES = ("acc", "vector", "side", "const")
 
 

@@ -35,9 +35,6 @@ from .roots import ROOTS, Refused, Root, read_root
 
 _CALL = re.compile(r"jit\((.*?)\)")
 
-MAX_VECTORS = 8  # abi.h: JAX_BOLT_MAX_VECTORS
-MAX_SIDES = 2  # abi.h: JAX_BOLT_MAX_SIDES
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Match:
@@ -221,7 +218,7 @@ class _Growth:
             emission.equation(index)
         output = self.graph.eqns[eqns[-1]].outvars[0]
         builder = emission.builder
-        if len(builder.vectors) > MAX_VECTORS or len(builder.sides) > MAX_SIDES:
+        if len(builder.vectors) > ir.MAX_VECTORS or len(builder.sides) > ir.MAX_SIDES:
             raise NotElementwise("more inputs than a kernel takes")
         lhs, rhs = self.graph.eqns[self.root].invars
         inputs = (lhs, rhs, *emission.sides, *emission.vectors)

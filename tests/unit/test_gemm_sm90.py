@@ -59,7 +59,7 @@ def test_supported(taken):
         (region(n=1004, b_layout="col", out="f32", sides=("bf16",)), "side 0's rows"),
         (region(sides=("bf16", "bool")), "bool"),
         (region(out="bool"), "bool"),
-        (region(sides=("bf16",) * 3), "2 side inputs"),
+        (region(sides=("bf16",) * 3), "3 side inputs, more than 2"),
         (region(m=0), "empty"),
         (region(k=0), "empty"),
         (region(m=2**31), "extent above"),

@@ -7,9 +7,6 @@ import dataclasses
 
 from .. import ir
 
-MAX_VECTORS = 8  # JAX_BOLT_MAX_VECTORS of abi.h
-MAX_SIDES = 2  # JAX_BOLT_MAX_SIDES
-
 CPP_TYPES: dict[str, str] = {
     "bf16": "cutlass::bfloat16_t",
     "f16": "cutlass::half_t",
@@ -50,8 +47,8 @@ def alignment(extent: int, dtype: ir.DType) -> int:
 def epilogue_limit(epilogue: ir.Epilogue) -> str | None:
     """Why the C ABI cannot carry the epilogue's operands, or None."""
     for what, count, limit in (
-        ("per-channel inputs", len(epilogue.vectors), MAX_VECTORS),
-        ("side inputs", len(epilogue.sides), MAX_SIDES),
+        ("per-channel inputs", len(epilogue.vectors), ir.MAX_VECTORS),
+        ("side inputs", len(epilogue.sides), ir.MAX_SIDES),
     ):
         if count > limit:
             return f"{count} {what}, more than {limit}"

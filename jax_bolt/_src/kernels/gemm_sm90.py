@@ -8,14 +8,12 @@ import dataclasses
 from .. import ir
 from ..arch import GpuArch
 from . import hoist
-from .config import CPP_TYPES, Config, alignment
+from .config import CPP_TYPES, Config, alignment, epilogue_limit
 
 name = "gemm_sm90"
 header = "jax_bolt/gemm/sm90.hpp"
 
 _MAX_EXTENT = 2**31 - 1 - 4096  # the kernel counts tiles in 32 bits
-_MAX_VECTORS = 8  # JAX_BOLT_MAX_VECTORS
-_MAX_SIDES = 2  # JAX_BOLT_MAX_SIDES
 _MAX_CONFIGS = 4
 _LAYOUT = {"row": "cutlass::layout::RowMajor", "col": "cutlass::layout::ColumnMajor"}
 
@@ -60,8 +58,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     for dtype in (epilogue.out_dtype, *epilogue.sides):
         if dtype == "bool":
             return "a bool output or side input"
-    if len(epilogue.vectors) > _MAX_VECTORS or len(epilogue.sides) > _MAX_SIDES:
-        return f"more than {_MAX_VECTORS} vectors or {_MAX_SIDES} side inputs"
+    if too_many := epilogue_limit(epilogue):
+        return too_many
     extents = (problem.m, problem.n, problem.k, problem.batch)
     if min(extents) < 1:
         return "an empty dimension"
