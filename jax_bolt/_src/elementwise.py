@@ -60,10 +60,7 @@ class Builder:
         if op.text not in self._known:
             self._known[op.text] = len(self.ops)
             self.ops.append(op)
-            if name in ir.LEAVES:
-                self.per_channel.append(name in ("vector", "const"))
-            else:
-                self.per_channel.append(all(self.per_channel[a] for a in args))
+            self.per_channel.append(op.is_per_channel(self.per_channel))
         return self._known[op.text]
 
     def const(self, value: Any) -> int:

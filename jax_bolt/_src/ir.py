@@ -16,6 +16,7 @@ program over f32 (and bool) values, so any elementwise expression has a place in
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 DType: TypeAlias = Literal["bf16", "f16", "f32", "bool"]
@@ -63,6 +64,12 @@ class Op:
     name: str
     args: tuple[int, ...] = ()
     attr: float | int | None = None
+
+    def is_per_channel(self, earlier: Sequence[bool]) -> bool:
+        """Whether it is the same in all rows, given which earlier values are."""
+        if self.name in LEAVES:
+            return self.name in ("vector", "const")
+        return all(earlier[a] for a in self.args)
 
     @property
     def text(self) -> str:
@@ -136,10 +143,7 @@ class Epilogue:
         """For every value, whether it is the same in all rows (no acc, no side)."""
         same: list[bool] = []
         for op in self.ops:
-            if op.name in LEAVES:
-                same.append(op.name in ("vector", "const"))
-            else:
-                same.append(all(same[a] for a in op.args))
+            same.append(op.is_per_channel(same))
         return tuple(same)
 
 

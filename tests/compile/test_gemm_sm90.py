@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
+import on_cpu
 import pytest
 
 from jax_bolt._src import arch, ir, options
@@ -123,20 +123,6 @@ def test_no_workspace(module):
 
 def test_every_element_gets_its_channel(found, tmp_path):
     """The epilogue node's own device code, run on the CPU for whole CTA tiles."""
-    program = tmp_path / "epilogue"
-    build = subprocess.run(
-        [
-            str(found.nvcc),
-            *("-x", "c++", "-std=c++17", "-O1", "-DNDEBUG"),
-            "-Xcompiler=-fpermissive,-w",
-            *(f"-I{path}" for path in (found.own_include, found.cutlass_include)),
-            *("-o", str(program)),
-            str(Path(__file__).with_name("epilogue_sm90.cpp")),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(program)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("0 errors") == 4
+    source = Path(__file__).with_name("epilogue_sm90.cpp")
+    printed = on_cpu.output_of(source, found, tmp_path)
+    assert printed.count("0 errors") == 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import re
-import subprocess
 from pathlib import Path
 
+import on_cpu
 import pytest
 
 from jax_bolt._src import arch, ir, options
@@ -177,21 +177,7 @@ def test_other_dtypes_layouts_and_alignments_compile(build, template, problem):
 
 def test_indices_on_the_cpu(tmp_path):
     found = toolchain.find(options.current())
-    program = tmp_path / "indices"
-    build = subprocess.run(
-        [
-            str(found.nvcc),
-            *("-x", "c++", "-std=c++17", "-O1", "-DNDEBUG"),
-            "-Xcompiler=-fpermissive,-w",
-            *(f"-I{path}" for path in (found.own_include, found.cutlass_include)),
-            *("-o", str(program)),
-            str(Path(__file__).with_name("sm80_indices.cpp")),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert build.returncode == 0, build.stderr
-    run = subprocess.run([str(program)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    wrong = [line for line in run.stdout.splitlines() if ": 0 errors" not in line]
-    assert not wrong and len(run.stdout.splitlines()) == 15
+    source = Path(__file__).with_name("sm80_indices.cpp")
+    printed = on_cpu.output_of(source, found, tmp_path)
+    wrong = [line for line in printed.splitlines() if ": 0 errors" not in line]
+    assert not wrong and len(printed.splitlines()) == 15

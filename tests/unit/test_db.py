@@ -2,6 +2,7 @@
 """Tuning results: saved, merged, and never a reason to fail."""
 
 import dataclasses
+import json
 import threading
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_damaged_entry_is_passed_over(tmp_path):
         "y": {"choice": "?"},
     }
     document = {"schema": db.SCHEMA, "entries": entries}
-    database.path(ARCH).write_text(__import__("json").dumps(document))
+    database.path(ARCH).write_text(json.dumps(document))
     assert database.get(ARCH, region(8)) is None
 
 

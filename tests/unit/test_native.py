@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import Build, builder
+from fakes import Build
 from fresh_python import run
 from jax.experimental import serialize_executable
 
@@ -22,11 +22,6 @@ from jax_bolt import _native
 TARGET = "jax_bolt_test.launch"
 FUNCTIONS = ("abi_version", "check", "workspace_bytes", "launch", "error_string")
 GEMM, CONV = 0, 1
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return builder(tmp_path_factory.mktemp("fakes"))
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FAKES, Build, builder
+from fakes import FAKES, Build
 
 from jax_bolt import _native
 
 GEMM = 0
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    return builder(tmp_path_factory.mktemp("fakes"))
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,12 @@ def sources() -> str:
 
     Raises CompileError where either is missing; needs no compiler.
     """
-    own, cutlass = _headers()
+    return _sources(*_headers())
+
+
+@functools.lru_cache(maxsize=8)
+def _sources(own: Path, cutlass: Path) -> str:
+    # Every site asks; the files are read once.
     return f"{headers_digest(own)} cutlass {_cutlass_version(cutlass / 'include')}"
 
 
