@@ -87,6 +87,24 @@ def run(
 ) -> None:
     """Launches once and waits. Raises as ``profile`` does."""
 
+def mark_handlers() -> dict[str, Any]:
+    """FFI stage name -> capsule of "jax_bolt.mark", for "CUDA".
+
+    Its attribute ``slot`` (i64) starts (0) or stops (1) the process's one stopwatch, on
+    XLA's stream.
+    """
+
+def host_mark_handlers() -> dict[str, Any]:
+    """The same for "cpu", on the default stream: for tests on a driver that counts."""
+
+def read_stopwatch(ordinal: int) -> tuple[float, bool]:
+    """Waits; ``(microseconds, queued)`` between the two marks.
+
+    ``queued`` says that the second mark was enqueued before the device reached the
+    first, so that the time holds no waiting for the host. Raises RuntimeError when both
+    marks have not been made, or with the CUDA error.
+    """
+
 def device_info(ordinal: int = 0) -> DeviceInfo:
     """Creates no context. Raises RuntimeError without a driver or such a device."""
 

@@ -22,6 +22,7 @@ using CuGraph = struct CuGraphOpaque*;
 using CuGraphExec = struct CuGraphExecOpaque*;
 
 inline constexpr CuResult kCuSuccess = 0;
+inline constexpr CuResult kCuNotReady = 600;
 inline constexpr unsigned kCuStreamNonBlocking = 1;
 inline constexpr unsigned kCuEventDefault = 0;
 // "Relaxed": a capture neither forbids other threads' allocations nor a module's lazy loading.
@@ -61,6 +62,8 @@ enum CuDeviceAttribute : int {
   X(EventCreate, "cuEventCreate", (CuEvent * event, unsigned flags))                            \
   X(EventDestroy, "cuEventDestroy_v2", (CuEvent event))                                         \
   X(EventRecord, "cuEventRecord", (CuEvent event, CuStream stream))                             \
+  X(EventQuery, "cuEventQuery", (CuEvent event))                                                \
+  X(EventSynchronize, "cuEventSynchronize", (CuEvent event))                                    \
   X(EventElapsedTime, "cuEventElapsedTime", (float* ms, CuEvent start, CuEvent end))            \
   X(GraphInstantiate, "cuGraphInstantiateWithFlags",                                            \
     (CuGraphExec * exec, CuGraph graph, unsigned long long flags))                              \

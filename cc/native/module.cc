@@ -17,6 +17,7 @@
 #include "launcher.h"
 #include "profiler.h"
 #include "registry.h"
+#include "stopwatch.h"
 
 namespace jax_bolt::native {
 namespace {
@@ -125,6 +126,12 @@ py::dict Handlers(XLA_FFI_Handler* execute) {
   return handlers;
 }
 
+py::dict MarkHandlers(XLA_FFI_Handler* execute) {
+  py::dict handlers;
+  handlers["execute"] = Capsule(execute);
+  return handlers;
+}
+
 py::dict DeviceInfoDict(int ordinal) {
   DeviceInfo info;
   {
@@ -182,6 +189,15 @@ PYBIND11_MODULE(_native, m) {
         py::arg("buffer_sets"), py::arg("ordinal"), py::arg("repeats"), Release());
   m.def("run", RunKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"), py::arg("buffers"),
         py::arg("ordinal"), Release());
+  m.def("mark_handlers", [] { return MarkHandlers(kMarkHandler); });
+  m.def("host_mark_handlers", [] { return MarkHandlers(kHostMarkHandler); });
+  m.def(
+      "read_stopwatch",
+      [](int ordinal) {
+        const Reading reading = ReadStopwatch(ordinal);
+        return std::make_tuple(reading.microseconds, reading.queued);
+      },
+      py::arg("ordinal"), Release());
   m.def("device_info", DeviceInfoDict, py::arg("ordinal") = 0);
   m.def("driver_version", DriverVersion, Release());
 }

@@ -15,6 +15,7 @@ from ..errors import CacheError, CompileError
 from . import store
 
 TARGET = "jax_bolt.launch"
+MARK_TARGET = "jax_bolt.mark"
 
 
 def load(digest: str, path: Path) -> None:
@@ -44,6 +45,14 @@ def ffi_target() -> str:
         TARGET, module.handlers(), platform="CUDA", api_version=1
     )
     return TARGET
+
+
+@functools.cache
+def mark_target() -> str:
+    """As ``ffi_target``, for the custom call that starts and stops the stopwatch."""
+    handlers = native().mark_handlers()
+    jax.ffi.register_ffi_target(MARK_TARGET, handlers, platform="CUDA", api_version=1)
+    return MARK_TARGET
 
 
 @functools.cache

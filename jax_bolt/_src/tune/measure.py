@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from ..jit import loader
 from ..primitive import SiteInfo, reference_fun
 
 _REPEATS = 7
-_TARGET_S = 2e-3  # device time of one timed batch
+_TARGET_US = 2e3  # device time of one timed batch
 _MAX_CALLS = 16  # of one batch; a client with 32 executions in flight waits
 # The matrix products, of this side, that the device is given first. They take some
 # 30 ms, in which the host dispatches all of a batch.
@@ -215,12 +214,12 @@ def _relative(value: Any, truth: Any) -> Any:
     return jnp.sqrt(jnp.sum(jnp.square(difference)) / jnp.maximum(scale, 1e-30))
 
 
-def time_region(fun: Callable, operands: Operands) -> float:
-    """µs of the region as a jitted function, operand sets rotated.
+def time_region(fun: Callable, operands: Operands, ordinal: int) -> float:
+    """Median µs of the region as a jitted function, operand sets rotated.
 
-    All launches of a batch are queued behind a long product, so what is timed is the
-    device's work alone; the difference of two batches cancels the product. The host
-    only ever adds to a batch, hence the least of several.
+    The device times itself, by events on XLA's own stream. All launches between them
+    are queued behind a long product, so that the device never waits for the host; where
+    the host could not queue a batch in that time, fewer calls are timed.
     """
 
     def rotation(sets: Sequence[tuple]) -> list[Any]:
@@ -230,24 +229,37 @@ def time_region(fun: Callable, operands: Operands) -> float:
     jitted = jax.jit(rotation)
     jax.block_until_ready(jitted(operands.sets))
     block, x = _blocker()
+    mark = _marker()
 
-    def batch(count: int) -> float:
-        start = time.perf_counter()
-        block(x)
-        last = None
-        for _ in range(count):
-            last = jitted(operands.sets)
-        # One stream: when the last call is done they all are.
-        jax.block_until_ready(last)
-        return time.perf_counter() - start
+    def batch(calls: int) -> tuple[float, bool]:
+        held = [block(x), mark(0)]
+        held += [jitted(operands.sets) for _ in range(calls)]
+        jax.block_until_ready((held[-1], mark(1)))
+        return loader.native().read_stopwatch(ordinal)
 
-    def least(count: int) -> float:
-        return min(batch(count) for _ in range(_REPEATS))
+    once, _ = batch(1)
+    calls = max(1, min(_MAX_CALLS, math.ceil(_TARGET_US / max(once, 1.0))))
+    times: list[float] = []
+    queued = True
+    while len(times) < _REPEATS:
+        micros, queued = batch(calls)
+        if queued or calls == 1:
+            times.append(micros / calls)
+        else:
+            calls //= 2
+            times.clear()
+    # The host only ever adds to a time that it is part of.
+    typical = statistics.median(times) if queued else min(times)
+    return typical / len(operands.sets)
 
-    few = least(1)
-    once = max(20e-6, least(3) - few) / 2
-    count = max(3, min(_MAX_CALLS, math.ceil(_TARGET_S / once)))
-    return max(0.0, least(1 + count) - few) / (count * len(operands.sets)) * 1e6
+
+@functools.cache
+def _marker() -> Callable[[int], jax.Array]:
+    """Starts (0) or stops (1) the native stopwatch, in stream order."""
+    call = jax.ffi.ffi_call(
+        loader.mark_target(), jax.ShapeDtypeStruct((), jnp.int32), has_side_effect=True
+    )
+    return jax.jit(lambda slot: call(slot=np.int64(slot)), static_argnums=0)
 
 
 @functools.cache

@@ -217,7 +217,8 @@ def _tune_site(
     operands = measure.make_operands(site, target.arch.l2_bytes)
     problems: list[str] = []
     groups = _time_kernels(site, found, built, operands, run, problems)
-    xla_us = measure.time_region(reference_fun(site.reference), operands)
+    xla = reference_fun(site.reference)
+    xla_us = measure.time_region(xla, operands, target.ordinal)
     entry = db.Entry(
         choice="xla",
         sources=target.origin.sources,
@@ -228,7 +229,7 @@ def _tune_site(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     for group in groups:
-        entry = _with_best(entry, site, group, operands, problems)
+        entry = _with_best(entry, site, group, operands, target.ordinal, problems)
     if entry.time_us is None:
         raise Untunable("no candidate ran: " + "; ".join(problems))
     for problem in problems:
@@ -243,6 +244,7 @@ def _with_best(
     site: SiteInfo,
     group: list[_Timed],
     operands: measure.Operands,
+    ordinal: int,
     problems: list[str],
 ) -> db.Entry:
     """``entry`` with the fastest accurate kernel of one form, if it is faster."""
@@ -255,7 +257,7 @@ def _with_best(
             )
             continue
         fun = measure.kernel_function(site, timed.kernel)
-        time_us = measure.time_region(fun, operands)
+        time_us = measure.time_region(fun, operands, ordinal)
         if entry.time_us is not None and time_us >= entry.time_us:
             return entry
         return dataclasses.replace(

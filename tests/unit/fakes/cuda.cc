@@ -26,6 +26,7 @@ struct Event {
 
 double now = 0;
 int retained = 0, pushed = 0, objects = 0, graph_launches = 0, stream_launches = 0;
+int reached = 0;
 std::vector<uintptr_t> operands;
 int context;
 
@@ -49,6 +50,17 @@ API fake_state(int* out) {
 }
 API fake_num_operands() { return static_cast<int>(operands.size()); }
 API fake_operand(int i) { return static_cast<int>(operands[i]); }
+
+// Time passes without a launch: XLA's own kernels.
+API fake_advance(int microseconds) {
+  now += microseconds;
+  return 0;
+}
+// The next `count` queries find the event reached.
+API fake_reached(int count) {
+  reached = count;
+  return 0;
+}
 
 API fake_launch(void* stream, double microseconds, uintptr_t operand) {
   FAIL_IF_ASKED();
@@ -223,6 +235,15 @@ API cuEventDestroy_v2(void* event) {
 API cuEventRecord(void* event, void*) {
   FAIL_IF_ASKED();
   static_cast<Event*>(event)->time = now;
+  return 0;
+}
+API cuEventQuery(void*) {
+  FAIL_IF_ASKED();
+  return reached-- > 0 ? 0 : 600;
+}
+API cuEventSynchronize(void*) {
+  FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
   return 0;
 }
 API cuEventElapsedTime(float* ms, void* start, void* end) {
