@@ -73,7 +73,6 @@ def toolchain(nvcc: Path, version: str = "13.0.88") -> Toolchain:
         cutlass_util_include=include,
         cutlass_version="4.2.0",
         own_include=include,
-        own_digest="0" * 64,
         abi_version="1",
         cuda_includes=(include,),
         host_compiler=Path("/usr/bin/c++"),

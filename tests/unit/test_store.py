@@ -80,7 +80,6 @@ def test_what_was_never_built_is_not_found(kernels):
     [
         {"version": "13.1.0"},
         {"cutlass_version": "4.3.0"},
-        {"own_digest": "1" * 64},
         {"abi_version": "2"},
     ],
 )
@@ -88,6 +87,23 @@ def test_the_digest_depends_on_the_toolchain(fake, change):
     plain = fake.toolchain()
     changed = dataclasses.replace(plain, **change)
     assert store.digest(plain, "s", SM90) != store.digest(changed, "s", SM90)
+
+
+def test_the_digest_depends_on_the_headers_that_are_included(tmp_path):
+    def digest(case: str, **headers: str) -> str:
+        include = tmp_path / case / "include" / "jax_bolt"
+        include.mkdir(parents=True)
+        for name, text in headers.items():
+            (include / f"{name}.hpp").write_text(text)
+        source = '#include "jax_bolt/gemm.hpp"\n'
+        return store.digest(toolchain(tmp_path / case / "bin" / "nvcc"), source, SM90)
+
+    gemm = '  # include "jax_bolt/math.hpp"\n'
+    plain = digest("plain", gemm=gemm, math="1", conv="1")
+    assert digest("other", gemm=gemm, math="1", conv="2") == plain
+    assert digest("direct", gemm=gemm + " ", math="1", conv="1") != plain
+    assert digest("nested", gemm=gemm, math="2", conv="1") != plain
+    assert digest("missing", gemm=gemm, conv="1") != plain
 
 
 def test_the_digest_depends_on_source_arch_and_flags_but_no_place(fake, monkeypatch):

@@ -35,6 +35,7 @@ import filelock
 from ..arch import GpuArch
 from ..errors import CompileError
 from . import compiler, directories
+from . import toolchain as toolchains
 from .toolchain import Toolchain
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def parts(toolchain: Toolchain, source: str, arch: GpuArch) -> dict[str, str]:
         "arch": arch.name,
         "nvcc": toolchain.version,
         "flags": json.dumps(compiler.flags(arch)),
-        "headers": toolchain.own_digest,
+        "headers": toolchains.included_digest(toolchain.own_include, source),
         "cutlass": toolchain.cutlass_version,
         "source": source,
     }

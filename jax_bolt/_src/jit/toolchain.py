@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .. import paths
@@ -31,6 +31,7 @@ from ..options import Options
 logger = logging.getLogger(__name__)
 
 PYPI = "PyPI"
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"(jax_bolt/[^"]+)"', re.MULTILINE)
 INSTALL = 'pip install "jax_bolt[cuda13]"'
 
 # The oldest nvcc whose ptxas compiles CUTLASS's wgmma and TMA code correctly, and
@@ -59,7 +60,7 @@ class Toolchain:
     """A usable compiler and the headers it is given.
 
     ``origin`` says where nvcc was found; ``host_compiler`` is None when there is
-    none, which only compiling minds. ``own_digest`` is over our headers' content.
+    none, which only compiling minds.
     """
 
     nvcc: Path
@@ -69,7 +70,6 @@ class Toolchain:
     cutlass_util_include: Path
     cutlass_version: str
     own_include: Path
-    own_digest: str
     abi_version: str
     cuda_includes: tuple[Path, ...]
     host_compiler: Path | None
@@ -109,7 +109,6 @@ def _find(
         cutlass_util_include=cutlass / "tools" / "util" / "include",
         cutlass_version=_cutlass_version(cutlass / "include"),
         own_include=own,
-        own_digest=headers_digest(own),
         abi_version=_define(own / "jax_bolt" / "abi.h", "JAX_BOLT_ABI_VERSION"),
         cuda_includes=includes,
         host_compiler=_host_compiler(dict(environ)),
@@ -148,13 +147,38 @@ def _headers() -> tuple[Path, Path]:
 
 def headers_digest(root: Path) -> str:
     """A digest over the names and contents of every file under ``root``."""
+    return _digest(root, (p for p in root.rglob("*") if p.is_file()))
+
+
+def _digest(root: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+    for path in sorted(files):
         content = path.read_bytes()
         name = path.relative_to(root).as_posix()
         # Lengths keep two files from reading as one.
         digest.update(f"{len(name)}:{name}{len(content)}:".encode() + content)
     return digest.hexdigest()
+
+
+def included_digest(root: Path, source: str) -> str:
+    """A digest of our headers under ``root`` that ``source`` includes, at any depth.
+
+    Only those: a change to one family's headers leaves the other kernels in the store.
+    """
+    return _included_digest(root, tuple(_INCLUDE.findall(source)))
+
+
+@functools.lru_cache(maxsize=256)
+def _included_digest(root: Path, names: tuple[str, ...]) -> str:
+    found: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        path = root / name
+        if name not in found and path.is_file():
+            found.add(name)
+            pending.extend(_INCLUDE.findall(path.read_text()))
+    return _digest(root, (root / name for name in found))
 
 
 def _find_nvcc(
