@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// How an implicit GEMM lies over a problem: plain integers that kernels/implicit_gemm_sm90.py
+// computes, in the order in which it lists them. Nothing here depends on a shape at compile time,
+// so one binary serves every problem its tile suits.
+//
+// Names: an output pixel is (image, row, column). A GEMM is one image, or one per batch entry, of
+// one row. A chunk is 64 input channels. A phase is one box of input pixels: all taps whose offset
+// has the same remainder by the stride read the same box. A tap is one filter position.
+#ifndef JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
+#define JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
+
+#include <cstdint>
+
+namespace jax_bolt::implicit_gemm {
+
+inline constexpr int kMaxPhases = 16;
+inline constexpr int kMaxTaps = 64;
+
+struct Geometry {
+  // Output channels.
+  std::int32_t channels;
+
+  // Tiles of a launch: images x rows x columns x channels, channels varying fastest, and the
+  // outputs that one covers.
+  std::int32_t tiles, channel_tiles, col_tiles, row_tiles;
+  std::int32_t tile_images, tile_rows, tile_cols;
+
+  // The main loop's steps, and the input pixels between the origins of neighbouring outputs.
+  std::int32_t chunks, phases, step_rows, step_cols;
+
+  // A pixel stage: `loads` boxes of load_bytes, load_cols columns apart; zeros up to stage_bytes.
+  std::int32_t loads, load_cols, load_bytes, stage_bytes;
+
+  // From one block of kPixels pixels to the next: in a stage, and over the output.
+  std::int32_t block_bytes, block_images, block_rows, block_cols;
+
+  // A block leaves in `stores` boxes, one row and store_bytes apart, from a slot of slot_bytes; a
+  // side input's box has side_bytes.
+  std::int32_t stores, store_bytes, slot_bytes, side_bytes;
+
+  // 1 where every image has a filter of its own: a batched product.
+  std::int32_t filter_batch;
+
+  // Where a phase's box begins relative to the tile's first output (in input pixels), the channel
+  // and row parity it is read at, and its number of taps.
+  std::int32_t phase_channel[kMaxPhases], phase_col[kMaxPhases], phase_parity[kMaxPhases],
+      phase_row[kMaxPhases], phase_taps[kMaxPhases];
+
+  // Taps in the order of the phases: bytes from a stage's start, and the position in the filter.
+  std::int32_t tap_offset[kMaxTaps], tap_filter[kMaxTaps];
+};
+
+}  // namespace jax_bolt::implicit_gemm
+#endif  // JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_

@@ -1,0 +1,546 @@
+// SPDX-License-Identifier: Apache-2.0
+// Implicit GEMM for Hopper: convs, and products as 1x1 convs over one row of pixels.
+//
+// The operands are swapped: the filter is wgmma's A (64 output channels a warpgroup and block), the
+// pixels are B, so that a tile may have any multiple of 8 pixels and be cut to the image. One TMA
+// box of input pixels serves all taps of a phase: a tap is another start address in it.
+//
+// A persistent CTA has one or two warpgroups that multiply and, last, one that loads: warp 0 the
+// pixels, warp 1 the filters, warps 2 and 3 the side inputs of a warpgroup each. Rings of stages in
+// shared memory, each with a full and an empty barrier, connect them. From load to store:
+// load_pixels, load_filters, load_sides; then multiply, finish, store.
+#ifndef JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
+#define JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
+
+#include <cstdint>
+#include <utility>
+
+#include "jax_bolt/epilogue/math.hpp"
+#include "jax_bolt/epilogue/traits.hpp"
+#include "jax_bolt/implicit_gemm/geometry.hpp"
+#include "jax_bolt/implicit_gemm/ptx.hpp"
+#include "jax_bolt/implicit_gemm/wgmma.hpp"
+
+namespace jax_bolt::implicit_gemm {
+
+/// How the filter lies in memory: output channels outermost, or innermost as JAX has it.
+enum class Filters { kKrsc, kHwio };
+
+/// Two warpgroups share a tile, or take tiles in turn: one multiplies while the other stores.
+enum class Schedule { kCooperative, kPingPong };
+
+/// The kernel's only parameter. The launcher fills it from a recipe, field by field.
+template <class Epilogue>
+struct Params {
+  ptx::TensorMap pixels, filters, output;
+  ptx::TensorMap sides[array_size(Epilogue::kSides)];
+  void const* vectors[array_size(Epilogue::kVectors)];
+  Geometry geometry;
+};
+
+/// A position in a ring of kStages, and the parity of the round it is in.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  std::uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ void advance(int steps) {
+    stage += steps;
+    parity ^= (stage / kStages) & 1;
+    stage %= kStages;
+  }
+};
+
+/// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
+/// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kResident: the filter stages
+/// hold a whole filter, loaded once.
+template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
+          int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule,
+          bool kResident, int kPixelStages, int kFilterStages, int kStoreStages>
+struct Sm90 {
+  using Epilogue = Epilogue_;
+  using Parameters = Params<Epilogue>;
+  using Output = typename Epilogue::Output;
+
+  static constexpr bool kPingPong = kSchedule == Schedule::kPingPong;
+  static constexpr int kWarpgroups = kPingPong ? 2 : kWarpgroupsM * kWarpgroupsN;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // One warpgroup that multiplies leaves room for a second CTA beside this one.
+  static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;
+  static constexpr int kSides = Epilogue::kSides;
+  static constexpr int kColumns = Epilogue::kColumns;
+  static constexpr int kVectors = Epilogue::kVectors;
+  static_assert(sizeof(Element) == 2 && sizeof(Output) == 2, "2-byte elements");
+  static_assert(kWarpgroups <= 2, "named barriers and side producers are for two");
+  static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
+  static_assert(kSides == 0 || kStoreStages >= 2,
+                "a side's slot is free again once the next block's store was issued");
+
+  static constexpr int kChunk = 64;         // channels: 128 bytes, the widest swizzle
+  static constexpr int kFilterBlock = 8192; // 64 output by 64 input channels
+  static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
+  static constexpr int kFilterStage = kFilterBlocks * kFilterBlock;
+  static constexpr int kSlotTiles = kSides > 1 ? kSides : 1;
+  // One K step of 16: along a row of a K-major filter, 16 rows down an M-major one.
+  static constexpr int kFilterStep = kFilters == Filters::kKrsc ? 32 : 2048;
+  static constexpr auto kMajorA = kFilters == Filters::kKrsc ? gmma::Major::K : gmma::Major::MN;
+  using Mma = typename Wgmma<Element, kPixels, kMajorA>::Op;
+
+  // Named barriers; 0 is __syncthreads'.
+  static constexpr int kSetUp = 1, kTurn = 2, kStore = 4;
+
+  struct Barriers {
+    ptx::Barrier pixels_full[kPixelStages], pixels_empty[kPixelStages];
+    ptx::Barrier filters_full[kFilterStages], filters_empty[kFilterStages];
+    ptx::Barrier sides_full[kWarpgroups][kStoreStages], sides_empty[kWarpgroups][kStoreStages];
+  };
+
+  /// Where things lie in shared memory.
+  struct Memory {
+    std::uint32_t pixels, filters, slots;
+    Barriers* barriers;
+
+    __device__ __forceinline__ Memory(std::uint8_t* base, Geometry const& g) {
+      std::uint32_t const address = ptx::shared_address(base);
+      pixels = address;
+      filters = pixels + kPixelStages * g.stage_bytes;
+      slots = filters + kFilterStages * kFilterStage;
+      std::uint32_t const end = slots + kWarpgroups * kStoreStages * kSlotTiles * g.slot_bytes;
+      barriers = reinterpret_cast<Barriers*>(base + (end - address));
+    }
+    __device__ __forceinline__ std::uint32_t slot(Geometry const& g, int warpgroup,
+                                                  int stage) const {
+      return slots + (warpgroup * kStoreStages + stage) * kSlotTiles * g.slot_bytes;
+    }
+  };
+
+  /// The first output of a tile.
+  struct Tile {
+    int channel, image, row, col;
+
+    __device__ __forceinline__ Tile(Geometry const& g, int index) {
+      int const pixels = index / g.channel_tiles;
+      channel = (index - pixels * g.channel_tiles) * kChunk * kFilterBlocks;
+      int const strip = pixels / g.col_tiles;
+      col = (pixels - strip * g.col_tiles) * g.tile_cols;
+      int const group = strip / g.row_tiles;
+      row = (strip - group * g.row_tiles) * g.tile_rows;
+      image = group * g.tile_images;
+    }
+    /// Pixel block `pixel` and channel block `channel_block` of this tile.
+    __device__ __forceinline__ Tile block(Geometry const& g, int pixel, int channel_block) const {
+      Tile moved = *this;
+      moved.channel += channel_block * kChunk;
+      moved.image += pixel * g.block_images;
+      moved.row += pixel * g.block_rows;
+      moved.col += pixel * g.block_cols;
+      return moved;
+    }
+  };
+
+  /// Whether the CTA's `turn`-th tile is this warpgroup's.
+  __device__ static __forceinline__ bool takes(int warpgroup, int turn) {
+    return !kPingPong || (turn & 1) == warpgroup;
+  }
+
+  // Producers --------------------------------------------------------------------------------
+
+  /// Sets up the barriers of a ring. The warp that fills it does so and may start at once.
+  template <int kStages>
+  __device__ static __forceinline__ void set_up(ptx::Barrier (&full)[kStages],
+                                                ptx::Barrier (&empty)[kStages], int readers) {
+    for (int i = 0; i < kStages; ++i) {
+      full[i].init(1);
+      empty[i].init(readers);
+    }
+    ptx::fence_barrier_init();
+    ptx::fence_async_proxy();
+  }
+
+  __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
+    Geometry const& g = p.geometry;
+    Barriers& barriers = *memory.barriers;
+    Ring<kPixelStages> ring;
+    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+      Tile const tile(g, index);
+      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        for (int phase = 0; phase < g.phases; ++phase) {
+          ptx::Barrier& full = barriers.pixels_full[ring.stage];
+          barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
+          full.arrive_and_expect(g.loads * g.load_bytes);
+          std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
+          for (int i = 0; i < g.loads; ++i) {
+            ptx::load(p.pixels, full, to + i * g.load_bytes,
+                      chunk * kChunk + g.phase_channel[phase],
+                      tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
+                      g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase],
+                      tile.image);
+          }
+          ring.advance();
+        }
+      }
+    }
+  }
+
+  __device__ static void load_filters(Parameters const& p, Memory const& memory) {
+    Geometry const& g = p.geometry;
+    Barriers& barriers = *memory.barriers;
+    Ring<kFilterStages> ring;
+    int const taps = count_taps(g);
+    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+      Tile const tile(g, index);
+      int const batch = g.filter_batch * tile.image;
+      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        for (int tap = 0; tap < taps; ++tap) {
+          ptx::Barrier& full = barriers.filters_full[ring.stage];
+          if (!kResident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
+          full.arrive_and_expect(kFilterStage);
+          std::uint32_t const to = memory.filters + ring.stage * kFilterStage;
+          int const at = g.tap_filter[tap];
+          if constexpr (kFilters == Filters::kKrsc) {
+            ptx::load(p.filters, full, to, chunk * kChunk, at, tile.channel, batch);
+          } else {
+            for (int i = 0; i < kFilterBlocks; ++i) {
+              ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kChunk,
+                        chunk * kChunk, at, batch);
+            }
+          }
+          ring.advance();
+        }
+      }
+      if (kResident) break;
+    }
+  }
+
+  /// The side inputs of one warpgroup, into the slots that its results leave from.
+  __device__ static void load_sides(Parameters const& p, Memory const& memory, int warpgroup) {
+    Geometry const& g = p.geometry;
+    Barriers& barriers = *memory.barriers;
+    Ring<kStoreStages> ring;
+    int turn = 0;
+    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x, ++turn) {
+      if (!takes(warpgroup, turn)) continue;
+      Tile const tile(g, index);
+      for (int unit = 0; unit < kPixelBlocks * kChannelBlocks; ++unit) {
+        Tile const block = part(g, tile, warpgroup, unit / kChannelBlocks, unit % kChannelBlocks);
+        ptx::Barrier& full = barriers.sides_full[warpgroup][ring.stage];
+        barriers.sides_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
+        full.arrive_and_expect(kSides * g.stores * g.side_bytes);
+        std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
+        for (int side = 0; side < kSides; ++side) {
+          for (int i = 0; i < g.stores; ++i) {
+            ptx::load(p.sides[side], full, slot + side * g.slot_bytes + i * g.store_bytes,
+                      block.channel, block.col, block.row + i, block.image);
+          }
+        }
+        ring.advance();
+      }
+    }
+  }
+
+  // Consumers --------------------------------------------------------------------------------
+
+  /// The block that a warpgroup's blocks `nb` of pixels and `mb` of channels make.
+  __device__ static __forceinline__ Tile part(Geometry const& g, Tile const& tile, int warpgroup,
+                                              int nb, int mb) {
+    return tile.block(g, warpgroup_n(warpgroup) * kPixelBlocks + nb,
+                      warpgroup_m(warpgroup) * kChannelBlocks + mb);
+  }
+  __device__ static __forceinline__ int warpgroup_m(int warpgroup) {
+    return kPingPong ? 0 : warpgroup % kWarpgroupsM;
+  }
+  __device__ static __forceinline__ int warpgroup_n(int warpgroup) {
+    return kPingPong ? 0 : warpgroup / kWarpgroupsM;
+  }
+
+  __device__ static __forceinline__ int count_taps(Geometry const& g) {
+    int taps = 0;
+    for (int phase = 0; phase < g.phases; ++phase) taps += g.phase_taps[phase];
+    return taps;
+  }
+
+  /// Zeros after the boxes of every pixel stage: the padding after a tile's last row.
+  __device__ static void clear_tails(Geometry const& g, Memory const& memory, int thread) {
+    int const box = g.loads * g.load_bytes;
+    for (int stage = 0; stage < kPixelStages; ++stage) {
+      std::uint32_t const base = memory.pixels + stage * g.stage_bytes;
+      for (int at = box + thread * 16; at < g.stage_bytes; at += 128 * kWarpgroups * 16) {
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + at), "r"(0)
+                     : "memory");
+      }
+    }
+    ptx::fence_async_proxy();
+  }
+
+  using Accumulators = float[kPixelBlocks][kChannelBlocks][kPixels / 2];
+
+  /// One warp's word that it has read a stage.
+  __device__ static __forceinline__ void release(ptx::Barrier& empty) {
+    if ((threadIdx.x & 31) == 0) empty.arrive();
+  }
+
+  /// All products of a tile, the last of them still under way; returns the stages they read.
+  __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
+                                                  int warpgroup, Ring<kPixelStages>& pixels,
+                                                  Ring<kFilterStages>& filters,
+                                                  Accumulators& accumulators, int& pixel_stage,
+                                                  int& filter_stage) {
+    Barriers& barriers = *memory.barriers;
+    std::uint64_t const filter_base = descriptor(
+        memory.filters + warpgroup_m(warpgroup) * kChannelBlocks * kFilterBlock);
+    std::uint64_t const pixel_base =
+        descriptor(memory.pixels) + moved(warpgroup_n(warpgroup) * kPixelBlocks * g.block_bytes);
+    gmma::ScaleOut scale = gmma::ScaleOut::Zero;
+    int free_pixels = -1;
+    pixel_stage = filter_stage = -1;
+    for (int chunk = 0; chunk < g.chunks; ++chunk) {
+      int tap = 0;
+      for (int phase = 0; phase < g.phases; ++phase) {
+        barriers.pixels_full[pixels.stage].wait(pixels.parity);
+        std::uint64_t const stage = pixel_base + moved(pixels.stage * g.stage_bytes);
+        for (int left = g.phase_taps[phase]; left > 0; --left, ++tap) {
+          barriers.filters_full[filters.stage].wait(kResident ? 0 : filters.parity);
+          std::uint64_t const a = filter_base + moved(filters.stage * kFilterStage);
+          std::uint64_t const b = stage + moved(g.tap_offset[tap]);
+          cute::warpgroup_arrive();
+#pragma unroll
+          for (int k = 0; k < kChunk / 16; ++k) {
+#pragma unroll
+            for (int nb = 0; nb < kPixelBlocks; ++nb) {
+#pragma unroll
+              for (int mb = 0; mb < kChannelBlocks; ++mb) {
+                wgmma<Mma>(a + moved(k * kFilterStep + mb * kFilterBlock),
+                           b + moved(k * 32 + nb * g.block_bytes), accumulators[nb][mb], scale,
+                           std::make_index_sequence<kPixels / 2>{});
+              }
+            }
+            scale = gmma::ScaleOut::One;
+          }
+          cute::warpgroup_commit_batch();
+          // All but the products just issued are done with their stages.
+          cute::warpgroup_wait<1>();
+          if (!kResident && filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
+          if (free_pixels >= 0) release(barriers.pixels_empty[free_pixels]);
+          free_pixels = -1;
+          filter_stage = filters.stage;
+          filters.advance();
+        }
+        free_pixels = pixel_stage = pixels.stage;
+        pixels.advance();
+      }
+    }
+  }
+
+  /// The per-channel values of a thread's two channels in every channel block.
+  using Columns = float[kChannelBlocks][2][array_size(kColumns)];
+
+  __device__ static __forceinline__ void load_columns(Parameters const& p, Tile const& tile,
+                                                      int warpgroup, Columns& columns) {
+    if constexpr (kColumns > 0) {
+      int const thread = threadIdx.x & 127;
+      int const first = tile.channel + warpgroup_m(warpgroup) * kChannelBlocks * kChunk +
+                        thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+      for (int mb = 0; mb < kChannelBlocks; ++mb) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int const channel = min(first + mb * kChunk + half * 8, p.geometry.channels - 1);
+          float values[array_size(kVectors)] = {};
+          for_each_index<kVectors>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            using Vector = TypeAt<i, typename Epilogue::Vectors>;
+            auto const* base = static_cast<Storage<typename Vector::Element> const*>(p.vectors[i]);
+            values[i] = to_float(base[Vector::kScalar ? 0 : channel]);
+          });
+          Epilogue::columns(values, columns[mb][half]);
+        }
+      }
+    }
+  }
+
+  /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and over
+  /// side 0 into the slot. `at` is this lane's row of a matrix there.
+  template <int kCount>
+  __device__ static __forceinline__ void finish(float const* accumulators,
+                                                float const (&columns)[2][array_size(kColumns)],
+                                                std::uint32_t at, int slot_bytes) {
+    std::uint32_t sides[array_size(kSides)][kCount], results[kCount];
+#pragma unroll
+    for (int side = 0; side < kSides; ++side) {
+      ptx::load_transposed(at + side * slot_bytes, sides[side]);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float low[array_size(kSides)] = {}, high[array_size(kSides)] = {};
+      for_each_index<kSides>([&](auto index) {
+        constexpr int side = decltype(index)::value;
+        using Side = ptx::Pair<TypeAt<side, typename Epilogue::Sides>>;
+        low[side] = Side::low(sides[side][i]);
+        high[side] = Side::high(sides[side][i]);
+      });
+      // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
+      results[i] = ptx::Pair<Output>::pack(
+          Epilogue::apply(accumulators[2 * i], columns[i & 1], low),
+          Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high));
+    }
+    ptx::store_transposed(at, results);
+  }
+
+  /// One block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle, and the
+  /// slot to the output by TMA, which leaves out what lies beyond it.
+  __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
+                                               Tile const& block, int warpgroup,
+                                               Ring<kStoreStages>& ring, int& unreleased,
+                                               float const (&accumulators)[kPixels / 2],
+                                               float const (&columns)[2][array_size(kColumns)]) {
+    Geometry const& g = p.geometry;
+    int const thread = threadIdx.x & 127, lane = threadIdx.x & 31;
+    if constexpr (kSides > 0) {
+      memory.barriers->sides_full[warpgroup][ring.stage].wait(ring.parity);
+    } else {
+      if (thread == 0) ptx::wait_for_stores<kStoreStages - 1>();
+      ptx::sync(kStore + warpgroup, 128);
+    }
+    std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
+    // Lanes 8 i to 8 i + 7 hold the addresses of matrix i's rows: pixels, 128 bytes apart.
+    int const pixel = (lane & 7) + (lane >> 4) * 8;
+    int const sixteenth = thread / 32 * 2 + (lane >> 3 & 1);
+    std::uint32_t const at = slot + pixel * 128 + ((sixteenth ^ (pixel & 7)) << 4);
+#pragma unroll
+    for (int j = 0; j < kPixels / 16; ++j) {
+      finish<4>(accumulators + 8 * j, columns, at + j * 2048, g.slot_bytes);
+    }
+    if constexpr (kPixels % 16 != 0) {
+      // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
+      std::uint32_t const last = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
+      finish<2>(accumulators + kPixels / 16 * 8, columns, last + kPixels / 16 * 2048,
+                g.slot_bytes);
+    }
+    ptx::fence_async_proxy();
+    ptx::sync(kStore + warpgroup, 128);
+    if (thread == 0) {
+      for (int i = 0; i < g.stores; ++i) {
+        ptx::store(p.output, slot + i * g.store_bytes, block.channel, block.col, block.row + i,
+                   block.image);
+      }
+      ptx::commit_stores();
+      if constexpr (kSides > 0) {
+        // The block before this one has left its slot.
+        ptx::wait_for_stores<1>();
+        if (unreleased >= 0) memory.barriers->sides_empty[warpgroup][unreleased].arrive();
+        unreleased = ring.stage;
+      }
+    }
+    ring.advance();
+  }
+
+  __device__ static void consume(Parameters const& p, Memory const& memory, int warpgroup) {
+    Geometry const& g = p.geometry;
+    Barriers& barriers = *memory.barriers;
+    Ring<kPixelStages> pixels;
+    Ring<kFilterStages> filters;
+    Ring<kStoreStages> slots;
+    int const taps = count_taps(g);
+    int unreleased = -1, turn = 0;
+    // The first turn is warpgroup 0's.
+    if (kPingPong && warpgroup == 1) ptx::arrive(kTurn, 256);
+    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x, ++turn) {
+      if (!takes(warpgroup, turn)) {
+        pixels.advance(g.chunks * g.phases);
+        if (!kResident) filters.advance(g.chunks * taps);
+        continue;
+      }
+      Tile const tile(g, index);
+      if (kResident) filters = {};
+      Columns columns;
+      load_columns(p, tile, warpgroup, columns);
+      if (kPingPong) ptx::sync(kTurn + warpgroup, 256);
+      Accumulators accumulators;
+      int pixel_stage, filter_stage;
+      multiply(g, memory, warpgroup, pixels, filters, accumulators, pixel_stage, filter_stage);
+      if (kPingPong && index + gridDim.x < g.tiles) ptx::arrive(kTurn + (warpgroup ^ 1), 256);
+      cute::warpgroup_wait<0>();
+      float* const flat = &accumulators[0][0][0];
+#pragma unroll
+      for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
+        cute::warpgroup_fence_operand(flat[i]);
+      }
+      if (!kResident) release(barriers.filters_empty[filter_stage]);
+      release(barriers.pixels_empty[pixel_stage]);
+#pragma unroll
+      for (int nb = 0; nb < kPixelBlocks; ++nb) {
+#pragma unroll
+        for (int mb = 0; mb < kChannelBlocks; ++mb) {
+          store(p, memory, part(g, tile, warpgroup, nb, mb), warpgroup, slots, unreleased,
+                accumulators[nb][mb], columns[mb]);
+        }
+      }
+    }
+    // Shared memory must outlive the stores that read it.
+    if ((threadIdx.x & 127) == 0) ptx::wait_for_stores<0>();
+  }
+
+  __device__ static void run(Parameters const& p) {
+    extern __shared__ __align__(1024) std::uint8_t shared[];
+    Geometry const& g = p.geometry;
+    Memory const memory(shared, g);
+    Barriers& barriers = *memory.barriers;
+    int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+    if (warpgroup == kWarpgroups) {
+      if constexpr (kWarpgroups > 1) ptx::keep_registers<24>();
+      int const warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0) & 3;
+      // A pixel stage is read by all warps that multiply, or by one warpgroup's in its turn.
+      constexpr int kReaders = kPingPong ? 4 : 4 * kWarpgroups;
+      bool const elected = ptx::elect();
+      if (elected) {
+        if (warp == 0) {
+          ptx::prefetch(p.pixels);
+          set_up(barriers.pixels_full, barriers.pixels_empty, kReaders);
+        } else if (warp == 1) {
+          ptx::prefetch(p.filters);
+          set_up(barriers.filters_full, barriers.filters_empty, kReaders);
+        } else if (kSides > 0 && warp - 2 < kWarpgroups) {
+          set_up(barriers.sides_full[warp - 2], barriers.sides_empty[warp - 2], 1);
+        }
+      }
+      __syncwarp();
+      ptx::arrive(kSetUp, kThreads);
+      if (warp == 0) ptx::allow_next_kernel();
+      if (elected) {
+        ptx::wait_for_earlier_kernels();
+        if (warp == 0) {
+          load_pixels(p, memory);
+        } else if (warp == 1) {
+          load_filters(p, memory);
+        } else if (kSides > 0 && warp - 2 < kWarpgroups) {
+          load_sides(p, memory, warp - 2);
+        }
+      }
+    } else {
+      if constexpr (kWarpgroups > 1) ptx::take_registers<240>();
+      if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
+      clear_tails(g, memory, threadIdx.x);
+      ptx::sync(kSetUp, kThreads);
+      ptx::wait_for_earlier_kernels();
+      consume(p, memory, warpgroup);
+    }
+  }
+};
+
+}  // namespace jax_bolt::implicit_gemm
+
+/// The one kernel of a device-only artifact, under the name that the launcher looks for.
+#define JAX_BOLT_DEVICE_KERNEL(...)                                                           \
+  using JaxBoltKernel = __VA_ARGS__;                                                          \
+  extern "C" __global__ void __launch_bounds__(JaxBoltKernel::kThreads, JaxBoltKernel::kCtas) \
+      jax_bolt_kernel(const __grid_constant__ typename JaxBoltKernel::Parameters params) {    \
+    JaxBoltKernel::run(params);                                                               \
+  }
+
+#endif  // JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
