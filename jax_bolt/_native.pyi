@@ -27,9 +27,11 @@ class DeviceInfo(TypedDict):
     free_bytes: int | None  # None while there is no context: asking would make one
 
 def load(digest: str, path: str) -> None:
-    """Loads the kernel module at the absolute ``path``, once for a digest.
+    """Loads the artifact at the absolute ``path``, once for a digest.
 
-    Raises RuntimeError with the reason: not loadable, another ABI, a missing symbol.
+    A name that ends in ``.cubin`` is a cubin's, which needs the CUDA driver; any other
+    is a module's. Raises RuntimeError with the reason: not loadable, another ABI, a
+    missing symbol.
     """
 
 def is_loaded(digest: str) -> bool: ...
@@ -39,8 +41,13 @@ def launches(digest: str) -> int:
     Raises RuntimeError when ``digest`` is not loaded, as do all functions below.
     """
 
-def check(digest: str, kind: int, dims: Sequence[int]) -> str | None:
+def check(
+    digest: str, kind: int, dims: Sequence[int], recipe: Sequence[int] = ()
+) -> str | None:
     """Why the kernel cannot run the problem, or None. Touches no device.
+
+    ``recipe`` is how a cubin is launched (``kernels/recipe.py``), empty for a module;
+    here and below.
 
     Raises ValueError for an unknown kind or the wrong number of dims, as do all below.
     """
@@ -74,6 +81,7 @@ def profile(
     buffer_sets: Sequence[BufferSet],
     ordinal: int,
     repeats: int,
+    recipe: Sequence[int] = (),
 ) -> list[float]:
     """Microseconds per launch, one value for each of ``repeats`` replays of 2-5 ms.
 
@@ -83,7 +91,12 @@ def profile(
     """
 
 def run(
-    digest: str, kind: int, dims: Sequence[int], buffers: BufferSet, ordinal: int
+    digest: str,
+    kind: int,
+    dims: Sequence[int],
+    buffers: BufferSet,
+    ordinal: int,
+    recipe: Sequence[int] = (),
 ) -> None:
     """Launches once and waits. Raises as ``profile`` does."""
 

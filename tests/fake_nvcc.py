@@ -2,8 +2,9 @@
 """A compiler for tests of the store: instant, and steered by words in the source.
 
 FAIL: prints an error, status 2. C7510: prints ptxas's warning. NOTHING: writes no
-binary. WAIT: first waits until the file ``release`` exists beside the script.
-Every compile adds a line, its process id, to the file ``calls`` there.
+binary. WAIT: first waits until the file ``release`` exists beside the script. A line
+"// SAY ..." has its rest printed. Every compile adds a line, its process id, to the
+file ``calls`` there.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ fi
 if grep -q C7510 source.cu; then
   echo "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
 fi
+sed -n 's/^.. SAY //p' source.cu
 if grep -q FAIL source.cu; then
   echo "source.cu(1): error: FAIL is not defined" >&2
   exit 2
 fi
-grep -q NOTHING source.cu || cat source.cu > kernel.so
+case "$*" in *" -cubin "*) out=kernel.cubin ;; *) out=kernel.so ;; esac
+grep -q NOTHING source.cu || cat source.cu > $out
 """  # noqa: E501
 
 

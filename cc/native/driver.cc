@@ -28,11 +28,12 @@ const Driver* Driver::Open() {
   };
 #define JAX_BOLT_DRIVER_RESOLVE(member, symbol, parameters) resolve(driver->member, symbol);
   JAX_BOLT_DRIVER_FUNCTIONS(JAX_BOLT_DRIVER_RESOLVE)
-#undef JAX_BOLT_DRIVER_RESOLVE
   if (!complete) {
     delete driver;
     return nullptr;
   }
+  JAX_BOLT_OPTIONAL_DRIVER_FUNCTIONS(JAX_BOLT_DRIVER_RESOLVE)
+#undef JAX_BOLT_DRIVER_RESOLVE
   return driver;
 }
 
@@ -51,14 +52,18 @@ const Driver& Driver::Get() {
   return *driver;
 }
 
-void Driver::Check(CuResult result, const char* what) const {
-  if (result == kCuSuccess) return;
+std::string Driver::Text(CuResult result) const {
   const char* name = nullptr;
   const char* text = nullptr;
   GetErrorName(result, &name);
   GetErrorString(result, &text);
-  throw DriverError(std::string(what) + ": " + (name ? name : "unknown CUDA error") + " (" +
-                    (text ? text : std::to_string(result).c_str()) + ")");
+  return std::string(name ? name : "unknown CUDA error") + " (" +
+         (text ? text : std::to_string(result)) + ")";
+}
+
+void Driver::Check(CuResult result, const char* what) const {
+  if (result == kCuSuccess) return;
+  throw DriverError(std::string(what) + ": " + Text(result));
 }
 
 CuDevice Driver::Device(int ordinal) const {

@@ -20,6 +20,9 @@ using CuStream = struct CuStreamOpaque*;
 using CuEvent = struct CuEventOpaque*;
 using CuGraph = struct CuGraphOpaque*;
 using CuGraphExec = struct CuGraphExecOpaque*;
+using CuLibrary = struct CuLibraryOpaque*;
+using CuKernel = struct CuKernelOpaque*;
+using CuFunction = struct CuFunctionOpaque*;  // a CuKernel may be cast to it for a launch
 
 inline constexpr CuResult kCuSuccess = 0;
 inline constexpr CuResult kCuNotReady = 600;
@@ -35,6 +38,40 @@ enum CuDeviceAttribute : int {
   kCuComputeCapabilityMinor = 76,
   kCuSharedMemoryPerBlockOptin = 97,
 };
+
+inline constexpr int kCuMaxDynamicSharedBytes = 8;  // CUfunction_attribute
+inline constexpr int kCuClusterDimension = 4;       // CUlaunchAttributeID, as the next
+inline constexpr int kCuProgrammaticStreamSerialization = 6;
+// CUtensorMapDataType, Interleave, Swizzle (by the log of its bytes), L2promotion, FloatOOBfill.
+inline constexpr int kCuTensorFloat16 = 6, kCuTensorFloat32 = 7, kCuTensorBfloat16 = 9;
+inline constexpr int kCuInterleaveNone = 0;
+inline constexpr int kCuSwizzleNone = 0, kCuSwizzle32 = 1, kCuSwizzle64 = 2, kCuSwizzle128 = 3;
+inline constexpr int kCuL2Promotion256 = 3;
+inline constexpr int kCuOutOfBoundsZeros = 0;
+
+struct alignas(128) CuTensorMap {
+  uint64_t opaque[16];
+};
+
+struct CuLaunchAttribute {
+  int id;
+  union {
+    uint64_t words[8];
+    unsigned cluster[3];
+    int allowed;  // programmatic stream serialization
+  };
+};
+static_assert(sizeof(CuLaunchAttribute) == 72 && offsetof(CuLaunchAttribute, words) == 8);
+
+struct CuLaunchConfig {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  CuStream stream;
+  CuLaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) == 32);
 
 // X(member, exported symbol, parameters). The symbol is the one that cuda.h maps the plain name to
 // (`_v2`), except where the change needs a newer driver than this code does: cuEventElapsedTime.
@@ -69,7 +106,26 @@ enum CuDeviceAttribute : int {
     (CuGraphExec * exec, CuGraph graph, unsigned long long flags))                              \
   X(GraphLaunch, "cuGraphLaunch", (CuGraphExec exec, CuStream stream))                          \
   X(GraphDestroy, "cuGraphDestroy", (CuGraph graph))                                            \
-  X(GraphExecDestroy, "cuGraphExecDestroy", (CuGraphExec exec))
+  X(GraphExecDestroy, "cuGraphExecDestroy", (CuGraphExec exec))                                 \
+  X(LibraryLoadFromFile, "cuLibraryLoadFromFile",                                               \
+    (CuLibrary * library, const char* path, int* jit_options, void** jit_values,                \
+     unsigned num_jit_options, int* options, void** values, unsigned num_options))              \
+  X(LibraryGetKernel, "cuLibraryGetKernel",                                                     \
+    (CuKernel * kernel, CuLibrary library, const char* name))                                   \
+  X(KernelSetAttribute, "cuKernelSetAttribute",                                                 \
+    (int attribute, int value, CuKernel kernel, CuDevice device))                               \
+  X(TensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                             \
+    (CuTensorMap * map, int dtype, uint32_t rank, void* address, const uint64_t* dims,          \
+     const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,       \
+     int swizzle, int l2_promotion, int out_of_bounds))                                         \
+  X(TensorMapReplaceAddress, "cuTensorMapReplaceAddress", (CuTensorMap * map, void* address))   \
+  X(LaunchKernelEx, "cuLaunchKernelEx",                                                         \
+    (const CuLaunchConfig* config, CuFunction function, void** parameters, void** extra))
+
+// As above, but null where the driver is older than the version in the comment.
+#define JAX_BOLT_OPTIONAL_DRIVER_FUNCTIONS(X)              \
+  X(KernelGetParamInfo, "cuKernelGetParamInfo", /* 12.4 */ \
+    (CuKernel kernel, size_t index, size_t* offset, size_t* bytes))
 
 class DriverError : public std::runtime_error {
  public:
@@ -80,6 +136,7 @@ class Driver {
  public:
 #define JAX_BOLT_DRIVER_MEMBER(member, symbol, parameters) CuResult(*member) parameters = nullptr;
   JAX_BOLT_DRIVER_FUNCTIONS(JAX_BOLT_DRIVER_MEMBER)
+  JAX_BOLT_OPTIONAL_DRIVER_FUNCTIONS(JAX_BOLT_DRIVER_MEMBER)
 #undef JAX_BOLT_DRIVER_MEMBER
 
   // The driver, opened but not initialised; null where there is none. Thread-safe.
@@ -87,6 +144,9 @@ class Driver {
 
   // The driver after cuInit. Throws DriverError where there is none or it finds no device.
   static const Driver& Get();
+
+  // "<name> (<text>)".
+  std::string Text(CuResult result) const;
 
   // Throws DriverError("<what>: <name> (<text>)") unless `result` is success.
   void Check(CuResult result, const char* what) const;

@@ -11,6 +11,7 @@
 
 #include "driver.h"
 #include "jax_bolt/abi.h"
+#include "kernel.h"
 #include "registry.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -28,7 +29,7 @@ struct Attributes {
   std::string_view digest;
   std::string_view site;
   int64_t sides;
-  JaxBoltProblem problem;
+  Problem problem;
 };
 
 ffi::Error Fail(ffi::ErrorCode code, const Attributes& attributes, std::string_view reason) {
@@ -41,7 +42,7 @@ ffi::Error Fail(ffi::ErrorCode code, const Attributes& attributes, std::string_v
 
 ffi::Error FailStatus(const Kernel& kernel, const Attributes& attributes, JaxBoltStatus status) {
   return Fail(ffi::ErrorCode::kInternal, attributes,
-              std::string(kernel.ErrorString(status)) + " (status " + std::to_string(status) + ")");
+              kernel.ErrorString(status) + " (status " + std::to_string(status) + ")");
 }
 
 ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
@@ -57,6 +58,14 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
   attributes->sides = *sides;
   if (dictionary.contains<std::string_view>("site")) {
     attributes->site = *dictionary.get<std::string_view>("site");
+  }
+  if (dictionary.contains("recipe")) {
+    auto recipe = dictionary.get<ffi::Span<const int64_t>>("recipe");
+    if (recipe.has_error()) {
+      return Fail(ffi::ErrorCode::kInvalidArgument, *attributes,
+                  "attribute recipe: " + recipe.error().message());
+    }
+    attributes->problem.recipe = {recipe->begin(), recipe->size()};
   }
   if (const char* reason = MakeProblem(*kind, dims->begin(), dims->size(), &attributes->problem)) {
     return Fail(ffi::ErrorCode::kInvalidArgument, *attributes, reason);
@@ -90,8 +99,9 @@ ffi::Error Instantiate(ffi::Dictionary dictionary) {
                     reason.empty() ? "it is neither loaded nor in the kernel cache" : reason);
       }
     }
-    JaxBoltStatus status = kernel->Check(attributes.problem);
-    return status == JAX_BOLT_OK ? ffi::Error::Success() : FailStatus(*kernel, attributes, status);
+    const std::string reason = kernel->Check(attributes.problem);
+    return reason.empty() ? ffi::Error::Success()
+                          : Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
   } catch (const std::exception& error) {
     return Fail(ffi::ErrorCode::kInternal, attributes, error.what());
   }
@@ -143,7 +153,7 @@ ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::Remainin
   }
   // The size depends on the device, and an executable may run on one with more SMs than the one it
   // was lowered for.
-  const int64_t need = kernel->WorkspaceBytes(attributes.problem, device);
+  const int64_t need = kernel->WorkspaceBytes(attributes.problem.sizes, device);
   if (need > have) {
     return Fail(ffi::ErrorCode::kFailedPrecondition, attributes,
                 "it needs " + std::to_string(need) + " bytes of workspace on device " +

@@ -3,8 +3,8 @@
 //
 // Operands: a, b, side_0.., vector_0..; results: d and, where the kernel needs one, workspace
 // u8[n]. Attributes: digest (string), kind (i64, JaxBoltProblemKind), dims (i64 array), sides (i64:
-// how many operands are side inputs) and, optionally, site (string: the source site, for error
-// messages).
+// how many operands are side inputs) and, optionally, recipe (i64 array: how to launch a cubin, see
+// recipe.h; empty for a module) and site (string: the source site, for error messages).
 #ifndef JAX_BOLT_NATIVE_LAUNCHER_H_
 #define JAX_BOLT_NATIVE_LAUNCHER_H_
 

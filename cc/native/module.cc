@@ -14,6 +14,7 @@
 
 #include "driver.h"
 #include "jax_bolt/abi.h"
+#include "kernel.h"
 #include "launcher.h"
 #include "profiler.h"
 #include "registry.h"
@@ -36,8 +37,9 @@ const Kernel& FindKernel(const std::string& digest) {
   return *kernel;
 }
 
-JaxBoltProblem Problem(int64_t kind, const Dims& dims) {
-  JaxBoltProblem problem;
+// The recipe stays the caller's.
+Problem CallProblem(int64_t kind, const Dims& dims, const Dims& recipe = {}) {
+  Problem problem = {{}, {recipe.data(), recipe.size()}};
   if (const char* reason = MakeProblem(kind, dims.data(), dims.size(), &problem)) {
     throw std::invalid_argument(reason);
   }
@@ -64,31 +66,31 @@ JaxBoltBuffers Buffers(const BufferSet& set) {
   return buffers;
 }
 
-std::optional<std::string> CheckProblem(const std::string& digest, int64_t kind, const Dims& dims) {
-  const Kernel& kernel = FindKernel(digest);
-  const JaxBoltStatus status = kernel.Check(Problem(kind, dims));
-  if (status == JAX_BOLT_OK) return std::nullopt;
-  return kernel.ErrorString(status);
+std::optional<std::string> CheckProblem(const std::string& digest, int64_t kind, const Dims& dims,
+                                        const Dims& recipe) {
+  std::string reason = FindKernel(digest).Check(CallProblem(kind, dims, recipe));
+  if (reason.empty()) return std::nullopt;
+  return reason;
 }
 
 int64_t WorkspaceBytes(const std::string& digest, int64_t kind, const Dims& dims, int ordinal,
                        std::optional<int> sm_count) {
-  const JaxBoltProblem problem = Problem(kind, dims);
+  const JaxBoltProblem sizes = CallProblem(kind, dims).sizes;
   const int sms = sm_count ? *sm_count : SmCount(ordinal);
-  return FindKernel(digest).WorkspaceBytes(problem, {ordinal, sms});
+  return FindKernel(digest).WorkspaceBytes(sizes, {ordinal, sms});
 }
 
 std::vector<double> ProfileKernel(const std::string& digest, int64_t kind, const Dims& dims,
                                   const std::vector<BufferSet>& buffer_sets, int ordinal,
-                                  int repeats) {
+                                  int repeats, const Dims& recipe) {
   std::vector<JaxBoltBuffers> sets;
   for (const BufferSet& set : buffer_sets) sets.push_back(Buffers(set));
-  return Profile(FindKernel(digest), Problem(kind, dims), sets, ordinal, repeats);
+  return Profile(FindKernel(digest), CallProblem(kind, dims, recipe), sets, ordinal, repeats);
 }
 
 void RunKernel(const std::string& digest, int64_t kind, const Dims& dims, const BufferSet& buffers,
-               int ordinal) {
-  Run(FindKernel(digest), Problem(kind, dims), Buffers(buffers), ordinal);
+               int ordinal, const Dims& recipe) {
+  Run(FindKernel(digest), CallProblem(kind, dims, recipe), Buffers(buffers), ordinal);
 }
 
 void SetPythonResolver(const py::object& function) {
@@ -177,7 +179,8 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "launches", [](const std::string& digest) { return FindKernel(digest).launches.load(); },
       py::arg("digest"));
-  m.def("check", CheckProblem, py::arg("digest"), py::arg("kind"), py::arg("dims"));
+  m.def("check", CheckProblem, py::arg("digest"), py::arg("kind"), py::arg("dims"),
+        py::arg("recipe") = Dims());
   m.def("workspace_bytes", WorkspaceBytes, py::arg("digest"), py::arg("kind"), py::arg("dims"),
         py::arg("ordinal") = 0, py::arg("sm_count") = py::none(), Release());
 
@@ -186,9 +189,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_resolver", SetPythonResolver, py::arg("resolver").none(true));
 
   m.def("profile", ProfileKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"),
-        py::arg("buffer_sets"), py::arg("ordinal"), py::arg("repeats"), Release());
+        py::arg("buffer_sets"), py::arg("ordinal"), py::arg("repeats"), py::arg("recipe") = Dims(),
+        Release());
   m.def("run", RunKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"), py::arg("buffers"),
-        py::arg("ordinal"), Release());
+        py::arg("ordinal"), py::arg("recipe") = Dims(), Release());
   m.def("mark_handlers", [] { return MarkHandlers(kMarkHandler); });
   m.def("host_mark_handlers", [] { return MarkHandlers(kHostMarkHandler); });
   m.def(

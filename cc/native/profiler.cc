@@ -78,19 +78,17 @@ class Marks {
 // A kernel and what it is launched on.
 struct Subject {
   const Kernel& kernel;
-  const JaxBoltProblem& problem;
+  const Problem& problem;
   JaxBoltDevice device;
 
-  void CheckStatus(JaxBoltStatus status, const char* what) const {
-    if (status == JAX_BOLT_OK) return;
-    throw std::runtime_error(std::string(what) + ": " + kernel.ErrorString(status) + " (status " +
-                             std::to_string(status) + ")");
-  }
   JaxBoltStatus Enqueue(const JaxBoltBuffers& buffers, const Stream& stream) const {
     return kernel.Launch(problem, buffers, device, stream.get());
   }
   void Launch(const JaxBoltBuffers& buffers, const Stream& stream) const {
-    CheckStatus(Enqueue(buffers, stream), "launch");
+    const JaxBoltStatus status = Enqueue(buffers, stream);
+    if (status == JAX_BOLT_OK) return;
+    throw std::runtime_error("launch: " + kernel.ErrorString(status) + " (status " +
+                             std::to_string(status) + ")");
   }
 };
 
@@ -150,15 +148,17 @@ size_t LaunchCount(double microseconds, size_t sets) {
   return std::max<size_t>(count / sets, 1) * sets;
 }
 
-Subject MakeSubject(const Kernel& kernel, const JaxBoltProblem& problem, int ordinal) {
+Subject MakeSubject(const Kernel& kernel, const Problem& problem, int ordinal) {
   Subject subject{kernel, problem, {ordinal, SmCount(ordinal)}};
-  subject.CheckStatus(kernel.Check(problem), "check");
+  if (std::string reason = kernel.Check(problem); !reason.empty()) {
+    throw std::runtime_error("check: " + reason);
+  }
   return subject;
 }
 
 }  // namespace
 
-std::vector<double> Profile(const Kernel& kernel, const JaxBoltProblem& problem,
+std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
                             const std::vector<JaxBoltBuffers>& sets, int ordinal, int repeats) {
   if (sets.empty()) throw std::invalid_argument("profile needs at least one set of buffers");
   if (repeats < 1) throw std::invalid_argument("profile needs at least one repeat");
@@ -198,8 +198,7 @@ std::vector<double> Profile(const Kernel& kernel, const JaxBoltProblem& problem,
   return times;
 }
 
-void Run(const Kernel& kernel, const JaxBoltProblem& problem, const JaxBoltBuffers& buffers,
-         int ordinal) {
+void Run(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers, int ordinal) {
   const Driver& driver = Driver::Get();
   const Subject subject = MakeSubject(kernel, problem, ordinal);
   const ScopedContext context(driver, driver.Device(ordinal));

@@ -9,19 +9,18 @@
 #include <vector>
 
 #include "jax_bolt/abi.h"
-#include "registry.h"
+#include "kernel.h"
 
 namespace jax_bolt::native {
 
 // Microseconds per launch, one value a replay. A replay launches the kernel on every set of buffers
 // in turn, over and over for a few milliseconds; sets that together exceed the L2 cache keep it
 // cold. Throws std::runtime_error with the CUDA or the kernel's error.
-std::vector<double> Profile(const Kernel& kernel, const JaxBoltProblem& problem,
+std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
                             const std::vector<JaxBoltBuffers>& sets, int ordinal, int repeats);
 
 // Launches once and waits. Throws as Profile does.
-void Run(const Kernel& kernel, const JaxBoltProblem& problem, const JaxBoltBuffers& buffers,
-         int ordinal);
+void Run(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers, int ordinal);
 
 }  // namespace jax_bolt::native
 

@@ -3,9 +3,15 @@
 
 #include <dlfcn.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
+
+#include "cubin.h"
+#include "driver.h"
+#include "jax_bolt/abi.h"
 
 namespace jax_bolt::native {
 namespace {
@@ -43,19 +49,22 @@ class ModuleKernel final : public Kernel {
         Resolve<decltype(jax_bolt_error_string)>(library, path, "jax_bolt_error_string");
   }
 
-  JaxBoltStatus Check(const JaxBoltProblem& problem) const override { return check_(&problem); }
-
-  int64_t WorkspaceBytes(const JaxBoltProblem& problem,
-                         const JaxBoltDevice& device) const override {
-    return workspace_bytes_(&problem, &device);
+  std::string Check(const Problem& problem) const override {
+    if (problem.recipe.size != 0) return "it is a module, which takes no launch recipe";
+    const JaxBoltStatus status = check_(&problem.sizes);
+    return status == JAX_BOLT_OK ? "" : ErrorString(status);
   }
 
-  JaxBoltStatus Launch(const JaxBoltProblem& problem, const JaxBoltBuffers& buffers,
+  int64_t WorkspaceBytes(const JaxBoltProblem& sizes, const JaxBoltDevice& device) const override {
+    return workspace_bytes_(&sizes, &device);
+  }
+
+  JaxBoltStatus Launch(const Problem& problem, const JaxBoltBuffers& buffers,
                        const JaxBoltDevice& device, void* stream) const override {
-    return launch_(&problem, &buffers, &device, stream);
+    return launch_(&problem.sizes, &buffers, &device, stream);
   }
 
-  const char* ErrorString(JaxBoltStatus status) const override {
+  std::string ErrorString(JaxBoltStatus status) const override {
     const char* text = error_string_(status);
     return text == nullptr ? "unknown status" : text;
   }
@@ -66,6 +75,18 @@ class ModuleKernel final : public Kernel {
   decltype(jax_bolt_launch)* launch_;
   decltype(jax_bolt_error_string)* error_string_;
 };
+
+std::unique_ptr<const Kernel> Open(const std::string& path) {
+  constexpr std::string_view kCubin = ".cubin";
+  const bool cubin = path.size() >= kCubin.size() &&
+                     path.compare(path.size() - kCubin.size(), kCubin.size(), kCubin) == 0;
+  if (!cubin) return std::make_unique<const ModuleKernel>(path);
+  try {
+    return std::make_unique<const CubinKernel>(path);
+  } catch (const DriverError& error) {
+    Fail(path, error.what());
+  }
+}
 
 }  // namespace
 
@@ -80,7 +101,7 @@ void Registry::Load(const std::string& digest, const std::string& path) {
   if (Find(digest) != nullptr) return;
   // dlopen searches the library path for a name without a slash; a store's path always has one.
   if (path.empty() || path[0] != '/') Fail(path, "the path is not absolute");
-  auto kernel = std::make_unique<const ModuleKernel>(path);
+  auto kernel = Open(path);
   std::unique_lock<std::shared_mutex> lock(mutex_);
   kernels_.emplace(digest, std::move(kernel));
 }
@@ -89,27 +110,6 @@ const Kernel* Registry::Find(std::string_view digest) const {
   std::shared_lock<std::shared_mutex> lock(mutex_);
   auto it = kernels_.find(digest);
   return it == kernels_.end() ? nullptr : it->second.get();
-}
-
-const char* MakeProblem(int64_t kind, const int64_t* dims, size_t num_dims,
-                        JaxBoltProblem* problem) {
-  size_t expected;
-  switch (kind) {
-    case JAX_BOLT_GEMM:
-      expected = JAX_BOLT_GEMM_DIMS;
-      break;
-    case JAX_BOLT_CONV_FPROP:
-      expected = JAX_BOLT_CONV_DIMS;
-      break;
-    default:
-      return "unknown problem kind";
-  }
-  if (num_dims != expected) return "wrong number of dims for the problem kind";
-  *problem = {};
-  problem->kind = static_cast<int32_t>(kind);
-  problem->num_dims = static_cast<int32_t>(num_dims);
-  for (size_t i = 0; i < num_dims; ++i) problem->dims[i] = dims[i];
-  return nullptr;
 }
 
 }  // namespace jax_bolt::native

@@ -25,12 +25,16 @@ JAX_DTYPES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Executable:
-    """A kernel loaded under ``digest``, and the user's problem it runs as ``form``."""
+    """A kernel loaded under ``digest``, and the user's problem it runs as ``form``.
+
+    ``recipe`` is how a cubin is launched (``kernels.recipe``), empty for a module.
+    """
 
     digest: str
     problem: ir.Problem
     form: Form
     workspace_bytes: int
+    recipe: tuple[int, ...] = ()
 
 
 def abi_problem(problem: ir.Problem) -> tuple[int, list[int]]:
@@ -81,6 +85,7 @@ def launch(
         digest=kernel.digest,
         kind=np.int64(kind),
         dims=np.asarray(dims, np.int64),
+        recipe=np.asarray(kernel.recipe, np.int64),
         sides=np.int64(len(sides)),
     )
     return results[0]

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from . import forms, ir, kernels
 from .arch import GpuArch
 from .jit import codegen
 from .kernels.config import Config
-from .kernels.template import Template
+from .kernels.template import CubinTemplate, Template
 from .tune import db
 
 Provenance: TypeAlias = Literal["shipped", "user", "heuristic", "xla"]
@@ -29,6 +29,14 @@ class Candidate:
     def source(self) -> str:
         """The generated TU."""
         return codegen.source(self.form.region, self.template, self.config, self.arch)
+
+    @property
+    def recipe(self) -> tuple[int, ...]:
+        """How the artifact is launched; empty for a module, which knows it itself."""
+        if self.template.artifact == "module":
+            return ()
+        template = cast(CubinTemplate, self.template)
+        return template.recipe(self.form.region, self.config, self.arch).encode()
 
     @property
     def text(self) -> str:

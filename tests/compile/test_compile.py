@@ -13,6 +13,18 @@ from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import compiler, store, toolchain
 
 SOURCE = Path(__file__).with_name("fill.cu").read_text()
+CUBIN_SOURCE = """
+struct Params {
+  struct alignas(64) { unsigned long long opaque[16]; } map;
+  float* d;
+  int value;
+};
+#define JAX_BOLT_DEVICE_KERNEL(Type) \\
+  extern "C" __global__ void jax_bolt_kernel(const __grid_constant__ Type p) { \\
+    p.d[threadIdx.x] = static_cast<float>(p.value); \\
+  }
+JAX_BOLT_DEVICE_KERNEL(Params)
+"""
 
 
 class Problem(ctypes.Structure):
@@ -65,3 +77,14 @@ def test_paths_with_commas_and_spaces(tmp_path):
     found = toolchain.find(options.current())
     binary = compiler.compile(found, SOURCE, arch.from_name("sm_80"), out)
     assert ctypes.CDLL(str(binary)).jax_bolt_abi_version() == int(found.abi_version)
+
+
+def test_a_cubin_holds_its_one_kernel(kernels):
+    binary = build(kernels, CUBIN_SOURCE, "sm_90a")
+    assert isinstance(binary, Path), binary
+    assert binary.name == "kernel.cubin"
+    data = binary.read_bytes()
+    assert data.startswith(b"\x7fELF")
+    assert b".text.jax_bolt_kernel\0" in data
+    log = (binary.parent / "build.log").read_text()
+    assert "0 bytes spill stores" in log and "Used" in log

@@ -44,7 +44,8 @@ def error_of(site, operands, candidate) -> float:
     jax.block_until_ready(arrays)
     address = jax.tree.map(lambda x: x.unsafe_buffer_pointer(), arrays)
     kind, dims = invoke.abi_problem(problem)
-    loader.native().run(kernel.digest, kind, dims, address, kernels.target().ordinal)
+    ordinal = kernels.target().ordinal
+    loader.native().run(kernel.digest, kind, dims, address, ordinal, kernel.recipe)
     want = kernels.truth(site, operands)
     return float(kernels.relative_error(np.asarray(arrays[2]), want))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
+from typing import Any, cast
 
 import pytest
 
 from jax_bolt._src import arch, ir, kernels
-from jax_bolt._src.jit import codegen
+from jax_bolt._src.jit import codegen, compiler
 from jax_bolt._src.kernels import conv_sm80, hoist
 from jax_bolt._src.kernels.config import Config
 
@@ -86,6 +88,14 @@ def epilogue(*ops: Op, out: ir.DType = "f32", **inputs) -> ir.Epilogue:
 
 def test_conv_batch_norm_relu():
     assert codegen.source(REGION, conv_sm80, CONFIG, SM90A) == GOLDEN
+
+
+def test_a_cubins_tu_ends_in_its_own_macro():
+    template = types.SimpleNamespace(**vars(conv_sm80) | {"artifact": "cubin"})
+    text = codegen.source(REGION, cast(Any, template), CONFIG, SM90A)
+    assert text == GOLDEN.replace("JAX_BOLT_KERNEL(", "JAX_BOLT_DEVICE_KERNEL(")
+    assert compiler.artifact(text) == "cubin"
+    assert compiler.artifact(GOLDEN) == "module"
 
 
 def test_a_tu_is_short_and_has_no_control_flow():

@@ -47,6 +47,42 @@ def test_the_command(fake):
     ]
 
 
+def test_the_command_for_a_cubin(fake):
+    command = compiler.command(fake.toolchain(), SM90, "cubin")
+    start = command.index(str(fake.nvcc))
+    assert command[start + 1 :] == [
+        *("-std=c++17", "-O3", "-DNDEBUG"),
+        "-gencode=arch=compute_90a,code=sm_90a",
+        *("--expt-relaxed-constexpr", "-cubin", "-Xptxas=-v"),
+        "-ccbin=/usr/bin/c++",
+        *("-Iwork/own", "-Iwork/cutlass", "-Iwork/cutlass_util"),
+        *("-o", "kernel.cubin", "source.cu"),
+    ]
+
+
+def test_a_source_says_what_it_becomes(fake, out):
+    assert compiler.artifact("int x;\nJAX_BOLT_KERNEL(A<1, 2>)\n") == "module"
+    assert compiler.artifact("// JAX_BOLT_DEVICE_KERNEL(A)\n") == "module"
+    source = "int x;\nJAX_BOLT_DEVICE_KERNEL(A<1, 2>)\n"
+    assert compiler.artifact(source) == "cubin"
+    binary = compiler.compile(fake.toolchain(), source, SM90, out)
+    assert binary == out / "kernel.cubin"
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("build.log", "kernel.cubin", "source.cu")
+    ]
+
+
+def test_a_spill_is_noted(fake, out, caplog):
+    caplog.set_level("INFO")
+    lines = ("0 bytes stack frame, 0 bytes spill stores", "72 bytes spill stores, 8")
+    for i, line in enumerate(lines):
+        place = out / str(i)
+        place.mkdir()
+        compiler.compile(fake.toolchain(), f"// SAY {line}\n", SM90, place)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{out / '1'}: 72 bytes spill stores, 8"
+
+
 def test_an_older_architecture_has_no_feature_suffix(fake):
     command = compiler.command(fake.toolchain(), arch.from_name("sm_80"))
     assert "-gencode=arch=compute_80,code=sm_80" in command
@@ -94,6 +130,8 @@ def test_headers_are_reached_through_links(fake, out, monkeypatch):
         ("FAIL", "status 2"),
         ("C7510", "serialised wgmma"),
         ("NOTHING", "wrote no kernel.so"),
+        ("NOTHING\nJAX_BOLT_DEVICE_KERNEL(A)", "wrote no kernel.cubin"),
+        ("C7510\nJAX_BOLT_DEVICE_KERNEL(A)", "serialised wgmma"),
     ],
 )
 def test_failures_carry_the_log(fake, out, source, message):

@@ -55,7 +55,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         device_info=lambda ordinal: {"sm_count": 132},
         is_loaded=lambda digest: False,
         load=lambda digest, path: None,
-        check=lambda digest, kind, dims: None,
+        check=lambda digest, kind, dims, recipe: None,
         workspace_bytes=lambda *args: 0,
     )
     monkeypatch.setattr(compat, "cuda_device", lambda: gpu)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -87,6 +88,46 @@ def test_the_digest_depends_on_the_toolchain(fake, change):
     plain = fake.toolchain()
     changed = dataclasses.replace(plain, **change)
     assert store.digest(plain, "s", SM90) != store.digest(changed, "s", SM90)
+
+
+def test_the_parts_of_a_module_are_what_they_were(fake):
+    """A digest that changed would have every kernel of every cache built again."""
+    source = "int x;\nJAX_BOLT_KERNEL(A)\n"
+    parts = store.parts(fake.toolchain(), source, SM90)
+    assert json.loads(parts.pop("flags")) == [
+        *("-std=c++17", "-O3", "-DNDEBUG", "-gencode=arch=compute_90a,code=sm_90a"),
+        *(
+            "--expt-relaxed-constexpr",
+            "-shared",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+        ),
+        *("-cudart=static", "-Xlinker=--exclude-libs=ALL"),
+    ]
+    assert parts.pop("headers") == hashlib.sha256().hexdigest()
+    assert parts == {
+        "schema": "1",
+        "abi": "1",
+        "arch": "sm_90a",
+        "nvcc": "13.0.88",
+        "cutlass": "4.2.0",
+        "source": source,
+    }
+
+
+def test_a_cubin_is_stored_like_a_module(kernels, fake):
+    source = "JAX_BOLT_DEVICE_KERNEL(A)\n"
+    (binary,) = kernels.build(fake.toolchain(), [source], SM90).values()
+    assert isinstance(binary, Path)
+    assert (binary.name, binary.read_text()) == ("kernel.cubin", source)
+    digest = store.digest(fake.toolchain(), source, SM90)
+    assert kernels.find(digest) == binary
+    as_module, as_cubin = (
+        store.parts(fake.toolchain(), text, SM90) for text in ("s", source)
+    )
+    differing = {label for label in as_module if as_module[label] != as_cubin[label]}
+    assert differing == {"flags", "source"}
+    binary.write_text("damaged")
+    assert kernels.find(digest) is None
 
 
 def test_the_digest_depends_on_the_headers_that_are_included(tmp_path):

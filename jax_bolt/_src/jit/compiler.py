@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One generated TU to one shared library, with nvcc.
+"""One generated TU to one artifact, with nvcc: a shared library or a cubin.
 
 nvcc splits many option values at commas, so no path is ever given to it: it runs in
 the output directory with relative names, and reaches headers through links there.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import re
 import shlex
@@ -19,23 +20,47 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from ..arch import GpuArch
 from ..errors import CompileError
 from . import toolchain as toolchains
 from .toolchain import Toolchain
 
+logger = logging.getLogger(__name__)
+
+# As kernels.template has it, which a compiler need not know.
+Artifact: TypeAlias = Literal["module", "cubin"]
+
 SOURCE = "source.cu"
-ARTIFACT = "kernel.so"
 LOG = "build.log"
 TIMEOUT_S = 900.0
 
 _WORK = "work"  # nvcc's intermediate files and the links to headers; removed after
+_FILES: dict[Artifact, str] = {"module": "kernel.so", "cubin": "kernel.cubin"}
+_CUBIN = re.compile(r"^JAX_BOLT_DEVICE_KERNEL\(", re.MULTILINE)
 # ptxas runs wgmma one at a time: correct, and several times slower than it should be.
 _SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
+_OUTPUT: dict[Artifact, tuple[str, ...]] = {
+    "module": (
+        "-shared",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-cudart=static",
+        # Else the static runtime's symbols could bind to another CUDA's in the process.
+        "-Xlinker=--exclude-libs=ALL",
+    ),
+    # With registers, shared memory and spills in the log.
+    "cubin": ("-cubin", "-Xptxas=-v"),
+}
+_SPILLS = re.compile(r"[1-9]\d* bytes spill stores.*")
 
 
-def flags(arch: GpuArch) -> tuple[str, ...]:
+def artifact(source: str) -> Artifact:
+    """What ``source`` is compiled to: its own last line says it."""
+    return "cubin" if _CUBIN.search(source) else "module"
+
+
+def flags(arch: GpuArch, kind: Artifact = "module") -> tuple[str, ...]:
     """nvcc's options that shape the binary; part of a kernel's digest."""
     return (
         "-std=c++17",
@@ -44,29 +69,27 @@ def flags(arch: GpuArch) -> tuple[str, ...]:
         "-DNDEBUG",
         arch.gencode,
         "--expt-relaxed-constexpr",
-        "-shared",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-        "-cudart=static",
-        # Else the static runtime's symbols could bind to another CUDA's in the process.
-        "-Xlinker=--exclude-libs=ALL",
+        *_OUTPUT[kind],
         # Users who must pass more to nvcc use its own variables.
         *shlex.split(os.environ.get("NVCC_PREPEND_FLAGS", "")),
         *shlex.split(os.environ.get("NVCC_APPEND_FLAGS", "")),
     )
 
 
-def command(toolchain: Toolchain, arch: GpuArch) -> list[str]:
-    """The command that compiles ``SOURCE`` to ``ARTIFACT``, run beside the source."""
+def command(
+    toolchain: Toolchain, arch: GpuArch, kind: Artifact = "module"
+) -> list[str]:
+    """The command that compiles ``SOURCE`` to an artifact, run beside the source."""
     # Compiling must not slow the program that waits for it, or the one behind it.
     nice = shutil.which("nice")
     return [
         *((nice, "-n", "10") if nice else ()),
         str(toolchain.nvcc),
-        *flags(arch),
+        *flags(arch, kind),
         *((f"-ccbin={toolchain.host_compiler}",) if toolchain.host_compiler else ()),
         *(f"-I{_WORK}/{name}" for name in _includes(toolchain)),
         "-o",
-        ARTIFACT,
+        _FILES[kind],
         SOURCE,
     ]
 
@@ -92,29 +115,33 @@ def compile(
 ) -> Path:
     """Compiles ``source`` in the existing directory ``out_dir``; returns the binary.
 
-    Writes ``SOURCE``, ``LOG`` (all that nvcc printed) and ``ARTIFACT`` there. Setting
+    Writes ``SOURCE``, ``LOG`` (all that nvcc printed) and the artifact there. Setting
     ``stop`` ends it early. Raises CompileError with the log.
     """
     check(toolchain, arch)
+    kind = artifact(source)
     (out_dir / SOURCE).write_text(source)
     work = out_dir / _WORK
     work.mkdir()
     try:
         for name, target in _includes(toolchain).items():
             (work / name).symlink_to(target, target_is_directory=True)
-        args = command(toolchain, arch)
+        args = command(toolchain, arch, kind)
         problem = _run(args, out_dir, timeout_s, stop)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log = (out_dir / LOG).read_text(errors="replace")
     if problem is None and _SERIALISED.search(log):
         problem = "ptxas serialised wgmma (C7510)"
-    artifact = out_dir / ARTIFACT
-    if problem is None and not artifact.is_file():
-        problem = f"{toolchain.nvcc} wrote no {ARTIFACT}"
+    binary = out_dir / _FILES[kind]
+    if problem is None and not binary.is_file():
+        problem = f"{toolchain.nvcc} wrote no {binary.name}"
     if problem is not None:
         raise CompileError(f"a kernel for {arch.name} does not compile: {problem}", log)
-    return artifact
+    if spills := _SPILLS.search(log):
+        # Slower, perhaps, and no more than that: the timing decides.
+        logger.info("%s: %s", out_dir, spills[0])
+    return binary
 
 
 def _includes(toolchain: Toolchain) -> dict[str, Path]:

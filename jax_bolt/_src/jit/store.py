@@ -91,7 +91,7 @@ def parts(toolchain: Toolchain, source: str, arch: GpuArch) -> dict[str, str]:
         "abi": toolchain.abi_version,
         "arch": arch.name,
         "nvcc": toolchain.version,
-        "flags": json.dumps(compiler.flags(arch)),
+        "flags": json.dumps(compiler.flags(arch, compiler.artifact(source))),
         "headers": toolchains.included_digest(toolchain.own_include, source),
         "cutlass": toolchain.cutlass_version,
         "source": source,

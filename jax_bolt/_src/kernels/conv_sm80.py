@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from .. import ir
 from ..arch import GpuArch
 from . import tiles
@@ -12,6 +14,7 @@ from .tiles import Tile
 
 name = "conv_sm80"
 header = "jax_bolt/conv/sm80.hpp"
+artifact: Final = "module"
 
 _CANDIDATES = 4
 _TILES = (

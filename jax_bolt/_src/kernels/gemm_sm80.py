@@ -4,6 +4,8 @@ of 4 bytes or more."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from .. import ir
 from ..arch import GpuArch
 from . import tiles
@@ -12,6 +14,7 @@ from .tiles import Tile
 
 name = "gemm_sm80"
 header = "jax_bolt/gemm/sm80.hpp"
+artifact: Final = "module"
 
 _CANDIDATES = 3
 _CANDIDATES_SM90 = 2  # beside those of gemm_sm90

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 from .. import ir
 from ..arch import GpuArch
@@ -12,6 +13,7 @@ from .config import CPP_TYPES, Config, alignment, epilogue_limit
 
 name = "gemm_sm90"
 header = "jax_bolt/gemm/sm90.hpp"
+artifact: Final = "module"
 
 _MAX_EXTENT = 2**31 - 1 - 4096  # the kernel counts tiles in 32 bits
 _MAX_CONFIGS = 4

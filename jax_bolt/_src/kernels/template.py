@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from .. import ir
 from ..arch import GpuArch
 from .config import Config
+from .recipe import Recipe
+
+Artifact: TypeAlias = Literal["module", "cubin"]
+"""What a TU is compiled to: a shared object with its own host code, or device code
+alone, launched by a recipe."""
 
 
 class Template(Protocol):
@@ -17,6 +22,8 @@ class Template(Protocol):
     def name(self) -> str: ...
     @property
     def header(self) -> str: ...
+    @property
+    def artifact(self) -> Artifact: ...
 
     def supports(self, region: ir.Region, arch: GpuArch) -> str | None:
         """Why no config can run ``region``, or None."""
@@ -28,4 +35,12 @@ class Template(Protocol):
 
     def instantiate(self, region: ir.Region, config: Config, arch: GpuArch) -> str:
         """The C++ type to compile."""
+        ...
+
+
+class CubinTemplate(Template, Protocol):
+    """A template whose ``artifact`` is "cubin"."""
+
+    def recipe(self, region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
+        """How to launch what ``instantiate`` names on the region's sizes."""
         ...

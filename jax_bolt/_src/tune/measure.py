@@ -154,7 +154,13 @@ def time_kernel(kernel: Executable, buffers: Buffers, ordinal: int) -> float:
         workspace = jax.block_until_ready(jnp.zeros(kernel.workspace_bytes, jnp.uint8))
     kind, dims = invoke.abi_problem(kernel.form.region.problem)
     times = loader.native().profile(
-        kernel.digest, kind, dims, buffers.addresses(workspace), ordinal, _REPEATS
+        kernel.digest,
+        kind,
+        dims,
+        buffers.addresses(workspace),
+        ordinal,
+        _REPEATS,
+        kernel.recipe,
     )
     return statistics.median(times)
 

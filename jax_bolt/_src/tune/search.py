@@ -323,13 +323,17 @@ def executable(
     loader.load(digest, artifact)
     kind, dims = abi_problem(candidate.form.region.problem)
     native = loader.native()
-    reason = native.check(digest, kind, dims)
+    try:
+        recipe = candidate.recipe
+    except ValueError as error:
+        raise CompileError(f"{candidate.text} cannot be launched: {error}") from error
+    reason = native.check(digest, kind, dims, recipe)
     if reason is not None:
         raise CompileError(f"{candidate.text} refuses the problem: {reason}")
     workspace = native.workspace_bytes(
         digest, kind, dims, target.ordinal, target.arch.sm_count
     )
-    return Executable(digest, region.problem, candidate.form, workspace)
+    return Executable(digest, region.problem, candidate.form, workspace, recipe)
 
 
 def _versions() -> str:

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default"))) int
@@ -29,6 +31,15 @@ int retained = 0, pushed = 0, objects = 0, graph_launches = 0, stream_launches =
 int reached = 0;
 std::vector<uintptr_t> operands;
 int context;
+
+// A library is a text file: "cubin" and the size of the parameters of its kernel.
+struct Kernel {
+  size_t parameter_bytes;
+};
+// Of cubins: calls so far, and the last launch.
+int64_t encodes = 0, replaces = 0, attributes_set = 0, last_attribute = 0;
+std::vector<int64_t> launch;
+std::vector<unsigned char> parameters;
 
 bool Fails(const char* name) {
   const char* failing = std::getenv("FAKE_CUDA_FAIL");
@@ -75,6 +86,105 @@ API fake_launch(void* stream, double microseconds, uintptr_t operand) {
     now += microseconds + kStreamLaunchMicroseconds;
   }
   return 0;
+}
+
+// {encodes, replaces, attributes set, the last one's value}, then the last launch: the grid, the
+// block, shared bytes, and the id and three words of each attribute. Returns how many there are.
+API fake_cubin(int64_t* out) {
+  const int64_t counts[] = {encodes, replaces, attributes_set, last_attribute};
+  std::memcpy(out, counts, sizeof(counts));
+  std::memcpy(out + 4, launch.data(), launch.size() * sizeof(int64_t));
+  return static_cast<int>(4 + launch.size());
+}
+API fake_parameters(unsigned char* out) {
+  std::memcpy(out, parameters.data(), parameters.size());
+  return static_cast<int>(parameters.size());
+}
+
+API cuLibraryLoadFromFile(void** library, const char* path, int*, void**, unsigned, int*, void**,
+                          unsigned) {
+  FAIL_IF_ASKED();
+  std::ifstream file(path);
+  std::string word;
+  size_t bytes = 0;
+  if (!(file >> word >> bytes) || word != "cubin") return 200;
+  *library = new Kernel{bytes};
+  return 0;
+}
+API cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  FAIL_IF_ASKED();
+  *kernel = library;
+  return std::strcmp(name, "jax_bolt_kernel") == 0 ? 0 : 500;
+}
+API cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* bytes) {
+  if (index > 0) return Fails(__func__) ? 0 : 1;  // a failure of the test's: a second parameter
+  *offset = 0;
+  *bytes = static_cast<Kernel*>(kernel)->parameter_bytes;
+  return 0;
+}
+API cuKernelSetAttribute(int attribute, int value, void*, int device) {
+  FAIL_IF_ASKED();
+  if (attribute != 8 || device != 40) return 1;
+  ++attributes_set;
+  last_attribute = value;
+  return 0;
+}
+// Writes all that it was given: the address, dtype, rank, swizzle, dims, strides, boxes, steps, and
+// interleave, L2 promotion and fill.
+API cuTensorMapEncodeTiled(uint64_t* map, int dtype, uint32_t rank, void* address,
+                           const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
+                           const uint32_t* steps, int interleave, int swizzle, int l2, int fill) {
+  FAIL_IF_ASKED();
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return 1;
+  ++encodes;
+  std::memset(map, 0, 128);
+  map[0] = reinterpret_cast<uint64_t>(address);
+  map[1] = static_cast<uint64_t>(dtype);
+  map[2] = rank;
+  map[3] = static_cast<uint64_t>(swizzle);
+  for (uint32_t i = 0; i < rank; ++i) {
+    map[4 + i] = dims[i];
+    if (i + 1 < rank) map[9 + i] = strides[i];
+    map[13] = map[13] << 12 | box[i];
+    map[14] = map[14] << 12 | steps[i];
+  }
+  map[15] = static_cast<uint64_t>(interleave << 16 | l2 << 8 | fill);
+  return 0;
+}
+API cuTensorMapReplaceAddress(uint64_t* map, void* address) {
+  FAIL_IF_ASKED();
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return 1;
+  ++replaces;
+  map[0] = reinterpret_cast<uint64_t>(address);
+  return 0;
+}
+
+struct LaunchAttribute {
+  int id;
+  alignas(8) unsigned words[16];
+};
+struct LaunchConfig {
+  unsigned sizes[7];
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+API cuLaunchKernelEx(const LaunchConfig* config, void* kernel, void** arguments, void** extra) {
+  FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
+  if (extra != nullptr) return 1;
+  launch.assign(config->sizes, config->sizes + 7);
+  for (unsigned i = 0; i < config->num_attributes; ++i) {
+    const LaunchAttribute& attribute = config->attributes[i];
+    launch.push_back(attribute.id);
+    launch.insert(launch.end(), attribute.words, attribute.words + 3);
+  }
+  const auto* bytes = static_cast<const unsigned char*>(arguments[0]);
+  parameters.assign(bytes, bytes + static_cast<Kernel*>(kernel)->parameter_bytes);
+  if (config->stream == nullptr) return 0;
+  uintptr_t first = 0;
+  std::memcpy(&first, bytes, sizeof(first));
+  return fake_launch(config->stream, config->sizes[0], first);  // a launch of `grid` microseconds
 }
 
 API cuInit(unsigned) {

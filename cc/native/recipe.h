@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// A launch recipe: everything the host does for a cubin, as numbers. Computed by
+// jax_bolt/_src/kernels/recipe.py, which states their order and meaning.
+#ifndef JAX_BOLT_NATIVE_RECIPE_H_
+#define JAX_BOLT_NATIVE_RECIPE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "jax_bolt/abi.h"
+#include "kernel.h"
+
+namespace jax_bolt::native {
+
+inline constexpr size_t kMaxParameterBytes = 4096;
+inline constexpr size_t kMaxRank = 5;
+
+// Where an address of the kernel's parameters comes from; sides and vectors are counted from these.
+enum Operand : int {
+  kNullOperand = -1,
+  kOperandA = 0,
+  kOperandB = 1,
+  kOperandD = 2,
+  kOperandWorkspace = 3,
+  kOperandSides = 4,
+  kOperandVectors = kOperandSides + JAX_BOLT_MAX_SIDES,
+  kNumOperands = kOperandVectors + JAX_BOLT_MAX_VECTORS,
+};
+
+// The operand's address; null for kNullOperand and for one that the call does not have.
+void* Address(int operand, const JaxBoltBuffers& buffers);
+
+struct MapRecipe {
+  int operand;
+  int dtype;  // 0 bf16, 1 f16, 2 f32
+  uint32_t rank;
+  uint64_t dims[kMaxRank];         // elements, innermost first
+  uint64_t strides[kMaxRank - 1];  // bytes, of dims 1..
+  uint32_t box[kMaxRank];
+  uint32_t steps[kMaxRank];
+  int swizzle;  // bytes
+};
+
+// The parameters are the maps, then the pointers, then the ints, without gaps.
+struct Recipe {
+  unsigned threads;
+  unsigned grid;
+  unsigned cluster;
+  unsigned shared_bytes;
+  bool programmatic;
+  std::vector<MapRecipe> maps;
+  std::vector<int> pointers;
+  std::vector<int32_t> ints;
+
+  size_t ParameterBytes() const;
+};
+
+// Reads `view`, which may hold anything. Returns a reason, or "" and fills `recipe`.
+std::string ParseRecipe(RecipeView view, Recipe* recipe);
+
+}  // namespace jax_bolt::native
+
+#endif  // JAX_BOLT_NATIVE_RECIPE_H_
