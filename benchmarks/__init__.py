@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of whole models: ``bench_models.py`` measures, ``on_gpu.sh`` runs all."""
+"""Benchmarks: ``bench_models.py`` measures whole models, ``bench_kernels.py`` each of
+their convs and products, ``on_gpu.sh`` runs all."""

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one call: builds and installs the package into the
-# current Python, then the model benchmark, the second-process check, tests/gpu and,
-# over the ragged cases, compute-sanitizer.
+# current Python, then the model and the kernel benchmark, the second-process check,
+# tests/gpu and, over the ragged cases, compute-sanitizer.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
-# Stages: install, models, second, tests, memcheck. Each one's output is kept in DIR/<stage>.log;
-# a stage that fails does not stop the later ones, except install. Uses no network: JAX
-# with CUDA, flax, pytest, pybind11, scikit-build-core and nvidia-cutlass must be there.
-# PYTHON names the interpreter (default: python3).
+# Stages: install, models, kernels, second, tests, memcheck. Each one's output is kept in
+# DIR/<stage>.log; a stage that fails does not stop the later ones, except install. Uses
+# no network: JAX with CUDA, flax, pytest, pybind11, scikit-build-core and
+# nvidia-cutlass must be there. PYTHON names the interpreter (default: python3).
 set -uo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
 done
 for stage in ${skip//,/ }; do
   case "$stage" in
-    install|models|second|tests|memcheck) ;;
+    install|models|kernels|second|tests|memcheck) ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
   esac
 done
@@ -57,6 +57,7 @@ run install "$python" -m pip install --no-index --no-build-isolation --no-deps \
 # The pytest program and scripts run by path leave the repository's root off sys.path,
 # where the source tree would shadow the package just installed.
 run models "$python" benchmarks/bench_models.py --out "$out" "$@"
+run kernels "$python" benchmarks/bench_kernels.py --out "$out"
 run second "$python" benchmarks/second_process.py --fill --out "$out/second_process.json"
 run tests env JAX_BOLT_REQUIRE=gpu,nvcc "$python" -P -m pytest -ra tests/gpu
 # An allocation of its own for every buffer, so that a read past one's end is seen.

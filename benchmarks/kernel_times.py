@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures one problem on the GPU: every candidate, the library, XLA's region, a copy.
+
+Kernels are timed alone by the native profiler, once with rotated operands ("rot": the
+L2 cache does not hold them) and once with one set ("hot"). What XLA runs is timed by
+the device's stopwatch over the same rotated sets, as tuning does it. The best kernel
+of each template is timed that way as well ("in program"), its operands rearranged at
+every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_bolt._src import invoke, ir
+from jax_bolt._src.errors import CompileError
+from jax_bolt._src.plan import Candidate
+from jax_bolt._src.primitive import SiteInfo, reference_fun
+from jax_bolt._src.tune import measure, search
+
+from . import floor, kernel_problems, kernel_table
+from .kernel_problems import Problem
+
+# Compiling may take this share of the budget: kernels that nobody times are no use.
+_COMPILING = 0.6
+_MAX_SETS = 32
+_CALLS = re.compile(r'custom_call_target="([^"]+)"|"kind":"(__[^"]+)"')
+
+# source -> its digest, and its artifact's path or the CompileError
+Built = dict[str, tuple[str, Any]]
+
+
+class Stopped(Exception):
+    """The budget is spent."""
+
+
+class Clock:
+    """Raises Stopped once ``budget_s`` is spent, or a share of it."""
+
+    def __init__(self, budget_s: float | None):
+        self._began = time.monotonic()
+        self._budget_s = math.inf if budget_s is None else budget_s
+
+    def check(self, share: float = 1.0) -> None:
+        if time.monotonic() - self._began > share * self._budget_s:
+            raise Stopped(f"{share:.0%} of the budget of {self._budget_s:.0f} s spent")
+
+
+def build(
+    candidates: Sequence[Candidate], target: search.Target, clock: Clock
+) -> Built:
+    """Compiles all of them together; what the budget does not reach is an error."""
+    sources = list(dict.fromkeys(c.source for c in candidates))
+    digests = {
+        source: target.kernels.digest(target.toolchain, source, target.arch)
+        for source in sources
+    }
+    results: dict[str, Any] = {}
+
+    def on_done(digest: str, result: Any) -> None:
+        results[digest] = result
+        if len(results) % 20 == 0 or len(results) == len(sources):
+            print(f"  {len(results)} of {len(sources)} kernels built", flush=True)
+        clock.check(_COMPILING)
+
+    with contextlib.suppress(Stopped):
+        target.kernels.build(
+            target.toolchain, sources, target.arch, target.jobs, on_done
+        )
+    missing = CompileError("not compiled: the budget was spent before")
+    return {s: (d, results.get(d, missing)) for s, d in digests.items()}
+
+
+def measure_problem(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    built: Built,
+    target: search.Target,
+    ceilings: floor.Ceilings,
+    clock: Clock,
+) -> dict[str, Any]:
+    """Everything measured of one problem, as JSON data; ``failures`` says what failed.
+
+    Raises Stopped when the budget is spent before its kernels are timed.
+    """
+    region = problem.region
+    root = kernel_problems.root(region)
+    result: dict[str, Any] = {
+        "problem": region.problem.text,
+        "short": kernel_problems.short(region.problem),
+        "epilogue": problem.label,
+        "region": region.text,
+        "batch": problem.batch,
+        "where": problem.where,
+        "class": kernel_problems.classify(region, ceilings),
+        "memory_bound": kernel_problems.is_memory_bound(root, ceilings),
+        "flops": root.flops,
+        "bytes": root.bytes,
+        "floor_us": root.seconds(ceilings) * 1e6,
+        "candidates": [],
+        "templates": {},
+        "failures": [],
+    }
+    failures = result["failures"]
+    with _noting(failures, "operands"):
+        operands = rotating_operands(problem.site, target.arch.l2_bytes)
+        result["sets"] = len(operands.sets)
+        with _noting(failures, "kernels"):
+            _kernels(result, operands, candidates, built, target, clock)
+        with _noting(failures, "library"):
+            result["library"] = _library(operands, target.ordinal)
+            result["library_us"] = min(v["us"] for v in result["library"].values())
+        with _noting(failures, "XLA's region"):
+            xla = reference_fun(problem.site.reference)
+            result["region_us"] = measure.time_region(xla, operands, target.ordinal)
+            result["region_runs"] = what_runs(xla, operands.sets[0])
+        if result["memory_bound"]:
+            with _noting(failures, "copy"):
+                count = len(operands.sets)
+                result["copy_us"] = _copy(operands.site, root, count, target.ordinal)
+    result["ratios"] = kernel_table.ratios(result)
+    return result
+
+
+def rotating_operands(site: SiteInfo, l2_bytes: int) -> measure.Operands:
+    """As tuning's, but more sets where eight still fit into the L2 cache."""
+    sets = list(measure.make_operands(site, l2_bytes).sets)
+    wanted = min(_MAX_SETS, math.ceil(2 * l2_bytes / site.region.bytes_moved))
+    seed = 0
+    while len(sets) < wanted:
+        seed += 1
+        more = measure.make_operands(site, l2_bytes, seed).sets
+        sets += more[: wanted - len(sets)]
+    return measure.Operands(site, tuple(sets))
+
+
+def library_functions(site: SiteInfo) -> dict[str, tuple[Callable, Callable]]:
+    """The root alone, as users would call the library: name -> (function, operands).
+
+    ``operands`` makes the function's from the root's, outside the time: filters come
+    as O H W I, so that no transpose is in it. A 1x1 conv is tried as a product, too.
+    """
+    problem = site.region.problem
+    if isinstance(problem, ir.GemmProblem):
+        return {"dot": (_dot(problem), lambda lhs, rhs: (lhs, rhs))}
+    top, bottom, left, right = problem.padding
+    found: dict[str, tuple[Callable, Callable]] = {
+        "conv": (
+            lambda x, w: lax.conv_general_dilated(
+                x,
+                w,
+                problem.stride,
+                ((top, bottom), (left, right)),
+                rhs_dilation=problem.dilation,
+                dimension_numbers=("NHWC", "OHWI", "NHWC"),
+            ),
+            lambda lhs, rhs: (lhs, jnp.transpose(rhs, (3, 0, 1, 2))),
+        )
+    }
+    if problem.is_gemm:
+        found["dot"] = (
+            jnp.matmul,
+            lambda lhs, rhs: (lhs.reshape(-1, problem.c), rhs.reshape(problem.c, -1)),
+        )
+    return found
+
+
+def what_runs(fun: Callable, operands: Sequence[Any]) -> list[str]:
+    """The library calls and generated kernels in what XLA compiled, each once."""
+    text = jax.jit(fun).lower(*operands).compile().as_text() or ""
+    return sorted({call or kind for call, kind in _CALLS.findall(text)})
+
+
+def _kernels(
+    result: dict[str, Any],
+    operands: measure.Operands,
+    candidates: Sequence[Candidate],
+    built: Built,
+    target: search.Target,
+    clock: Clock,
+) -> None:
+    """Fills in ``candidates``, ``templates`` and the best times over all of them."""
+    timed = _timed(result["candidates"], operands, candidates, built, target, clock)
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for kernel, entry in sorted(timed, key=lambda pair: pair[1]["rot_us"]):
+        groups.setdefault((entry["template"], entry["form"]), []).append(
+            (kernel, entry)
+        )
+    templates = result["templates"]
+    for (template, form), group in groups.items():
+        best = _fastest_accurate(operands, group)
+        if best is None:
+            continue
+        kernel, entry = best
+        fun = measure.kernel_function(operands.site, kernel)
+        entry["in_program_us"] = measure.time_region(fun, operands, target.ordinal)
+        moves = kernel_problems.moves_input(operands.site, form)
+        entry["moves_input"] = moves
+        entry["us"] = entry["in_program_us" if moves else "rot_us"]
+        if template not in templates or entry["us"] < templates[template]["us"]:
+            templates[template] = entry
+    if templates:
+        result["best"] = min(templates, key=lambda name: templates[name]["us"])
+        result["ours_us"] = templates[result["best"]]["us"]
+        result["hot_us"] = templates[result["best"]]["hot_us"]
+        result["in_program_us"] = min(
+            entry["in_program_us"]
+            for entry in result["candidates"]
+            if "in_program_us" in entry
+        )
+    elif candidates:
+        result["failures"].append("no candidate ran and was accurate")
+
+
+def _timed(
+    entries: list[dict[str, Any]],
+    operands: measure.Operands,
+    candidates: Sequence[Candidate],
+    built: Built,
+    target: search.Target,
+    clock: Clock,
+) -> list[tuple[invoke.Executable, dict[str, Any]]]:
+    """Those that ran, with their entries; every candidate gets one in ``entries``."""
+    ran: list[tuple[invoke.Executable, dict[str, Any]]] = []
+    one_set = measure.Operands(operands.site, operands.sets[:1])
+    for name in dict.fromkeys(c.form.name for c in candidates):
+        same_form = [c for c in candidates if c.form.name == name]
+        rotated = measure.Buffers(operands, same_form[0].form)
+        hot = measure.Buffers(one_set, same_form[0].form)
+        for candidate in same_form:
+            clock.check()
+            entry: dict[str, Any] = {
+                "template": candidate.template.name,
+                "form": name,
+                "config": candidate.config.text,
+            }
+            entries.append(entry)
+            region = operands.site.region
+            digest, artifact = built[candidate.source]
+            try:
+                kernel = search.executable(region, candidate, digest, artifact, target)
+                micros = measure.time_kernel(kernel, rotated, target.ordinal)
+                if measure.left_unwritten(rotated, operands):
+                    entry["failure"] = "left elements unwritten"
+                    continue
+                entry["rot_us"] = micros
+                entry["hot_us"] = measure.time_kernel(kernel, hot, target.ordinal)
+            except (CompileError, RuntimeError) as error:
+                entry["failure"] = _first_line(error)
+                continue
+            ran.append((kernel, entry))
+    return ran
+
+
+def _fastest_accurate(
+    operands: measure.Operands, group: Sequence[tuple[invoke.Executable, dict]]
+) -> tuple[invoke.Executable, dict[str, Any]] | None:
+    """The first of ``group`` that is accurate; those before it are marked."""
+    for kernel, entry in group:
+        errors = measure.errors(operands, kernel)
+        entry["error"], entry["xla_error"] = errors.kernel, errors.xla
+        entry["accurate"] = measure.is_accurate(errors, operands.site.region)
+        if entry["accurate"]:
+            return kernel, entry
+    return None
+
+
+def _library(operands: measure.Operands, ordinal: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, (fun, prepare) in library_functions(operands.site).items():
+        prepared = jax.jit(prepare)
+        sets = tuple(
+            tuple(prepared(*operands.roles(i)[:2])) for i in range(len(operands.sets))
+        )
+        jax.block_until_ready(sets)
+        bare = measure.Operands(operands.site, sets)
+        found[name] = {
+            "us": measure.time_region(fun, bare, ordinal),
+            "runs": what_runs(fun, sets[0]),
+        }
+    return found
+
+
+def _copy(site: SiteInfo, root: floor.Root, count: int, ordinal: int) -> float:
+    """Reading and writing ``root.bytes`` in all, elementwise, on ``count`` arrays."""
+    rng = np.random.default_rng(0)
+    drawn = rng.standard_normal(2**20, np.float32).astype(jnp.bfloat16)
+    # Of different sizes, so that XLA does not make one kernel of them.
+    sizes = [root.bytes // 4 + 64 * i for i in range(count)]
+    sets = tuple((jax.device_put(np.resize(drawn, size)),) for size in sizes)
+    jax.block_until_ready(sets)
+    return measure.time_region(jnp.negative, measure.Operands(site, sets), ordinal)
+
+
+def _dot(problem: ir.GemmProblem) -> Callable:
+    """The product in the layout it has; operands of any rank, as users have them."""
+    p = problem
+    a_shape = (p.m, p.k) if p.a_layout == "row" else (p.k, p.m)
+    b_shape = (p.k, p.n) if p.b_layout == "row" else (p.n, p.k)
+    lead = (p.batch,) if p.batch > 1 else ()
+    at = len(lead)
+    contracting = (
+        (at + (p.a_layout == "row"),),
+        (at + (p.b_layout == "col"),),
+    )
+    batch = tuple(range(at))
+
+    def fun(lhs: Any, rhs: Any) -> Any:
+        a, b = lhs.reshape(lead + a_shape), rhs.reshape(lead + b_shape)
+        return lax.dot_general(a, b, (contracting, (batch, batch)))
+
+    return fun
+
+
+@contextlib.contextmanager
+def _noting(failures: list[str], what: str) -> Iterator[None]:
+    """A failing part must not end the run."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        failures.append(f"{what}: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
