@@ -27,14 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(_ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import environment, floor, timing
 from benchmarks.models import models
 
 PLAIN, CONV_FUSION, BOLT = "jit", "jit_conv_fusion", "jax_bolt"
 FUSION_FLAG = "xla_gpu_experimental_enable_conv_fusion"
+_ROOT = f"{Path(__file__).resolve().parents[1]}/"
 # jax_bolt may be at most this much further from the reference than plain jax.jit.
 MAX_ERROR_RATIO = 1.25
 
@@ -297,7 +297,7 @@ def _attempt(
         return {
             f"{prefix}error": f"{type(error).__name__}: {error}",
             # Results are shared: where the checkout lies is nobody's concern.
-            f"{prefix}traceback": traceback.format_exc().replace(f"{_ROOT}/", ""),
+            f"{prefix}traceback": traceback.format_exc().replace(_ROOT, ""),
         }
 
 

@@ -162,4 +162,11 @@ CONVS = [
     _conv(2, 7, 7, 24, 40, 1, 1),
     _conv(2, 10, 10, 12, 20, 3, 3, F32),
     _conv(2, 6, 6, 64, 64, 3, 3, bare=True, padding="VALID"),
+    # What the Hopper family cuts differently: whole images, columns, folded strides,
+    # stepped strides, padding wider than the filter's reach.
+    _conv(5, 7, 7, 128, 192, 3, 3),
+    _conv(1, 5, 300, 64, 64, 3, 3),
+    _conv(2, 28, 28, 128, 128, 3, 3, stride=2, padding=((1, 1), (1, 1))),
+    _conv(3, 15, 17, 24, 40, 3, 3, stride=2, padding=((1, 1), (1, 1))),
+    _conv(2, 9, 11, 64, 64, 3, 3, F16, padding=((2, 2), (2, 2))),
 ]

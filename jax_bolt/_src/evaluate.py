@@ -68,7 +68,7 @@ def evaluate(
 
     Args:
       region: whose problem says how ``a`` and ``b`` are stored (a gemm's matrices, a
-        conv's N H W C input and K R S C filter).
+        conv's N H W C input and its filter).
       sides: each of as many elements as the result.
       vectors: each of N (K) elements or one.
       dtype: what to compute in; float64 needs JAX's x64 mode.
@@ -117,13 +117,15 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
     highest = lax.Precision.HIGHEST
     if isinstance(problem, ir.ConvProblem):
         top, bottom, left, right = problem.padding
+        k, r, s, c = problem.k, problem.r, problem.s, problem.c
+        packed = problem.filter_layout == "krsc"
         y = lax.conv_general_dilated(
             a.reshape(problem.n, problem.h, problem.w, problem.c),
-            b.reshape(problem.k, problem.r, problem.s, problem.c),
+            b.reshape((k, r, s, c) if packed else (r, s, c, k)),
             window_strides=problem.stride,
             padding=((top, bottom), (left, right)),
             rhs_dilation=problem.dilation,
-            dimension_numbers=("NHWC", "OHWI", "NHWC"),
+            dimension_numbers=("NHWC", "OHWI" if packed else "HWIO", "NHWC"),
             precision=highest,
         )
         return y.reshape(problem.rows, problem.channels)

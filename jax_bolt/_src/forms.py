@@ -44,6 +44,8 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
             names.append("strided_pixels")
         if _fits_space_to_depth(problem):
             names.append("space_to_depth")
+        if not (problem.c % _unit(problem) or problem.k % _unit(problem)):
+            names.append("hwio")
         names.append("krsc")
     return tuple(
         Form(name, dataclasses.replace(region, problem=_FORMS[name][0](problem)))
@@ -142,6 +144,15 @@ def _krsc_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
 def _krsc(problem: ir.ConvProblem, x, hwio):
     c = _up(problem.c, _unit(problem))
     return _pad_axis(x, 3, c), _pad_axis(jnp.transpose(hwio, (3, 0, 1, 2)), 3, c)
+
+
+def _hwio_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
+    return dataclasses.replace(problem, filter_layout="hwio")
+
+
+def _as_it_lies(problem: ir.ConvProblem, x, hwio):
+    del problem
+    return x, hwio
 
 
 def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
@@ -246,6 +257,7 @@ _FORMS: dict[str, tuple[Callable, Callable]] = {
     "pixels": (_as_gemm, _pixels(_direct)),
     "pixels_k_major": (lambda p: _k_major_problem(_as_gemm(p)), _pixels(_k_major)),
     "strided_pixels": (_strided_problem, _strided_pixels),
+    "hwio": (_hwio_problem, _as_it_lies),
     "krsc": (_krsc_problem, _krsc),
     "space_to_depth": (_space_to_depth_problem, _space_to_depth),
 }

@@ -24,6 +24,7 @@ ITEM_BYTES: dict[str, int] = {"bf16": 2, "f16": 2, "f32": 4, "bool": 1}
 
 # A root's channel axis flattens to N (gemm) or K (conv); rows are everything else.
 Layout: TypeAlias = Literal["row", "col"]
+FilterLayout: TypeAlias = Literal["krsc", "hwio"]
 
 # name -> (number of arguments, kind of result)
 ARITHMETIC: dict[str, tuple[int, str]] = {
@@ -190,9 +191,10 @@ class GemmProblem:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ConvProblem:
-    """2-D fprop: x is N H W C, the filter K R S C (packed), y is N P Q K.
+    """2-D fprop: x is N H W C, y is N P Q K, all packed.
 
     ``padding`` is (top, bottom, left, right); ``stride`` and ``dilation`` are (h, w).
+    The filter is stored K R S C, or R S C K where ``filter_layout`` is "hwio".
     """
 
     n: int
@@ -206,6 +208,7 @@ class ConvProblem:
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: tuple[int, int] = (1, 1)
     dtype: DType
+    filter_layout: FilterLayout = "krsc"
 
     @property
     def p(self) -> int:
@@ -226,7 +229,8 @@ class ConvProblem:
         return (
             f"conv[{self.dtype} n{self.n}h{self.h}w{self.w}c{self.c} "
             f"k{self.k}r{self.r}s{self.s} st{_dims(self.stride)} "
-            f"pad{_dims(self.padding)} dil{_dims(self.dilation)}]"
+            f"pad{_dims(self.padding)} dil{_dims(self.dilation)}"
+            f"{' hwio' if self.filter_layout == 'hwio' else ''}]"
         )
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -229,10 +230,10 @@ def test_plan_lists_problems_and_candidates(capsys: pytest.CaptureFixture) -> No
     assert problem.startswith("conv[bf16 n1h32w32c64 k64r3s3 st1x1")
     assert problem.endswith("conv3x3+bias+relu [3x3 conv; vgg16 x1]")
     assert any("conv_sm80 tile=" in line for line in candidates)
-    count = len(candidates)
-    assert (
-        last == f"1 problems, {count} candidates, {count} kernels to build for sm_90a"
-    )
+    # Some candidates differ in numbers that only the launch has: they share a kernel.
+    found = re.fullmatch(r"1 problems, (\d+) candidates, (\d+) kernels .*sm_90a", last)
+    assert found is not None
+    assert int(found[1]) == len(candidates) >= int(found[2]) > 0
 
 
 def test_plan_of_few_templates_and_quick(capsys: pytest.CaptureFixture) -> None:

@@ -20,13 +20,17 @@ def region(problem=None, **epilogue):
 CONV = ir.ConvProblem(n=2, h=9, w=9, c=64, k=64, r=3, s=3, dtype="bf16")
 
 
-def test_products_go_to_wgmma_and_convs_to_implicit_gemm():
-    made = plan.heuristic(region(), H100)
-    assert isinstance(made, plan.Plan)
-    assert made.candidate.template.name == "gemm_sm90"
-    made = plan.heuristic(region(CONV), H100)
-    assert isinstance(made, plan.Plan)
-    assert made.candidate.template.name == "conv_sm80"
+def test_hopper_has_one_family_for_convs_and_products():
+    for problem, form in ((None, "direct"), (CONV, "hwio")):
+        made = plan.heuristic(region(problem), H100)
+        assert isinstance(made, plan.Plan)
+        assert made.candidate.template.name == "implicit_gemm_sm90"
+        assert made.candidate.form.name == form
+        assert made.candidate.recipe
+        # The stock templates stay candidates, and have no recipe.
+        found, _ = plan.candidates(region(problem), H100)
+        stock = [c for c in found if c.template.artifact == "module"]
+        assert stock and not any(c.recipe for c in stock)
 
 
 def test_a_pointwise_conv_is_a_product():
@@ -55,7 +59,7 @@ def test_an_architecture_without_kernels_gives_the_reason():
 
 def test_disabled_templates_are_not_used():
     found, reasons = plan.candidates(region(), H100, ("gemm_sm90",))
-    assert {c.template.name for c in found} == {"gemm_sm80"}
+    assert {c.template.name for c in found} == {"implicit_gemm_sm90", "gemm_sm80"}
     assert "gemm_sm90 is disabled" in reasons
 
 

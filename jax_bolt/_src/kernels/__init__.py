@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-from . import conv_sm80, gemm_sm80, gemm_sm90
+from . import conv_sm80, gemm_sm80, gemm_sm90, implicit_gemm_sm90
 from .template import Template
 
-TEMPLATES: tuple[Template, ...] = (gemm_sm90, gemm_sm80, conv_sm80)
+TEMPLATES: tuple[Template, ...] = (
+    implicit_gemm_sm90,
+    gemm_sm90,
+    gemm_sm80,
+    conv_sm80,
+)

@@ -36,6 +36,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     p = region.problem
     if not isinstance(p, ir.ConvProblem):
         return "not a conv"
+    if p.filter_layout != "krsc":
+        return "the filter is not packed as K R S C"
     if arch.sm < 80:
         return f"{arch.name} has no cp.async; sm_80 or later is needed"
     if p.dtype not in ("bf16", "f16", "f32"):

@@ -82,8 +82,8 @@ struct Sm90 {
   static_assert(kSides == 0 || kStoreStages >= 2,
                 "a side's slot is free again once the next block's store was issued");
 
-  static constexpr int kChunk = 64;         // channels: 128 bytes, the widest swizzle
-  static constexpr int kFilterBlock = 8192; // 64 output by 64 input channels
+  static constexpr int kChunk = 64;          // channels: 128 bytes, the widest swizzle
+  static constexpr int kFilterBlock = 8192;  // 64 output by 64 input channels
   static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
   static constexpr int kFilterStage = kFilterBlocks * kFilterBlock;
   static constexpr int kSlotTiles = kSides > 1 ? kSides : 1;
@@ -176,11 +176,10 @@ struct Sm90 {
           full.arrive_and_expect(g.loads * g.load_bytes);
           std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
           for (int i = 0; i < g.loads; ++i) {
-            ptx::load(p.pixels, full, to + i * g.load_bytes,
-                      chunk * kChunk + g.phase_channel[phase],
-                      tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
-                      g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase],
-                      tile.image);
+            ptx::load(
+                p.pixels, full, to + i * g.load_bytes, chunk * kChunk + g.phase_channel[phase],
+                tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
+                g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase], tile.image);
           }
           ring.advance();
         }
@@ -292,8 +291,8 @@ struct Sm90 {
                                                   Accumulators& accumulators, int& pixel_stage,
                                                   int& filter_stage) {
     Barriers& barriers = *memory.barriers;
-    std::uint64_t const filter_base = descriptor(
-        memory.filters + warpgroup_m(warpgroup) * kChannelBlocks * kFilterBlock);
+    std::uint64_t const filter_base =
+        descriptor(memory.filters + warpgroup_m(warpgroup) * kChannelBlocks * kFilterBlock);
     std::uint64_t const pixel_base =
         descriptor(memory.pixels) + moved(warpgroup_n(warpgroup) * kPixelBlocks * g.block_bytes);
     gmma::ScaleOut scale = gmma::ScaleOut::Zero;
@@ -385,9 +384,9 @@ struct Sm90 {
         high[side] = Side::high(sides[side][i]);
       });
       // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
-      results[i] = ptx::Pair<Output>::pack(
-          Epilogue::apply(accumulators[2 * i], columns[i & 1], low),
-          Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high));
+      results[i] =
+          ptx::Pair<Output>::pack(Epilogue::apply(accumulators[2 * i], columns[i & 1], low),
+                                  Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high));
     }
     ptx::store_transposed(at, results);
   }
@@ -419,8 +418,7 @@ struct Sm90 {
     if constexpr (kPixels % 16 != 0) {
       // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
       std::uint32_t const last = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
-      finish<2>(accumulators + kPixels / 16 * 8, columns, last + kPixels / 16 * 2048,
-                g.slot_bytes);
+      finish<2>(accumulators + kPixels / 16 * 8, columns, last + kPixels / 16 * 2048, g.slot_bytes);
     }
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);

@@ -20,14 +20,14 @@ namespace gmma = cute::SM90::GMMA;
 template <class Element, int kN, gmma::Major kMajorA>
 struct Wgmma;
 
-#define JAX_BOLT_WGMMA(N)                                                                \
-  template <gmma::Major kMajorA>                                                         \
-  struct Wgmma<cutlass::bfloat16_t, N, kMajorA> {                                        \
-    using Op = gmma::MMA_64x##N##x16_F32BF16BF16_SS<kMajorA, gmma::Major::K>;            \
-  };                                                                                     \
-  template <gmma::Major kMajorA>                                                         \
-  struct Wgmma<cutlass::half_t, N, kMajorA> {                                            \
-    using Op = gmma::MMA_64x##N##x16_F32F16F16_SS<kMajorA, gmma::Major::K>;              \
+#define JAX_BOLT_WGMMA(N)                                                     \
+  template <gmma::Major kMajorA>                                              \
+  struct Wgmma<cutlass::bfloat16_t, N, kMajorA> {                             \
+    using Op = gmma::MMA_64x##N##x16_F32BF16BF16_SS<kMajorA, gmma::Major::K>; \
+  };                                                                          \
+  template <gmma::Major kMajorA>                                              \
+  struct Wgmma<cutlass::half_t, N, kMajorA> {                                 \
+    using Op = gmma::MMA_64x##N##x16_F32F16F16_SS<kMajorA, gmma::Major::K>;   \
   };
 // clang-format off
 JAX_BOLT_WGMMA(8)   JAX_BOLT_WGMMA(16)  JAX_BOLT_WGMMA(24)  JAX_BOLT_WGMMA(32)
@@ -41,9 +41,10 @@ JAX_BOLT_WGMMA(232) JAX_BOLT_WGMMA(240) JAX_BOLT_WGMMA(248) JAX_BOLT_WGMMA(256)
 // clang-format on
 #undef JAX_BOLT_WGMMA
 
-template <class Op, std::size_t... I>
-__device__ __forceinline__ void wgmma(std::uint64_t a, std::uint64_t b, float* d,
-                                      gmma::ScaleOut scale, std::index_sequence<I...>) {
+                                template <class Op, std::size_t... I>
+                                __device__ __forceinline__
+    void wgmma(std::uint64_t a, std::uint64_t b, float* d, gmma::ScaleOut scale,
+               std::index_sequence<I...>) {
   Op::fma(a, b, d[I]..., scale);
 }
 
@@ -60,7 +61,9 @@ __device__ __forceinline__ std::uint64_t descriptor(std::uint32_t address) {
 }
 
 /// What to add to a descriptor to move its start by a multiple of 16 bytes.
-__device__ __forceinline__ std::uint32_t moved(int bytes) { return static_cast<unsigned>(bytes) >> 4; }
+__device__ __forceinline__ std::uint32_t moved(int bytes) {
+  return static_cast<unsigned>(bytes) >> 4;
+}
 
 }  // namespace jax_bolt::implicit_gemm
 #endif  // JAX_BOLT_IMPLICIT_GEMM_WGMMA_HPP_

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the Hopper implicit GEMM lies over a problem: boxes, tiles, taps. Pure integers.
+
+The input pixels of a tile come as one box per *phase* of a 64-channel chunk: all taps
+whose offset has the same remainder by the stride read the same box, each at another
+start. A box's rows are ``pitch`` pixels long, which is shorter than an output row plus
+the filter's reach where what lies right of the image and left of its next row are both
+zeros, and may then be the same pixels. The same holds for whole images, downwards.
+``jax_bolt/implicit_gemm/geometry.hpp`` says what every number is to the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from .. import ir
+from . import recipe
+from .recipe import TensorMap
+
+CHUNK = 64  # channels of a pixel in shared memory: 128 bytes, the widest swizzle
+ROW = 128  # bytes of that
+MAX_BOX = 256  # TMA's limit on a box's extents
+MAX_PHASES = 16
+MAX_TAPS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Image:
+    """A problem as a conv: a product is a 1x1 conv over one row of M pixels.
+
+    ``k_outer``: the filter has its output channels outermost (KRSC), not innermost.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    p: int
+    q: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # top, left
+    dilation: tuple[int, int]
+    k_outer: bool
+    filters: int  # 1, or one for every image
+    dtype: ir.DType
+
+    @staticmethod
+    def of(problem: ir.Problem) -> Image:
+        if isinstance(problem, ir.GemmProblem):
+            g = problem
+            return Image(
+                *(g.batch, 1, g.m, g.k, g.n, 1, 1, 1, g.m),
+                stride=(1, 1),
+                padding=(0, 0),
+                dilation=(1, 1),
+                k_outer=g.b_layout == "col",
+                filters=g.batch,
+                dtype=g.dtype,
+            )
+        p = problem
+        return Image(
+            *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q),
+            stride=p.stride,
+            padding=(p.padding[0], p.padding[2]),
+            dilation=p.dilation,
+            k_outer=p.filter_layout == "krsc",
+            filters=1,
+            dtype=p.dtype,
+        )
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.c // CHUNK)
+
+    @property
+    def is_line(self) -> bool:
+        """One tap, one row: any run of pixels is a tile, and no image is in sight."""
+        return (self.r, self.s, self.h, self.p) == (1, 1, 1, 1) and self.stride[1] == 1
+
+    @property
+    def folds(self) -> bool:
+        """Whether strides become a view's dimensions, so that a box is contiguous.
+
+        Else TMA's element steps skip what lies between.
+        """
+        return (
+            self.stride != (1, 1)
+            and self.c % CHUNK == 0
+            and self.h % self.stride[0] == 0
+            and self.w % self.stride[1] == 0
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Axis:
+    """One spatial axis of the taps that a phase has: its remainder and its offsets.
+
+    Output ``o`` reads the phase's pixel ``o + base + offset``; ``size`` pixels exist.
+    """
+
+    remainder: int
+    size: int
+    base: int
+    taps: tuple[tuple[int, int], ...]  # (filter position, offset)
+
+    @property
+    def reach(self) -> int:
+        return max(offset for _, offset in self.taps)
+
+    def pitch(self, outputs: int) -> int:
+        """Pixels from one line to the next: enough that a tap beyond the end of a line
+        finds zeros, where it should and nowhere else."""
+        apart = outputs + self.reach
+        shared = max(self.size - self.base, apart + self.base, outputs)
+        return min(apart, shared)
+
+
+@functools.lru_cache(maxsize=1024)
+def axes(
+    size: int, taps: int, stride: int, dilation: int, padding: int
+) -> tuple[Axis, ...]:
+    """The phases of one axis."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for tap in range(taps):
+        whole, remainder = divmod(tap * dilation - padding, stride)
+        found.setdefault(remainder, []).append((tap, whole))
+    result = []
+    for remainder, group in sorted(found.items()):
+        base = min(whole for _, whole in group)
+        result.append(
+            Axis(
+                remainder,
+                -(-(size - remainder) // stride),
+                base,
+                tuple((tap, whole - base) for tap, whole in group),
+            )
+        )
+    return tuple(result)
+
+
+def rows_of(image: Image) -> tuple[Axis, ...]:
+    return axes(image.h, image.r, image.stride[0], image.dilation[0], image.padding[0])
+
+
+def cols_of(image: Image) -> tuple[Axis, ...]:
+    return axes(image.w, image.s, image.stride[1], image.dilation[1], image.padding[1])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """One accumulator's outputs: ``images`` whole ones, or ``rows`` by ``cols``."""
+
+    images: int
+    rows: int
+    cols: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """A block's pixels in shared memory and a tile of ``count`` blocks."""
+
+    image: Image
+    block: Block
+    count: int
+    pixels: int  # N of the wgmma
+
+    @property
+    def whole_images(self) -> bool:
+        return self.block.rows >= self.image.p and not self.image.is_line
+
+    @property
+    def whole_rows(self) -> bool:
+        return self.block.cols >= self.image.q and not self.image.is_line
+
+    @property
+    def pitch(self) -> int:
+        found = cols_of(self.image)
+        if self.image.is_line:
+            return self.pixels
+        if self.whole_rows:
+            return max(axis.pitch(self.image.q) for axis in found)
+        return self.block.cols + max(axis.reach for axis in found)
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of one image in a box."""
+        found = rows_of(self.image)
+        if self.whole_images:
+            # The box may end before the last line's taps do: what follows is zeros.
+            return max(axis.pitch(self.image.p) for axis in found)
+        return self.tile_rows + max(axis.reach for axis in found)
+
+    @property
+    def tile_images(self) -> int:
+        return self.block.images * self.count if self.whole_images else 1
+
+    @property
+    def tile_rows(self) -> int:
+        if self.whole_images:
+            return self.image.p
+        return 1 if self.image.is_line else self.block.rows * self.count
+
+    @property
+    def tile_cols(self) -> int:
+        if self.image.is_line:
+            return self.pixels * self.count
+        return min(self.block.cols, self.image.q)
+
+    @property
+    def used(self) -> int:
+        """Pixels from a block's first output to its last."""
+        if self.image.is_line:
+            return self.pixels
+        last = (self.block.rows - 1) * self.pitch + self.tile_cols
+        if self.whole_images:
+            images = (self.block.images - 1) * self.image_rows
+            last = (images + self.image.p - 1) * self.pitch + self.tile_cols
+        return last
+
+    @property
+    def block_pixels(self) -> int:
+        """Pixels from one block to the next in a stage."""
+        if self.image.is_line:
+            return self.pixels
+        rows = self.block.rows
+        if self.whole_images:
+            rows = self.block.images * self.image_rows
+        return rows * self.pitch
+
+    @property
+    def loads(self) -> int:
+        if not self.image.is_line or self.tile_cols <= MAX_BOX:
+            return 1
+        return self.count
+
+    @property
+    def box(self) -> tuple[int, int, int]:
+        """Images, rows and columns of one load."""
+        if self.image.is_line:
+            return 1, 1, self.tile_cols // self.loads
+        return self.tile_images, self.image_rows, self.pitch
+
+    @property
+    def store_box(self) -> tuple[int, int, int]:
+        if self.image.is_line:
+            return 1, 1, self.pixels
+        if not self.whole_rows:
+            return 1, 1, self.tile_cols
+        if self.whole_images:
+            return self.block.images, self.image_rows, self.pitch
+        return 1, self.block.rows, self.pitch
+
+    @property
+    def stores(self) -> int:
+        return 1 if self.whole_rows or self.image.is_line else self.block.rows
+
+    @property
+    def load_bytes(self) -> int:
+        images, rows, cols = self.box
+        return images * rows * cols * ROW
+
+    @property
+    def stage_bytes(self) -> int:
+        reach = max(offset for _, offset, _ in self.taps())
+        read = (self.count - 1) * self.block_pixels + self.pixels + reach
+        return _up(max(self.loads * self.load_bytes, read * ROW), 1024)
+
+    @property
+    def slot_bytes(self) -> int:
+        images, rows, cols = self.store_box
+        stored = (self.stores - 1) * self.pitch + images * rows * cols
+        return _up(max(self.pixels, stored) * ROW, 1024)
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """Image groups, row tiles and column tiles."""
+        i = self.image
+        return (
+            -(-i.n // self.tile_images),
+            -(-i.p // self.tile_rows),
+            -(-i.q // self.tile_cols),
+        )
+
+    def phases(self) -> list[tuple[Axis, Axis]]:
+        return [(r, c) for r in rows_of(self.image) for c in cols_of(self.image)]
+
+    def taps(self) -> list[tuple[int, int, int]]:
+        """(phase, offset in pixels, position in the filter) in the order of reading."""
+        return [
+            (phase, down * self.pitch + right, r * self.image.s + s)
+            for phase, (rows, cols) in enumerate(self.phases())
+            for r, down in rows.taps
+            for s, right in cols.taps
+        ]
+
+    def problem(self) -> str | None:
+        """Why the block does not fit TMA or the wgmma, or None."""
+        images, rows, cols = self.box
+        if not self.image.folds:
+            rows = (rows - 1) * self.image.stride[0] + 1
+            cols = (cols - 1) * self.image.stride[1] + 1
+        if max(images, rows, cols, *self.store_box) > MAX_BOX:
+            return "a box above 256 pixels"
+        if self.used > self.pixels:
+            return "more pixels than the accumulator has"
+        return None
+
+    def integers(self, filter_blocks: int) -> tuple[int, ...]:
+        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
+        i, phases, taps = self.image, self.phases(), self.taps()
+        groups, row_tiles, col_tiles = self.tiles
+        channel_tiles = -(-i.k // (CHUNK * filter_blocks))
+        step = (1, 1) if i.folds else i.stride
+        images, rows, cols = self.store_box
+        whole, line = self.whole_images, i.is_line
+        numbers = [
+            i.k,
+            *(groups * row_tiles * col_tiles * channel_tiles, channel_tiles),
+            *(col_tiles, row_tiles),
+            *(self.tile_images, self.tile_rows, self.tile_cols),
+            *(i.chunks, len(phases), *step),
+            *(self.loads, self.box[2], self.load_bytes, self.stage_bytes),
+            *(
+                self.block_pixels * ROW,
+                self.block.images if whole else 0,
+                0 if whole or line else self.block.rows,
+                self.pixels if line else 0,
+            ),
+            *(self.stores, self.pitch * ROW, self.slot_bytes),
+            images * rows * cols * ROW,
+            int(i.filters > 1),
+        ]
+        numbers += _filled(
+            [c.remainder * i.c if i.folds else 0 for _, c in phases], MAX_PHASES
+        )
+        numbers += _filled(
+            [c.base if i.folds else c.base * step[1] + c.remainder for _, c in phases],
+            MAX_PHASES,
+        )
+        numbers += _filled(
+            [r.remainder if i.folds else 0 for r, _ in phases], MAX_PHASES
+        )
+        numbers += _filled(
+            [r.base if i.folds else r.base * step[0] + r.remainder for r, _ in phases],
+            MAX_PHASES,
+        )
+        numbers += _filled([len(r.taps) * len(c.taps) for r, c in phases], MAX_PHASES)
+        numbers += _filled([offset * ROW for _, offset, _ in taps], MAX_TAPS)
+        numbers += _filled([at for _, _, at in taps], MAX_TAPS)
+        return tuple(numbers)
+
+    def maps(self, filter_blocks: int, sides: int) -> tuple[TensorMap, ...]:
+        """Pixels, filters, output and (at least one) side input."""
+        i = self.image
+        dtype = recipe.DTYPES.index(i.dtype)
+        item = 2
+        sh, sw = i.stride if i.folds else (1, 1)
+        row = i.w * i.c * item
+        images, rows, cols = self.box
+        steps = (1, 1, 1, 1, 1)
+        if not i.folds:
+            rows = (rows - 1) * i.stride[0] + 1
+            cols = (cols - 1) * i.stride[1] + 1
+            steps = (1, i.stride[1], 1, i.stride[0], 1)
+        pixels = TensorMap(
+            operand=recipe.A,
+            dtype=dtype,
+            dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
+            strides=(sw * i.c * item, row, sh * row, i.h * row),
+            box=(CHUNK, cols, 1, rows, images),
+            steps=steps,
+            swizzle=128,
+        )
+        taps = i.r * i.s
+        if i.k_outer:
+            sizes = (i.c, taps, i.k, i.filters)
+            box = (CHUNK, 1, CHUNK * filter_blocks, 1)
+        else:
+            sizes = (i.k, i.c, taps, i.filters)
+            box = (CHUNK, CHUNK, 1, 1)
+        filters = _packed(recipe.B, dtype, sizes, box)
+        images, rows, cols = self.store_box
+        out = (i.k, i.q, i.p, i.n)
+        full = [
+            _packed(operand, dtype, out, (CHUNK, cols, rows, images))
+            for operand in (recipe.D, *map(recipe.side, range(sides)))
+        ]
+        if not sides:
+            full.append(full[0])
+        return (pixels, filters, *full)
+
+
+def _packed(
+    operand: int, dtype: int, dims: tuple[int, ...], box: tuple[int, ...]
+) -> TensorMap:
+    """A map of a contiguous array, innermost dimension first."""
+    strides, stride = [], 2
+    for size in dims[:-1]:
+        stride *= size
+        strides.append(stride)
+    return TensorMap(
+        operand=operand,
+        dtype=dtype,
+        dims=dims,
+        strides=tuple(strides),
+        box=box,
+        steps=(1,) * len(dims),
+        swizzle=128,
+    )
+
+
+def _filled(values: list[int], size: int) -> list[int]:
+    return values + [0] * (size - len(values))
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

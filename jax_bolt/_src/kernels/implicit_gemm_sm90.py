@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convs and products on Hopper by one lean kernel: TMA boxes that all taps share,
+wgmma with the operands swapped (``jax_bolt/implicit_gemm/sm90.hpp``).
+
+Tiles are cut to the problem: any multiple of 8 pixels, whole rows or whole images
+where they fit, so that the grid fills the SMs in as few waves as it can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+from .. import ir
+from ..arch import GpuArch
+from . import hoist
+from . import recipe as recipes
+from .config import CPP_TYPES, Config, epilogue_limit
+from .geometry import (
+    CHUNK,
+    MAX_PHASES,
+    MAX_TAPS,
+    Block,
+    Image,
+    Layout,
+    cols_of,
+    rows_of,
+)
+from .recipe import Recipe
+from .template import Artifact
+
+name = "implicit_gemm_sm90"
+header = "jax_bolt/implicit_gemm/sm90.hpp"
+artifact: Artifact = "cubin"
+
+_CANDIDATES = 8
+_FILTER_BLOCK = CHUNK * CHUNK * 2  # bytes
+_MAX_EXTENT = 2**31 - 1 - 65536  # the kernel counts pixels and tiles in 32 bits
+
+# Cycles of an SM, fitted to 23 problems by 20 candidates each on an H200: the first
+# pick was 4 % off the best of them on average, the best of the first eight 0.5 %.
+_START = 6000  # from launch to the first product, and the last store
+_FINISH = 2500  # a block's epilogue and store, nothing overlapping
+_TURN = 500  # from one tile to the next
+_LOAD_RATE = 48.0  # bytes a cycle from L2 into shared memory
+_CLOCK = 1.7e9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tile:
+    """One candidate: the kernel's template arguments, and the block of outputs.
+
+    ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
+    and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
+    pixels.
+    """
+
+    pixels: int
+    blocks: int
+    channel_blocks: int
+    warps_m: int
+    warps_n: int
+    schedule: str
+    resident: int
+    block: Block
+    pixel_stages: int = 0
+    filter_stages: int = 0
+    store_stages: int = 0
+
+    @property
+    def filter_blocks(self) -> int:
+        return self.channel_blocks * self.warps_m
+
+    @property
+    def warpgroups(self) -> int:
+        return 2 if self.schedule == "pingpong" else self.warps_m * self.warps_n
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share an SM."""
+        return 2 if self.warpgroups == 1 else 1
+
+    @property
+    def registers(self) -> int:
+        return self.blocks * self.channel_blocks * self.pixels // 2
+
+    def layout(self, image: Image) -> Layout:
+        return Layout(image, self.block, self.blocks * self.warps_n, self.pixels)
+
+    def config(self) -> Config:
+        b = self.block
+        return Config.of(
+            name,
+            pixels=self.pixels,
+            blocks=f"{self.blocks}x{self.channel_blocks}",
+            warpgroups=f"{self.warps_m}x{self.warps_n}",
+            schedule=self.schedule,
+            resident=self.resident,
+            block=f"{b.images}x{b.rows}x{b.cols}",
+            stages=f"{self.pixel_stages}x{self.filter_stages}x{self.store_stages}",
+        )
+
+    @staticmethod
+    def of(config: Config) -> Tile:
+        def split(key: str) -> list[int]:
+            return [int(n) for n in str(config[key]).split("x")]
+
+        blocks, channel_blocks = split("blocks")
+        warps_m, warps_n = split("warpgroups")
+        images, rows, cols = split("block")
+        pixel_stages, filter_stages, store_stages = split("stages")
+        return Tile(
+            pixels=int(config["pixels"]),
+            blocks=blocks,
+            channel_blocks=channel_blocks,
+            warps_m=warps_m,
+            warps_n=warps_n,
+            schedule=str(config["schedule"]),
+            resident=int(config["resident"]),
+            block=Block(images, rows, cols),
+            pixel_stages=pixel_stages,
+            filter_stages=filter_stages,
+            store_stages=store_stages,
+        )
+
+
+def supports(region: ir.Region, arch: GpuArch) -> str | None:
+    """Why no config can run ``region`` on ``arch``, or None."""
+    problem, epilogue = region.problem, region.epilogue
+    if arch.sm != 90:
+        return f"needs sm_90a, not {arch.name}"
+    if problem.dtype not in ("bf16", "f16"):
+        return f"takes 2-byte operands, not {problem.dtype}"
+    for dtype in (epilogue.out_dtype, *epilogue.sides):
+        if dtype not in ("bf16", "f16"):
+            return f"takes 2-byte outputs and side inputs, not {dtype}"
+    if too_many := epilogue_limit(epilogue):
+        return too_many
+    if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
+        return "A is stored with M innermost"
+    image = Image.of(problem)
+    if min(image.n, image.h, image.w, image.c, image.k, image.p, image.q) < 1:
+        return "an empty dimension"
+    if min(image.r, image.s) < 1 or min(image.padding) < 0:
+        return "an empty filter or negative padding"
+    if image.c % 8 or image.k % 8:
+        return (
+            f"{image.c} input or {image.k} output channels are not a multiple of 8: "
+            "TMA needs rows of a multiple of 16 bytes"
+        )
+    if image.r * image.s > MAX_TAPS:
+        return f"a filter of {image.r}x{image.s}, more than {MAX_TAPS} taps"
+    if len(rows_of(image)) * len(cols_of(image)) > MAX_PHASES or max(image.stride) > 8:
+        return f"strides {image.stride}"
+    if max(image.n, image.h * image.w, image.k, problem.rows) > _MAX_EXTENT:
+        return f"an extent above {_MAX_EXTENT}"
+    if next(_tiles(image, region.epilogue, arch), None) is None:
+        return "no tile fits shared memory"
+    return None
+
+
+def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
+    """The tiles with the least estimated time, best first."""
+    image = Image.of(region.problem)
+    found = sorted(
+        _tiles(image, region.epilogue, arch),
+        key=lambda tile: cycles(tile, image, region, arch),
+    )
+    # Tiles that differ in one trait only are near-ties: few of a kind.
+    kinds: dict[tuple[object, ...], int] = {}
+    chosen: list[Config] = []
+    for tile in found:
+        kind = (tile.pixels, tile.filter_blocks, tile.warpgroups, tile.block)
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if kinds[kind] <= 2:
+            chosen.append(tile.config())
+    return tuple(chosen[:_CANDIDATES])
+
+
+def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
+    """The C++ type that ``JAX_BOLT_DEVICE_KERNEL`` takes."""
+    del arch  # only sm_90a is supported
+    tile = Tile.of(config)
+    scope = "jax_bolt::implicit_gemm"
+    krsc = Image.of(region.problem).k_outer
+    schedule = {"cooperative": "kCooperative", "pingpong": "kPingPong"}[tile.schedule]
+    arguments = (
+        "Epilogue",
+        CPP_TYPES[region.problem.dtype],
+        f"{scope}::Filters::{'kKrsc' if krsc else 'kHwio'}",
+        *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
+        f"{scope}::Schedule::{schedule}",
+        "true" if tile.resident else "false",
+        *(tile.pixel_stages, tile.filter_stages, tile.store_stages),
+    )
+    return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
+
+
+def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
+    """How to launch it: grid, shared memory, tensor maps, the kernel's Geometry."""
+    tile, image = Tile.of(config), Image.of(region.problem)
+    layout = tile.layout(image)
+    epilogue = region.epilogue
+    vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
+    return Recipe(
+        threads=128 * (tile.warpgroups + 1),
+        grid=_grid(tile, image, arch),
+        cluster=1,
+        smem_bytes=_shared_bytes(tile, layout, len(epilogue.sides)),
+        programmatic=True,
+        maps=layout.maps(tile.filter_blocks, len(epilogue.sides)),
+        pointers=vectors or (recipes.NULL,),
+        ints=layout.integers(tile.filter_blocks),
+    )
+
+
+# Candidates -------------------------------------------------------------------------
+
+
+def _tiles(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]:
+    for block, pixels in _blocks(image):
+        for shape in _SHAPES:
+            blocks, channel_blocks, warps_m, warps_n, schedule = shape
+            if blocks * channel_blocks * pixels // 2 > _accumulators(shape, epilogue):
+                continue
+            if (channel_blocks * warps_m - 1) * CHUNK >= image.k:
+                continue  # blocks of channels that do not exist
+            base = Tile(
+                pixels, blocks, channel_blocks, warps_m, warps_n, schedule, 0, block
+            )
+            layout = base.layout(image)
+            if layout.problem() is not None:
+                continue
+            if blocks * warps_n > 1 and _idle_blocks(layout):
+                continue
+            for resident in (0, 1):
+                tile = _staged(
+                    dataclasses.replace(base, resident=resident),
+                    layout,
+                    len(epilogue.sides),
+                    arch,
+                )
+                if tile is not None:
+                    yield tile
+
+
+# blocks, channel blocks, warpgroups along channels and pixels, schedule
+_SHAPES = (
+    (1, 1, 2, 1, "cooperative"),
+    (1, 1, 1, 2, "cooperative"),
+    (2, 1, 2, 1, "cooperative"),
+    (2, 1, 1, 2, "cooperative"),
+    (1, 2, 1, 2, "cooperative"),
+    (1, 2, 2, 1, "cooperative"),
+    (1, 1, 1, 1, "pingpong"),
+    (1, 2, 1, 1, "pingpong"),
+    (1, 1, 1, 1, "cooperative"),
+    (1, 2, 1, 1, "cooperative"),
+)
+
+
+def _accumulators(shape: tuple[int, int, int, int, str], epilogue: ir.Epilogue) -> int:
+    """Registers of a thread that accumulators may take.
+
+    Of 240, or 128 where two CTAs share an SM; addresses, the hoisted columns of two
+    channels and what one step of the epilogue holds need the others.
+    """
+    _, channel_blocks, warps_m, warps_n, schedule = shape
+    columns = 2 * channel_blocks * len(hoist.columns(epilogue))
+    alone = schedule == "pingpong" or warps_m * warps_n > 1
+    return (192 if alone else 80) - columns
+
+
+@functools.lru_cache(maxsize=512)
+def _blocks(image: Image) -> tuple[tuple[Block, int], ...]:
+    """Blocks of outputs worth an accumulator, with its pixels."""
+    found: list[tuple[Block, int]] = []
+    if image.is_line:
+        # As few as there are, for small batches; then what divides the work well.
+        sizes = {n for n in (16, 32, 64, 96, 128, 160, 192, 208, 224, 256)}
+        sizes |= {_up8(-(-image.q // n)) for n in (1, 2, 3, 4, 8)}
+        return tuple((Block(1, 1, n), n) for n in sorted(sizes) if 8 <= n <= 256)
+
+    def add(block: Block) -> None:
+        used = Layout(image, block, 1, 256).used
+        if 0 < used <= 256:
+            found.append((block, _up8(used)))
+
+    for images in (1, 2, 4):
+        if images <= image.n:
+            add(Block(images, image.p, image.q))
+    for rows in range(1, min(image.p - 1, 32) + 1):
+        add(Block(1, rows, image.q))
+    for parts in range(2, 1 + -(-image.q // 7)):
+        cols = -(-image.q // parts)
+        if cols < 7 or image.q - cols * (parts - 1) <= 0:
+            continue
+        for rows in (2, 3, 4, 5, 6, 7, 8, 12, 14, 16):
+            if rows <= image.p:
+                add(Block(1, rows, cols))
+    # A block of the same pixels counts once.
+    return tuple(dict.fromkeys(found))
+
+
+def _idle_blocks(layout: Layout) -> bool:
+    """Whether a tile's last block never has an output."""
+    image, count = layout.image, layout.count
+    if image.is_line:
+        return (count - 1) * layout.pixels >= image.q
+    if layout.whole_images:
+        return (count - 1) * layout.block.images >= image.n
+    return (count - 1) * layout.block.rows >= image.p
+
+
+def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | None:
+    """``tile`` with as many stages as shared memory holds, or None."""
+    image = layout.image
+    steps = image.chunks * len(layout.taps())
+    boxes = image.chunks * len(layout.phases())
+    per_sm = (
+        arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
+    )
+    filter_bytes = _FILTER_BLOCK * tile.filter_blocks
+    slots = 1 if tile.schedule == "cooperative" and not sides else 2
+    fixed = 2048  # barriers, and alignment
+    if tile.resident:
+        channel_tiles = -(-image.k // (CHUNK * tile.filter_blocks))
+        if steps > 64 or image.filters > 1:
+            return None
+        if _grid(tile, image, arch) % channel_tiles:
+            return None
+    slot = layout.slot_bytes * max(1, sides) * tile.warpgroups
+
+    def left(pixel_stages: int, filter_stages: int, store_stages: int) -> int:
+        used = pixel_stages * layout.stage_bytes + filter_stages * filter_bytes
+        return per_sm - fixed - used - store_stages * slot
+
+    filters = steps if tile.resident else min(4, max(2, steps))
+    pixels = 2
+    if left(pixels, filters, slots) < 0:
+        return None
+    # Deeper rings where there is room: the one that is refilled most often first.
+    more = True
+    while more:
+        more = False
+        if (
+            pixels < min(8, max(2, 3 * boxes))
+            and pixels * len(layout.taps()) <= 2 * filters
+            and left(pixels + 1, filters, slots) >= 0
+        ):
+            pixels, more = pixels + 1, True
+        if (
+            not tile.resident
+            and filters < min(12, max(4, 2 * steps))
+            and left(pixels, filters + 1, slots) >= 0
+        ):
+            filters, more = filters + 1, True
+        if (
+            slots < (8 if sides else 2)
+            and slots <= pixels + 1
+            and left(pixels, filters, slots + 1) >= 0
+        ):
+            slots, more = slots + 1, True
+    return dataclasses.replace(
+        tile, pixel_stages=pixels, filter_stages=filters, store_stages=slots
+    )
+
+
+def _shared_bytes(tile: Tile, layout: Layout, sides: int) -> int:
+    barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
+    barriers += 2 * tile.warpgroups * tile.store_stages
+    slots = tile.warpgroups * tile.store_stages * max(1, sides)
+    return (
+        tile.pixel_stages * layout.stage_bytes
+        + tile.filter_stages * _FILTER_BLOCK * tile.filter_blocks
+        + slots * layout.slot_bytes
+        + barriers * 8
+    )
+
+
+def _count(tile: Tile, image: Image) -> int:
+    groups, rows, cols = tile.layout(image).tiles
+    return groups * rows * cols * -(-image.k // (CHUNK * tile.filter_blocks))
+
+
+def _grid(tile: Tile, image: Image, arch: GpuArch) -> int:
+    most = min(_count(tile, image), arch.sm_count * tile.ctas)
+    channel_tiles = -(-image.k // (CHUNK * tile.filter_blocks))
+    if tile.resident and most >= channel_tiles:
+        # A CTA keeps its channels: tiles go around in steps of the grid.
+        return most // channel_tiles * channel_tiles
+    return most
+
+
+# Rank -------------------------------------------------------------------------------
+
+
+def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
+    """Estimated time of a launch, in an SM's cycles.
+
+    The busiest SM's products or loads, whichever is longer, and what neither hides; or
+    device memory's time, if that is longer still.
+    """
+    layout = tile.layout(image)
+    steps = image.chunks * len(layout.taps())
+    boxes = image.chunks * len(layout.phases())
+    tiles = _count(tile, image)
+    grid = _grid(tile, image, arch)
+    turns = -(-tiles // grid)
+    # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
+    one = max(tile.pixels / 2, 16 + tile.pixels / 4)
+    sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
+    products = 4 * steps * tile.blocks * tile.channel_blocks * sharing * one
+    loads = boxes * layout.loads * layout.load_bytes
+    if not tile.resident:
+        loads += steps * _FILTER_BLOCK * tile.filter_blocks
+    outputs = tile.blocks * tile.channel_blocks * sharing
+    moved = outputs * layout.slot_bytes * (1 + len(region.epilogue.sides))
+    busy = tile.ctas if grid > arch.sm_count else 1
+    main = busy * max(products, (loads + moved) / _LOAD_RATE) + _TURN
+    finish = _FINISH / 2 * tile.blocks * tile.channel_blocks
+    if tile.schedule == "pingpong" or busy > 1:
+        own = turns * main + finish
+    else:
+        own = turns * (main + finish)
+    first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
+    memory = region.bytes_moved / arch.bandwidth / 0.92 * _CLOCK
+    return _START + first + max(own, memory) + 0.05 * min(own, memory)
+
+
+def _up8(value: int) -> int:
+    return -(-value // 8) * 8
