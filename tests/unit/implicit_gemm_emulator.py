@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper implicit GEMM in NumPy: what ``sm90.hpp`` does with a recipe.
+
+Every TMA box is moved, every address checked; what the kernel leaves undefined is NaN
+here. Swizzles, barriers and the order in which rings are filled are not emulated. The
+kernel's struct and template parameters are read from its headers, so that Python's
+side of either cannot go out of step unseen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from jax_bolt._src.kernels.recipe import Recipe, TensorMap
+
+CHUNK, ROW, ITEM = 64, 128, 2
+FILTER_BLOCK = CHUNK * ROW
+# Bytes of shared memory that a CTA may have, by how many share an SM of 228 KiB, of
+# which each takes 1 KiB more.
+SHARED_BYTES = {1: 232448, 2: 115712}
+
+_HEADERS = Path(__file__).parents[2] / "cc/include/jax_bolt/implicit_gemm"
+
+# Accumulators [pixels, 64], vectors of [64] and sides [pixels, 64] -> [pixels, 64].
+Apply = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], np.ndarray]
+
+
+@functools.cache
+def geometry_fields() -> tuple[tuple[str, int], ...]:
+    """The ints of the kernel's Geometry in order: name, and length (0: no array)."""
+    text = re.sub(r"//.*", "", (_HEADERS / "geometry.hpp").read_text())
+    sizes = {
+        name: int(size)
+        for name, size in re.findall(r"constexpr int (\w+) = (\d+);", text)
+    }
+    body = re.search(r"struct Geometry \{(.*?)\};", text, re.DOTALL)
+    assert body is not None
+    fields = []
+    for statement in filter(None, map(str.strip, body[1].split(";"))):
+        kind, names = statement.split(None, 1)
+        assert kind == "std::int32_t", statement
+        for declared in names.split(","):
+            parts = re.fullmatch(r"(\w+)(?:\[(\w+)\])?", declared.strip())
+            assert parts is not None, declared
+            fields.append((parts[1], sizes[parts[2]] if parts[2] else 0))
+    return tuple(fields)
+
+
+def geometry(ints: Sequence[int]) -> SimpleNamespace:
+    """A recipe's ints as the kernel's Geometry."""
+    assert len(ints) == sum(length or 1 for _, length in geometry_fields())
+    left = iter(ints)
+    return SimpleNamespace(
+        **{
+            name: [next(left) for _ in range(length)] if length else next(left)
+            for name, length in geometry_fields()
+        }
+    )
+
+
+@functools.cache
+def template_parameters() -> tuple[str, ...]:
+    """The names of Sm90's template parameters, in order."""
+    text = (_HEADERS / "sm90.hpp").read_text()
+    found = re.search(r"template <([^<>]*)>\s*struct Sm90 \{", text)
+    assert found is not None
+    return tuple(part.split()[-1] for part in found[1].split(","))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Sm90's template arguments, but for the epilogue and the element."""
+
+    krsc: bool
+    pixels: int
+    blocks: int
+    channel_blocks: int
+    warps_m: int
+    warps_n: int
+    ping_pong: bool
+    resident: bool
+    pixel_stages: int
+    filter_stages: int
+    store_stages: int
+
+    @staticmethod
+    def of(instance: str) -> Arguments:
+        """From the C++ type that ``instantiate`` names."""
+        found = re.fullmatch(r"jax_bolt::implicit_gemm::Sm90<(.*)>", instance)
+        assert found is not None, instance
+        values = [value.strip() for value in found[1].split(",")]
+        given = dict(zip(template_parameters(), values, strict=True))
+        assert given["Epilogue_"] == "Epilogue"
+
+        def one_of(name: str, enum: str, *names: str) -> str:
+            value = given[name].removeprefix(f"jax_bolt::implicit_gemm::{enum}::")
+            assert value in names, given[name]
+            return value
+
+        return Arguments(
+            krsc=one_of("kFilters", "Filters", "kKrsc", "kHwio") == "kKrsc",
+            pixels=int(given["kPixels"]),
+            blocks=int(given["kPixelBlocks"]),
+            channel_blocks=int(given["kChannelBlocks"]),
+            warps_m=int(given["kWarpgroupsM"]),
+            warps_n=int(given["kWarpgroupsN"]),
+            ping_pong=one_of("kSchedule", "Schedule", "kPingPong", "kCooperative")
+            == "kPingPong",
+            resident={"true": True, "false": False}[given["kResident"]],
+            pixel_stages=int(given["kPixelStages"]),
+            filter_stages=int(given["kFilterStages"]),
+            store_stages=int(given["kStoreStages"]),
+        )
+
+    @property
+    def warpgroups(self) -> int:
+        return 2 if self.ping_pong else self.warps_m * self.warps_n
+
+    @property
+    def ctas(self) -> int:
+        return 2 if self.warpgroups == 1 else 1
+
+    @property
+    def filter_blocks(self) -> int:
+        return self.channel_blocks * self.warps_m
+
+    @property
+    def filter_stage(self) -> int:
+        return self.filter_blocks * FILTER_BLOCK
+
+
+class Tensor:
+    """An operand behind a tensor map."""
+
+    def __init__(self, tensor: TensorMap, data: np.ndarray):
+        self.map, self.data = tensor, data.reshape(-1)
+        assert all(1 <= extent <= 256 for extent in tensor.box)
+        assert all(1 <= step <= 8 for step in tensor.steps) and tensor.steps[0] == 1
+        assert all(s % 16 == 0 and 0 <= s < 2**40 for s in tensor.strides)
+        # Two-byte elements; a box's rows are as long as the swizzle.
+        assert tensor.dtype in (0, 1)
+        assert tensor.box[0] * ITEM == tensor.swizzle == ROW
+        self._strides = (1, *(stride // ITEM for stride in tensor.strides))
+        # The map's last element is the operand's last or one before it.
+        ends = zip(tensor.dims, self._strides, strict=True)
+        assert sum((size - 1) * stride for size, stride in ends) < self.data.size
+        counts = zip(tensor.box, tensor.steps, strict=True)
+        self._shape = tuple(-(-extent // step) for extent, step in counts)
+        self._loaded: dict[tuple[int, ...], np.ndarray] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a box in shared memory."""
+        return int(np.prod(self._shape)) * ITEM
+
+    def _box(self, coordinates: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """The box's elements, [rows, 64]: positions, and which are in bounds."""
+        assert len(coordinates) == len(self.map.dims)
+        rank = len(coordinates)
+        position = np.zeros((1,) * rank, np.int64)
+        inside = np.ones((1,) * rank, bool)
+        for d, start in enumerate(coordinates):
+            at = start + np.arange(self._shape[d]) * self.map.steps[d]
+            at = at.reshape((-1,) + (1,) * d)  # innermost dimension last
+            position = position + at * self._strides[d]
+            inside = inside & (at >= 0) & (at < self.map.dims[d])
+        shape = self._shape[::-1]
+        position, inside = (np.broadcast_to(x, shape) for x in (position, inside))
+        return position.reshape(-1, CHUNK), inside.reshape(-1, CHUNK)
+
+    def load(self, *coordinates: int) -> np.ndarray:
+        """The box as it lies in shared memory, [rows, 64]."""
+        if coordinates not in self._loaded:
+            position, inside = self._box(coordinates)
+            found = self.data[np.where(inside, position, 0)]
+            self._loaded[coordinates] = np.where(inside, found, np.float32(0))
+        return self._loaded[coordinates]
+
+    def store(self, box: np.ndarray, *coordinates: int) -> np.ndarray:
+        """Writes a box, and returns the positions written."""
+        position, inside = self._box(coordinates)
+        assert box.shape == position.shape
+        written = position[inside]
+        self.data[written] = box[inside]
+        return written
+
+
+def _put(memory: np.ndarray, at: int, box: np.ndarray) -> None:
+    """``box`` into a piece of shared memory, ``at`` bytes from its start."""
+    assert at % ROW == 0 and 0 <= at
+    assert at // ROW + len(box) <= len(memory), "written beyond the end"
+    memory[at // ROW : at // ROW + len(box)] = box
+
+
+def _take(memory: np.ndarray, at: int, rows: int) -> np.ndarray:
+    assert at % ROW == 0 and 0 <= at
+    assert at // ROW + rows <= len(memory), "read beyond the end"
+    return memory[at // ROW : at // ROW + rows]
+
+
+def _nothing(size: int) -> np.ndarray:
+    """Undefined shared memory: whole lines of the swizzle's pattern."""
+    assert size > 0 and size % 1024 == 0
+    return np.full((size // ROW, CHUNK), np.nan, np.float32)
+
+
+class Launch:
+    """One launch of the kernel; ``output`` and ``writes`` are its result."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        instance: str,
+        a: np.ndarray,
+        b: np.ndarray,
+        outputs: int,
+        apply: Apply,
+        vectors: Sequence[np.ndarray] = (),
+        sides: Sequence[np.ndarray] = (),
+    ):
+        self.t = Arguments.of(instance)
+        self.g = geometry(recipe.ints)
+        self.grid, self.apply = recipe.grid, apply
+        self.output = np.full(outputs, np.nan, np.float32)
+        self._positions: list[np.ndarray] = []
+
+        # An operand's number says which array a map or a pointer is of.
+        operands = {0: a, 1: b, 2: self.output}
+        operands |= {4 + i: side for i, side in enumerate(sides)}
+        operands |= {6 + i: vector for i, vector in enumerate(vectors)}
+        assert len(recipe.maps) == 3 + max(1, len(sides))
+        assert [m.operand for m in recipe.maps[:3]] == [0, 1, 2]
+        pixels, filters, output, *rest = (
+            Tensor(tensor, operands[tensor.operand]) for tensor in recipe.maps
+        )
+        self.pixels, self.filters, self.to = pixels, filters, output
+        self.sides = rest if sides else []
+        assert len(recipe.pointers) == max(1, len(vectors))
+        self.vectors = [operands[i] for i in recipe.pointers if i >= 0]
+        assert len(self.vectors) == len(vectors)
+        self.taps = sum(self.g.phase_taps[: self.g.phases])
+        self._check(recipe)
+
+    def _check(self, recipe: Recipe) -> None:
+        """What the kernel, its launch and the hardware take for granted."""
+        g, t = self.g, self.t
+        assert t.pixels % 8 == 0 and 8 <= t.pixels <= 256
+        assert t.warpgroups in (1, 2)
+        assert not t.ping_pong or t.warps_m * t.warps_n == 1
+        assert recipe.threads == 128 * (t.warpgroups + 1)
+        assert recipe.cluster == 1 and recipe.programmatic
+        assert 1 <= recipe.grid <= g.tiles
+        # A stage is free only after the next one's first product was issued.
+        assert t.pixel_stages >= 2
+        if t.resident:
+            assert t.filter_stages >= g.chunks * self.taps and not g.filter_batch
+        else:
+            assert t.filter_stages >= 2
+        assert t.store_stages >= (2 if self.sides else 1)
+        assert g.stage_bytes % 1024 == g.slot_bytes % 1024 == 0
+        assert g.block_bytes % ROW == g.store_bytes % ROW == 0
+        # A barrier waits for as many bytes as its boxes have.
+        assert self.pixels.bytes == g.load_bytes
+        assert self.filters.bytes == (t.filter_stage if t.krsc else FILTER_BLOCK)
+        assert all(side.bytes == g.side_bytes for side in self.sides)
+        slots = t.warpgroups * t.store_stages * max(1, len(self.sides))
+        barriers = 2 * t.pixel_stages + 2 * t.filter_stages
+        barriers += 2 * t.warpgroups * t.store_stages
+        used = t.pixel_stages * g.stage_bytes + t.filter_stages * t.filter_stage
+        used += slots * g.slot_bytes + 8 * barriers
+        assert used <= recipe.smem_bytes <= SHARED_BYTES[t.ctas]
+
+    @property
+    def writes(self) -> np.ndarray:
+        """How often every output was written."""
+        return np.bincount(np.concatenate(self._positions), minlength=self.output.size)
+
+    def run(self) -> Launch:
+        with np.errstate(invalid="ignore"):
+            for cta in range(self.grid):
+                self._run(range(cta, self.g.tiles, self.grid))
+        return self
+
+    def _run(self, indices: range) -> None:
+        """The tiles of one CTA. With a resident filter the first one's serves all."""
+        g, resident = self.g, None
+        for index in indices:
+            channel, image, row, col = self._origin(index)
+            if not self.t.resident:
+                found = self._filters(channel, g.filter_batch * image)
+            else:
+                if resident is None:
+                    resident = self._filters(channel, g.filter_batch * image)
+                found = resident
+            accumulators = self._multiply(image, row, col, found)
+            for nb in range(self.t.warps_n * self.t.blocks):
+                for mb in range(self.t.filter_blocks):
+                    self._finish(
+                        accumulators[nb][:, mb * CHUNK : (mb + 1) * CHUNK],
+                        channel + mb * CHUNK,
+                        col + nb * g.block_cols,
+                        row + nb * g.block_rows,
+                        image + nb * g.block_images,
+                    )
+
+    def _origin(self, index: int) -> tuple[int, int, int, int]:
+        """Sm90::Tile."""
+        g = self.g
+        pixels, channel = divmod(index, g.channel_tiles)
+        strip, col = divmod(pixels, g.col_tiles)
+        group, row = divmod(strip, g.row_tiles)
+        return (
+            channel * CHUNK * self.t.filter_blocks,
+            group * g.tile_images,
+            row * g.tile_rows,
+            col * g.tile_cols,
+        )
+
+    def _filters(self, channel: int, batch: int) -> list[list[np.ndarray]]:
+        """By chunk and tap: a stage as [64 input, all output channels]."""
+        g, t = self.g, self.t
+        steps = []
+        for chunk in range(g.chunks):
+            steps.append([])
+            for tap in range(self.taps):
+                at = g.tap_filter[tap]
+                if t.krsc:
+                    box = self.filters.load(chunk * CHUNK, at, channel, batch).T
+                else:
+                    first = [channel + i * CHUNK for i in range(t.filter_blocks)]
+                    boxes = [
+                        self.filters.load(k, chunk * CHUNK, at, batch) for k in first
+                    ]
+                    box = np.concatenate(boxes, axis=1)
+                assert box.shape == (CHUNK, CHUNK * t.filter_blocks)
+                steps[-1].append(box)
+        return steps
+
+    def _multiply(
+        self, image: int, row: int, col: int, filters: list[list[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """By pixel block: accumulators [pixels, all output channels]."""
+        g, t = self.g, self.t
+        width = CHUNK * t.filter_blocks
+        accumulators = [
+            np.zeros((t.pixels, width), np.float32) for _ in range(t.warps_n * t.blocks)
+        ]
+        for chunk in range(g.chunks):
+            tap = 0
+            for phase in range(g.phases):
+                stage = self._stage(chunk, phase, image, row, col)
+                for _ in range(g.phase_taps[phase]):
+                    for nb, accumulator in enumerate(accumulators):
+                        at = g.tap_offset[tap] + nb * g.block_bytes
+                        accumulator += _take(stage, at, t.pixels) @ filters[chunk][tap]
+                    tap += 1
+        return accumulators
+
+    def _stage(
+        self, chunk: int, phase: int, image: int, row: int, col: int
+    ) -> np.ndarray:
+        g = self.g
+        stage = _nothing(g.stage_bytes)
+        stage[g.loads * g.load_bytes // ROW :] = 0  # clear_tails
+        for i in range(g.loads):
+            box = self.pixels.load(
+                chunk * CHUNK + g.phase_channel[phase],
+                col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
+                g.phase_parity[phase],
+                row * g.step_rows + g.phase_row[phase],
+                image,
+            )
+            _put(stage, i * g.load_bytes, box)
+        return stage
+
+    def _finish(
+        self, accumulators: np.ndarray, channel: int, col: int, row: int, image: int
+    ) -> None:
+        """The epilogue of a block and its stores."""
+        g, t = self.g, self.t
+        sides = []
+        for side in self.sides:
+            slot = _nothing(g.slot_bytes)
+            for i in range(g.stores):
+                _put(slot, i * g.store_bytes, side.load(channel, col, row + i, image))
+            sides.append(_take(slot, 0, t.pixels))
+        channels = np.minimum(channel + np.arange(CHUNK), g.channels - 1)
+        vectors = [vector[channels] for vector in self.vectors]
+        slot = _nothing(g.slot_bytes)
+        _put(slot, 0, self.apply(accumulators, vectors, sides))
+        for i in range(g.stores):
+            box = _take(slot, i * g.store_bytes, self.to.bytes // ROW)
+            written = self.to.store(box, channel, col, row + i, image)
+            self._positions.append(written)

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper implicit GEMM: its plans, run by an emulator, give the right results."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+
+import implicit_gemm_emulator as emulator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_bolt._src import arch, evaluate, ir
+from jax_bolt._src.jit import codegen
+from jax_bolt._src.kernels import geometry, implicit_gemm_sm90
+from jax_bolt._src.kernels.config import Config
+from jax_bolt._src.kernels.geometry import Image
+from jax_bolt._src.kernels.implicit_gemm_sm90 import Tile
+
+HOPPER = arch.from_name("sm_90a")
+# Few SMs: persistent CTAs have many tiles each, and resident filters a real use.
+SMALL = dataclasses.replace(HOPPER, sm_count=3)
+
+PLAIN = ir.Epilogue((ir.Op("acc"),), 0, "bf16")
+SIDE = ir.Epilogue(
+    (ir.Op("acc"), ir.Op("side", attr=0), ir.Op("add", (0, 1))),
+    2,
+    "bf16",
+    sides=("bf16",),
+)
+# (acc * vector_0 + side_0) + vector_1 * side_1
+FULL = ir.Epilogue(
+    (
+        ir.Op("acc"),
+        *(ir.Op("vector", attr=0), ir.Op("mul", (0, 1))),
+        *(ir.Op("side", attr=0), ir.Op("add", (2, 3))),
+        *(ir.Op("vector", attr=1), ir.Op("side", attr=1), ir.Op("mul", (5, 6))),
+        ir.Op("add", (4, 7)),
+    ),
+    8,
+    "bf16",
+    vectors=(ir.Vector("f32"), ir.Vector("f32")),
+    sides=("bf16", "bf16"),
+)
+APPLY: dict[ir.Epilogue, emulator.Apply] = {
+    PLAIN: lambda acc, vectors, sides: acc,
+    SIDE: lambda acc, vectors, sides: acc + sides[0],
+    FULL: lambda acc, vectors, sides: (
+        acc * vectors[0] + sides[0] + vectors[1] * sides[1]
+    ),
+}
+
+
+def conv(
+    n: int, h: int, w: int, c: int, k: int, r: int = 3, s: int | None = None, **kw
+) -> ir.ConvProblem:
+    s = r if s is None else s
+    default: dict = {"padding": (r // 2, r // 2, s // 2, s // 2), "dtype": "bf16"}
+    return ir.ConvProblem(n=n, h=h, w=w, c=c, k=k, r=r, s=s, **(default | kw))
+
+
+def gemm(m: int, n: int, k: int, **kw) -> ir.GemmProblem:
+    default: dict = {"dtype": "bf16"}
+    return ir.GemmProblem(m=m, n=n, k=k, **(default | kw))
+
+
+def hwio(problem: ir.ConvProblem) -> ir.ConvProblem:
+    return dataclasses.replace(problem, filter_layout="hwio")
+
+
+CONVS = [
+    conv(1, 7, 7, 64, 64),
+    conv(4, 7, 7, 64, 136),
+    conv(5, 7, 7, 128, 192),
+    conv(3, 6, 10, 64, 8),
+    conv(1, 14, 14, 64, 72),
+    conv(2, 14, 14, 72, 64),
+    conv(2, 28, 28, 64, 64),
+    conv(2, 9, 13, 64, 64),
+    conv(1, 4, 120, 64, 64),
+    conv(2, 3, 300, 8, 24),
+    conv(1, 36, 25, 8, 8),
+    conv(1, 1, 9, 16, 8),
+    conv(2, 9, 1, 16, 8),
+    # stride 2: a view's dimensions, or element steps
+    conv(2, 14, 14, 64, 64, stride=(2, 2)),
+    conv(5, 14, 14, 128, 128, stride=(2, 2)),
+    conv(2, 56, 56, 64, 64, stride=(2, 2), padding=(0, 1, 0, 1)),
+    conv(2, 15, 13, 64, 64, stride=(2, 2)),
+    conv(2, 14, 13, 64, 64, stride=(2, 2)),
+    conv(2, 16, 12, 24, 40, stride=(2, 2)),
+    conv(1, 16, 12, 40, 24, stride=(2, 1)),
+    conv(2, 12, 16, 64, 40, stride=(1, 2)),
+    conv(2, 12, 15, 64, 40, stride=(3, 3)),
+    conv(3, 11, 10, 40, 24, stride=(3, 2), padding=(2, 1, 0, 3)),
+    conv(2, 14, 14, 64, 128, 1, stride=(2, 2)),
+    conv(2, 13, 15, 64, 128, 1, stride=(2, 2)),
+    conv(2, 14, 14, 24, 8, 1, stride=(2, 2)),
+    conv(2, 8, 8, 64, 8, 1, stride=(4, 4)),
+    # 5x5, 7x7, asymmetric padding
+    conv(2, 14, 14, 24, 40, 5),
+    conv(2, 9, 9, 64, 64, 5, stride=(2, 2), padding=(1, 2, 1, 2)),
+    conv(1, 23, 21, 8, 64, 7, stride=(2, 2), padding=(3, 3, 3, 3)),
+    conv(2, 18, 20, 8, 64, 7, stride=(2, 2), padding=(2, 3, 2, 3)),
+    conv(2, 20, 20, 64, 8, 7, stride=(2, 2), padding=(2, 3, 2, 3)),
+    conv(1, 16, 16, 8, 8, 8, padding=(3, 4, 3, 4)),
+    # dilation
+    conv(2, 14, 14, 64, 64, padding=(2, 2, 2, 2), dilation=(2, 2)),
+    conv(2, 9, 11, 16, 40, 5, 3, padding=(0, 3, 2, 0), dilation=(2, 2)),
+    conv(1, 12, 12, 64, 24, stride=(2, 2), padding=(2, 1, 3, 2), dilation=(2, 3)),
+    conv(2, 13, 12, 64, 24, stride=(2, 2), padding=(0, 0, 0, 0), dilation=(3, 3)),
+    conv(1, 15, 15, 24, 24, stride=(3, 2), padding=(1, 0, 2, 4), dilation=(2, 3)),
+    # one line of taps
+    conv(2, 12, 14, 64, 64, 1, 7),
+    conv(2, 14, 12, 64, 64, 7, 1),
+    conv(2, 17, 17, 40, 24, 1, 3, stride=(2, 2)),
+    conv(1, 1, 130, 64, 64, 1, 5),
+    # more padding than the filter needs, or none
+    conv(2, 7, 7, 64, 64, padding=(2, 2, 2, 2)),
+    conv(2, 6, 5, 24, 40, padding=(4, 3, 3, 4)),
+    conv(3, 5, 5, 64, 64, 5, padding=(4, 4, 4, 4)),
+    conv(2, 2, 2, 64, 8, 5, padding=(3, 3, 3, 3)),
+    conv(2, 7, 7, 64, 64, 1, padding=(1, 1, 1, 1)),
+    conv(2, 10, 11, 64, 64, padding=(0, 0, 0, 0)),
+    conv(3, 3, 3, 64, 64, padding=(0, 0, 0, 0)),
+    conv(3, 8, 8, 16, 72, padding=(0, 2, 0, 2)),
+    conv(3, 8, 8, 16, 72, padding=(2, 0, 2, 0)),
+    # padding cut at the end
+    conv(2, 9, 9, 64, 64, padding=(1, -1, 1, -2)),
+    # pointwise
+    conv(2, 7, 9, 64, 72, 1),
+    conv(3, 1, 40, 64, 72, 1),
+    conv(2, 1, 40, 64, 72, 1, padding=(0, 0, 3, 2)),
+    conv(2, 1, 40, 64, 72, 1, stride=(2, 1), padding=(1, 0, 0, 0)),
+    conv(2, 5, 64, 64, 72, 1, padding=(0, 0, 0, 0), stride=(5, 1)),
+    conv(9, 1, 1, 64, 72, 1),
+]
+GEMMS = [
+    gemm(1, 8, 8),
+    gemm(5, 64, 64),
+    gemm(64, 128, 72, b_layout="col"),
+    gemm(129, 136, 200),
+    gemm(300, 264, 64, b_layout="col"),
+    gemm(700, 64, 24),
+    gemm(1100, 8, 64, b_layout="col"),
+    gemm(64, 264, 1024, b_layout="col"),
+    gemm(70, 48, 24, batch=3),
+    gemm(130, 200, 72, batch=5, b_layout="col"),
+    gemm(520, 64, 64, batch=2),
+]
+PROBLEMS: list[ir.Problem] = [
+    *CONVS,
+    *(hwio(problem) for problem in CONVS[::3]),
+    *GEMMS,
+]
+
+
+def region(problem: ir.Problem, epilogue: ir.Epilogue = PLAIN) -> ir.Region:
+    return ir.Region(problem=problem, epilogue=epilogue)
+
+
+@functools.lru_cache(maxsize=1)
+def operands(taken: ir.Region) -> tuple[dict, np.ndarray]:
+    """Small integers, whose sums are exact in any order, and the expected result."""
+    rng = np.random.default_rng(len(taken.text))
+
+    def some(count: int) -> np.ndarray:
+        return rng.integers(-4, 5, count).astype(np.float32)
+
+    problem, epilogue = taken.problem, taken.epilogue
+    a, b = map(some, problem.operand_elements)
+    sides = [some(problem.rows * problem.channels) for _ in epilogue.sides]
+    vectors = [some(problem.channels) for _ in epilogue.vectors]
+    given = {"a": a, "b": b, "sides": sides, "vectors": vectors}
+    expected = evaluate.evaluate(taken, **jax.tree.map(jnp.asarray, given))
+    return given, np.asarray(expected).reshape(-1)
+
+
+def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
+    given, expected = operands(taken)
+    recipe = implicit_gemm_sm90.recipe(taken, config, gpu)
+    assert recipe.grid <= gpu.sm_count * Tile.of(config).ctas
+    launch = emulator.Launch(
+        recipe,
+        implicit_gemm_sm90.instantiate(taken, config, gpu),
+        outputs=expected.size,
+        apply=APPLY[taken.epilogue],
+        **given,
+    ).run()
+    np.testing.assert_array_equal(launch.writes, 1, config.text)
+    np.testing.assert_array_equal(launch.output, expected, config.text)
+
+
+def sample(taken: ir.Region, gpu: arch.GpuArch, count: int) -> list[Config]:
+    """Some of all tiles, ranked or not."""
+    image = Image.of(taken.problem)
+    tiles = list(implicit_gemm_sm90._tiles(image, taken.epilogue, gpu))
+    chosen = random.Random(taken.text).sample(tiles, min(count, len(tiles)))
+    return [tile.config() for tile in chosen]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
+def test_what_the_kernel_computes(problem):
+    epilogue = (PLAIN, SIDE, FULL)[PROBLEMS.index(problem) % 3]
+    taken = region(problem, epilogue)
+    assert implicit_gemm_sm90.supports(taken, HOPPER) is None
+    for config in implicit_gemm_sm90.configs(taken, HOPPER):
+        check(taken, config, HOPPER)
+    for config in sample(taken, SMALL, 8):
+        check(taken, config, SMALL)
+
+
+def spans(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
+    one = st.integers(least, most)
+    return st.tuples(one, one)
+
+
+@st.composite
+def convs(draw: st.DrawFn) -> ir.ConvProblem:
+    r, s = draw(spans(1, 5))
+    stride, dilation = draw(spans(1, 3)), draw(spans(1, 3))
+    top, left = draw(spans(0, 4))
+    bottom, right = draw(spans(-1, 4))
+    # At least one output.
+    p, q = draw(spans(1, 20))
+    h = max(1, (p - 1) * stride[0] + (r - 1) * dilation[0] + 1 - top - bottom)
+    w = max(1, (q - 1) * stride[1] + (s - 1) * dilation[1] + 1 - left - right)
+    channels = st.sampled_from((8, 24, 64, 72, 128))
+    return ir.ConvProblem(
+        n=draw(st.integers(1, 5)),
+        h=h + draw(st.integers(0, stride[0] - 1)),
+        w=w + draw(st.integers(0, stride[1] - 1)),
+        c=draw(channels),
+        k=draw(channels),
+        r=r,
+        s=s,
+        stride=stride,
+        dilation=dilation,
+        padding=(top, bottom, left, right),
+        dtype="bf16",
+        filter_layout=draw(st.sampled_from(("krsc", "hwio"))),
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(convs())
+def test_any_conv(problem):
+    taken = region(problem)
+    assert implicit_gemm_sm90.supports(taken, HOPPER) is None
+    for config in implicit_gemm_sm90.configs(taken, HOPPER)[:2]:
+        check(taken, config, HOPPER)
+    for config in sample(taken, SMALL, 4):
+        check(taken, config, SMALL)
+
+
+def test_the_problems_cover_every_kind_of_tile():
+    """So that the tests above leave no schedule, layout or shape of block out."""
+    kinds, blocks, resident = set(), set(), set()
+    for problem in PROBLEMS[::3]:
+        image = Image.of(problem)
+        for tile in implicit_gemm_sm90._tiles(image, PLAIN, SMALL):
+            layout = tile.layout(image)
+            shape = (tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n)
+            kinds.add((*shape, tile.schedule))
+            resident.add(tile.resident)
+            blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
+    assert kinds == set(implicit_gemm_sm90._SHAPES)
+    assert resident == {0, 1}
+    assert blocks == {
+        *((whole, rows, False) for whole in (True, False) for rows in (True, False)),
+        (False, False, True),
+    }
+    folded = {Image.of(p).folds for p in CONVS if p.stride != (1, 1)}
+    assert folded == {True, False}
+
+
+@pytest.mark.parametrize("problem", [CONVS[0], CONVS[13], hwio(CONVS[17]), GEMMS[3]])
+def test_configs(problem):
+    """Few, different, the same every time, and their text says all of a tile."""
+    taken = region(problem, SIDE)
+    found = implicit_gemm_sm90.configs(taken, HOPPER)
+    assert 1 <= len(found) <= implicit_gemm_sm90._CANDIDATES
+    assert len({config.text for config in found}) == len(found)
+    geometry.axes.cache_clear()
+    implicit_gemm_sm90._blocks.cache_clear()
+    assert implicit_gemm_sm90.configs(taken, HOPPER) == found
+    image = Image.of(problem)
+    costs = [
+        implicit_gemm_sm90.cycles(Tile.of(config), image, taken, HOPPER)
+        for config in found
+    ]
+    assert costs == sorted(costs)
+    for tile in implicit_gemm_sm90._tiles(image, SIDE, HOPPER):
+        assert Tile.of(tile.config()) == tile
+        # Only numbers and words: what the database's text can carry.
+        fields = dict(part.split("=") for part in tile.config().text.split(" "))
+        again = {k: int(v) if v.isdigit() else v for k, v in fields.items()}
+        assert Tile.of(Config.of(implicit_gemm_sm90.name, **again)) == tile
+
+
+@pytest.mark.parametrize("epilogue", [PLAIN, FULL])
+def test_the_source_says_no_sizes(epilogue):
+    """Equal tiles are one kernel, whatever the batch, the image and the channels."""
+    pairs = [
+        (conv(4, 14, 14, 64, 136), conv(9, 14, 14, 64, 136)),
+        (conv(4, 14, 14, 64, 136), conv(4, 9, 14, 128, 72)),
+        (gemm(300, 264, 64), gemm(700, 136, 200)),
+    ]
+    for one, other in pairs:
+        tiles = [
+            set(implicit_gemm_sm90._tiles(Image.of(p), epilogue, HOPPER))
+            for p in (one, other)
+        ]
+        shared = tiles[0] & tiles[1]
+        assert shared
+        for config in (tile.config() for tile in shared):
+            sources = {
+                codegen.source(region(p, epilogue), implicit_gemm_sm90, config, HOPPER)
+                for p in (one, other)
+            }
+            assert len(sources) == 1
+
+
+def test_operands_of_a_recipe():
+    """Sides and vectors by their numbers, and something for the ones there are none."""
+    for epilogue in (PLAIN, SIDE, FULL):
+        taken = region(CONVS[0], epilogue)
+        config = implicit_gemm_sm90.configs(taken, HOPPER)[0]
+        recipe = implicit_gemm_sm90.recipe(taken, config, HOPPER)
+        sides = [4 + i for i in range(len(epilogue.sides))]
+        vectors = [6 + i for i in range(len(epilogue.vectors))]
+        assert [m.operand for m in recipe.maps] == [0, 1, 2, *(sides or [2])]
+        assert list(recipe.pointers) == (vectors or [-1])
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        (region(conv(1, 8, 8, 12, 64)), "12 input or 64 output channels"),
+        (region(conv(1, 8, 8, 64, 20)), "64 input or 20 output channels"),
+        (region(gemm(64, 60, 64)), "64 input or 60 output channels"),
+        (region(conv(1, 8, 8, 64, 64, dtype="f32")), "2-byte operands, not f32"),
+        (region(gemm(64, 64, 64, dtype="f32")), "2-byte operands, not f32"),
+        (
+            region(CONVS[0], dataclasses.replace(PLAIN, out_dtype="f32")),
+            "2-byte outputs and side inputs, not f32",
+        ),
+        (
+            region(CONVS[0], dataclasses.replace(SIDE, sides=("bool",))),
+            "2-byte outputs and side inputs, not bool",
+        ),
+        (
+            region(CONVS[0], dataclasses.replace(FULL, sides=("bf16",) * 3)),
+            "3 side inputs, more than 2",
+        ),
+        (region(conv(1, 16, 16, 8, 8, 9)), "a filter of 9x9, more than 64 taps"),
+        (region(conv(1, 64, 64, 8, 8, 5, stride=(5, 5))), "strides (5, 5)"),
+        (region(conv(1, 64, 64, 8, 8, 1, stride=(9, 9))), "strides (9, 9)"),
+        (region(conv(1, 8, 8, 8, 8, padding=(-1, 1, 1, 1))), "negative padding"),
+        (region(conv(0, 8, 8, 8, 8)), "an empty dimension"),
+        (region(gemm(0, 8, 8)), "an empty dimension"),
+        (region(gemm(64, 64, 64, a_layout="col")), "A is stored with M innermost"),
+        (region(gemm(2**31 - 1, 8, 8)), "an extent above"),
+    ],
+    ids=lambda value: getattr(value, "text", ""),
+)
+def test_refused_with_a_reason(refused, reason):
+    assert reason in (implicit_gemm_sm90.supports(refused, HOPPER) or "taken")
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_100a"])
+def test_hopper_alone(name):
+    gpu = arch.from_name(name)
+    assert "needs sm_90a" in (implicit_gemm_sm90.supports(region(CONVS[0]), gpu) or "")
+
+
+def _moved(recipe, field: str, by: int):
+    """``recipe`` with one of the Geometry's ints changed."""
+    at = 0
+    for name, length in emulator.geometry_fields():
+        if name == field:
+            break
+        at += length or 1
+    ints = list(recipe.ints)
+    ints[at] += by
+    return dataclasses.replace(recipe, ints=tuple(ints))
+
+
+@pytest.mark.parametrize(
+    ("field", "by"),
+    [
+        *(("tiles", -1), ("tile_rows", 1), ("tile_rows", -1), ("col_tiles", 1)),
+        *(("chunks", -1), ("load_bytes", 128), ("stage_bytes", -1024)),
+        *(("block_rows", 1), ("stores", 1), ("store_bytes", 128)),
+        *(("phase_col", 1), ("phase_row", -1), ("phase_taps", -1)),
+        *(("tap_offset", 128), ("tap_filter", 1)),
+    ],
+)
+def test_the_emulator_sees_a_wrong_number(field, by, monkeypatch):
+    taken = region(CONVS[7])
+    tiles = implicit_gemm_sm90._tiles(Image.of(taken.problem), PLAIN, HOPPER)
+    # Two blocks, of two rows each, that are stored row by row.
+    block = geometry.Block(1, 2, 7)
+    tile = next(t for t in tiles if t.blocks * t.warps_n == 2 and t.block == block)
+    check(taken, tile.config(), HOPPER)
+    right = implicit_gemm_sm90.recipe
+
+    def wrong(*args):
+        return _moved(right(*args), field, by)
+
+    monkeypatch.setattr(implicit_gemm_sm90, "recipe", wrong)
+    with pytest.raises((AssertionError, IndexError)):
+        check(taken, tile.config(), HOPPER)
