@@ -159,7 +159,7 @@ class Block:
     cols: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)  # no slots: the properties are kept
 class Layout:
     """A block's pixels in shared memory and a tile of ``count`` blocks."""
 
@@ -168,15 +168,15 @@ class Layout:
     count: int
     pixels: int  # N of the wgmma
 
-    @property
+    @functools.cached_property
     def whole_images(self) -> bool:
         return self.block.rows >= self.image.p and not self.image.is_line
 
-    @property
+    @functools.cached_property
     def whole_rows(self) -> bool:
         return self.block.cols >= self.image.q and not self.image.is_line
 
-    @property
+    @functools.cached_property
     def pitch(self) -> int:
         found = cols_of(self.image)
         if self.image.is_line:
@@ -185,7 +185,7 @@ class Layout:
             return max(axis.pitch(self.image.q) for axis in found)
         return self.block.cols + max(axis.reach for axis in found)
 
-    @property
+    @functools.cached_property
     def image_rows(self) -> int:
         """Rows of one image in a box."""
         found = rows_of(self.image)
@@ -194,23 +194,23 @@ class Layout:
             return max(axis.pitch(self.image.p) for axis in found)
         return self.tile_rows + max(axis.reach for axis in found)
 
-    @property
+    @functools.cached_property
     def tile_images(self) -> int:
         return self.block.images * self.count if self.whole_images else 1
 
-    @property
+    @functools.cached_property
     def tile_rows(self) -> int:
         if self.whole_images:
             return self.image.p
         return 1 if self.image.is_line else self.block.rows * self.count
 
-    @property
+    @functools.cached_property
     def tile_cols(self) -> int:
         if self.image.is_line:
             return self.pixels * self.count
         return min(self.block.cols, self.image.q)
 
-    @property
+    @functools.cached_property
     def used(self) -> int:
         """Pixels from a block's first output to its last."""
         if self.image.is_line:
@@ -221,7 +221,7 @@ class Layout:
             last = (images + self.image.p - 1) * self.pitch + self.tile_cols
         return last
 
-    @property
+    @functools.cached_property
     def block_pixels(self) -> int:
         """Pixels from one block to the next in a stage."""
         if self.image.is_line:
@@ -231,20 +231,20 @@ class Layout:
             rows = self.block.images * self.image_rows
         return rows * self.pitch
 
-    @property
+    @functools.cached_property
     def loads(self) -> int:
         if not self.image.is_line or self.tile_cols <= MAX_BOX:
             return 1
         return self.count
 
-    @property
+    @functools.cached_property
     def box(self) -> tuple[int, int, int]:
         """Images, rows and columns of one load."""
         if self.image.is_line:
             return 1, 1, self.tile_cols // self.loads
         return self.tile_images, self.image_rows, self.pitch
 
-    @property
+    @functools.cached_property
     def store_box(self) -> tuple[int, int, int]:
         if self.image.is_line:
             return 1, 1, self.pixels
@@ -254,28 +254,28 @@ class Layout:
             return self.block.images, self.image_rows, self.pitch
         return 1, self.block.rows, self.pitch
 
-    @property
+    @functools.cached_property
     def stores(self) -> int:
         return 1 if self.whole_rows or self.image.is_line else self.block.rows
 
-    @property
+    @functools.cached_property
     def load_bytes(self) -> int:
         images, rows, cols = self.box
         return images * rows * cols * ROW
 
-    @property
+    @functools.cached_property
     def stage_bytes(self) -> int:
-        reach = max(offset for _, offset, _ in self.taps())
+        reach = max(offset for _, offset, _ in self.taps)
         read = (self.count - 1) * self.block_pixels + self.pixels + reach
         return _up(max(self.loads * self.load_bytes, read * ROW), 1024)
 
-    @property
+    @functools.cached_property
     def slot_bytes(self) -> int:
         images, rows, cols = self.store_box
         stored = (self.stores - 1) * self.pitch + images * rows * cols
         return _up(max(self.pixels, stored) * ROW, 1024)
 
-    @property
+    @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
         """Image groups, row tiles and column tiles."""
         i = self.image
@@ -285,14 +285,17 @@ class Layout:
             -(-i.q // self.tile_cols),
         )
 
+    @functools.cached_property
     def phases(self) -> list[tuple[Axis, Axis]]:
         return [(r, c) for r in rows_of(self.image) for c in cols_of(self.image)]
 
+    @functools.cached_property
     def taps(self) -> list[tuple[int, int, int]]:
         """(phase, offset in pixels, position in the filter) in the order of reading."""
+        pitch = self.pitch
         return [
-            (phase, down * self.pitch + right, r * self.image.s + s)
-            for phase, (rows, cols) in enumerate(self.phases())
+            (phase, down * pitch + right, r * self.image.s + s)
+            for phase, (rows, cols) in enumerate(self.phases)
             for r, down in rows.taps
             for s, right in cols.taps
         ]
@@ -311,7 +314,7 @@ class Layout:
 
     def integers(self, filter_blocks: int) -> tuple[int, ...]:
         """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
-        i, phases, taps = self.image, self.phases(), self.taps()
+        i, phases, taps = self.image, self.phases, self.taps
         groups, row_tiles, col_tiles = self.tiles
         channel_tiles = -(-i.k // (CHUNK * filter_blocks))
         step = (1, 1) if i.folds else i.stride

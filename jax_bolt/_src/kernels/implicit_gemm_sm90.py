@@ -81,10 +81,6 @@ class Tile:
         """CTAs that share an SM."""
         return 2 if self.warpgroups == 1 else 1
 
-    @property
-    def registers(self) -> int:
-        return self.blocks * self.channel_blocks * self.pixels // 2
-
     def layout(self, image: Image) -> Layout:
         return Layout(image, self.block, self.blocks * self.warps_n, self.pixels)
 
@@ -160,6 +156,7 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=1024)  # every site of every trace asks
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first."""
     image = Image.of(region.problem)
@@ -219,10 +216,11 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
 
 
 def _tiles(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]:
+    columns = len(hoist.columns(epilogue))
     for block, pixels in _blocks(image):
         for shape in _SHAPES:
             blocks, channel_blocks, warps_m, warps_n, schedule = shape
-            if blocks * channel_blocks * pixels // 2 > _accumulators(shape, epilogue):
+            if blocks * channel_blocks * pixels // 2 > _accumulators(shape, columns):
                 continue
             if (channel_blocks * warps_m - 1) * CHUNK >= image.k:
                 continue  # blocks of channels that do not exist
@@ -260,16 +258,15 @@ _SHAPES = (
 )
 
 
-def _accumulators(shape: tuple[int, int, int, int, str], epilogue: ir.Epilogue) -> int:
-    """Registers of a thread that accumulators may take.
+def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
+    """Registers of a thread that accumulators may take beside ``columns`` per channel.
 
     Of 240, or 128 where two CTAs share an SM; addresses, the hoisted columns of two
     channels and what one step of the epilogue holds need the others.
     """
     _, channel_blocks, warps_m, warps_n, schedule = shape
-    columns = 2 * channel_blocks * len(hoist.columns(epilogue))
     alone = schedule == "pingpong" or warps_m * warps_n > 1
-    return (192 if alone else 80) - columns
+    return (192 if alone else 80) - 2 * channel_blocks * columns
 
 
 @functools.lru_cache(maxsize=512)
@@ -316,8 +313,8 @@ def _idle_blocks(layout: Layout) -> bool:
 def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | None:
     """``tile`` with as many stages as shared memory holds, or None."""
     image = layout.image
-    steps = image.chunks * len(layout.taps())
-    boxes = image.chunks * len(layout.phases())
+    steps = image.chunks * len(layout.taps)
+    boxes = image.chunks * len(layout.phases)
     per_sm = (
         arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
     )
@@ -346,7 +343,7 @@ def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | Non
         more = False
         if (
             pixels < min(8, max(2, 3 * boxes))
-            and pixels * len(layout.taps()) <= 2 * filters
+            and pixels * len(layout.taps) <= 2 * filters
             and left(pixels + 1, filters, slots) >= 0
         ):
             pixels, more = pixels + 1, True
@@ -403,8 +400,8 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     device memory's time, if that is longer still.
     """
     layout = tile.layout(image)
-    steps = image.chunks * len(layout.taps())
-    boxes = image.chunks * len(layout.phases())
+    steps = image.chunks * len(layout.taps)
+    boxes = image.chunks * len(layout.phases)
     tiles = _count(tile, image)
     grid = _grid(tile, image, arch)
     turns = -(-tiles // grid)
