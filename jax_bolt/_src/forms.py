@@ -203,23 +203,28 @@ def _space_to_depth_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return dataclasses.replace(
         problem,
         h=fh.blocks,
-        w=fw.blocks,
+        w=fw.lead + fw.blocks + fw.trail,
         c=_up(4 * problem.c, _unit(problem)),
         r=fh.taps,
         s=fw.taps,
         stride=(1, 1),
-        padding=(fh.lead, fh.trail, fw.lead, fw.trail),
+        padding=(fh.lead, fh.trail, 0, 0),
     )
 
 
 def _space_to_depth(problem: ir.ConvProblem, x, hwio):
-    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match."""
+    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match.
+
+    The padding in width is written out, for kernels that read several pixels as one.
+    """
     fh, fw = _folds(problem)
     c = _up(4 * problem.c, _unit(problem))
     zero = jnp.zeros((), x.dtype)
-    edges = [(0, 2 * f.blocks - n, 0) for f, n in ((fh, x.shape[1]), (fw, x.shape[2]))]
-    x = lax.pad(x, zero, [(0, 0, 0), *edges, (0, 0, 0)])
-    x = x.reshape(x.shape[0], fh.blocks, 2, fw.blocks, 2, problem.c)
+    down = (0, 2 * fh.blocks - x.shape[1], 0)
+    right = (2 * fw.lead, 2 * (fw.blocks + fw.trail) - x.shape[2], 0)
+    x = lax.pad(x, zero, [(0, 0, 0), down, right, (0, 0, 0)])
+    width = fw.lead + fw.blocks + fw.trail
+    x = x.reshape(x.shape[0], fh.blocks, 2, width, 2, problem.c)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(*x.shape[:3], 4 * problem.c)
     taps = [

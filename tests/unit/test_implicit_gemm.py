@@ -102,6 +102,12 @@ CONVS = [
     conv(2, 13, 15, 64, 128, 1, stride=(2, 2)),
     conv(2, 14, 14, 24, 8, 1, stride=(2, 2)),
     conv(2, 8, 8, 64, 8, 1, stride=(4, 4)),
+    # few channels, no padding in width: a filter's row is one wide pixel
+    conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0)),
+    hwio(conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0))),
+    conv(1, 9, 20, 8, 16, 3, stride=(2, 1), padding=(1, 1, 0, 0)),
+    conv(2, 8, 14, 24, 64, 5, dilation=(2, 1), padding=(4, 4, 0, 0)),
+    conv(3, 1, 40, 16, 16, 1, 4, padding=(0, 0, 0, 0)),
     # 5x5, 7x7, asymmetric padding
     conv(2, 14, 14, 24, 40, 5),
     conv(2, 9, 9, 64, 64, 5, stride=(2, 2), padding=(1, 2, 1, 2)),

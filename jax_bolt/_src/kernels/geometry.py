@@ -29,6 +29,7 @@ MAX_TAPS = 64
 class Image:
     """A problem as a conv: a product is a 1x1 conv over one row of M pixels.
 
+    ``pixel`` and ``row`` are elements from one input pixel or row to the next.
     ``k_outer``: the filter has its output channels outermost (KRSC), not innermost.
     """
 
@@ -41,6 +42,8 @@ class Image:
     s: int
     p: int
     q: int
+    pixel: int
+    row: int
     stride: tuple[int, int]
     padding: tuple[int, int]  # top, left
     dilation: tuple[int, int]
@@ -53,7 +56,7 @@ class Image:
         if isinstance(problem, ir.GemmProblem):
             g = problem
             return Image(
-                *(g.batch, 1, g.m, g.k, g.n, 1, 1, 1, g.m),
+                *(g.batch, 1, g.m, g.k, g.n, 1, 1, 1, g.m, g.k, g.m * g.k),
                 stride=(1, 1),
                 padding=(0, 0),
                 dilation=(1, 1),
@@ -62,8 +65,8 @@ class Image:
                 dtype=g.dtype,
             )
         p = problem
-        return Image(
-            *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q),
+        image = Image(
+            *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q, p.c, p.w * p.c),
             stride=p.stride,
             padding=(p.padding[0], p.padding[2]),
             dilation=p.dilation,
@@ -71,6 +74,22 @@ class Image:
             filters=1,
             dtype=p.dtype,
         )
+        return image.with_wide_pixels if p.padding[2:] == (0, 0) else image
+
+    @property
+    def with_wide_pixels(self) -> Image:
+        """A filter's row as channels of one wide pixel, where that saves chunks.
+
+        Neighbours overlap in memory, which a tensor map's strides can say. So a stem in
+        its space-to-depth form has a full chunk in each of 4 taps instead of one, three
+        quarters of it zeros, in each of 16. For images that are not padded in width: a
+        box's zeros are whole pixels.
+        """
+        c = self.s * self.c
+        narrow = self.s * self.chunks
+        if self.stride[1] != 1 or self.dilation[1] != 1 or -(-c // CHUNK) >= narrow:
+            return self
+        return dataclasses.replace(self, w=self.q, c=c, s=1)
 
     @property
     def chunks(self) -> int:
@@ -249,14 +268,18 @@ class Layout:
         if self.image.is_line:
             return 1, 1, self.pixels
         if not self.whole_rows:
-            return 1, 1, self.tile_cols
+            # Pixels between the rows would be stored over other tiles' outputs.
+            rows = self.block.rows if self.pitch == self.tile_cols else 1
+            return 1, rows, self.tile_cols
         if self.whole_images:
             return self.block.images, self.image_rows, self.pitch
         return 1, self.block.rows, self.pitch
 
     @functools.cached_property
     def stores(self) -> int:
-        return 1 if self.whole_rows or self.image.is_line else self.block.rows
+        if self.whole_rows or self.image.is_line or self.pitch == self.tile_cols:
+            return 1
+        return self.block.rows
 
     @functools.cached_property
     def load_bytes(self) -> int:
@@ -362,7 +385,7 @@ class Layout:
         dtype = recipe.DTYPES.index(i.dtype)
         item = 2
         sh, sw = i.stride if i.folds else (1, 1)
-        row = i.w * i.c * item
+        row = i.row * item
         images, rows, cols = self.box
         steps = (1, 1, 1, 1, 1)
         if not i.folds:
@@ -373,7 +396,7 @@ class Layout:
             operand=recipe.A,
             dtype=dtype,
             dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
-            strides=(sw * i.c * item, row, sh * row, i.h * row),
+            strides=(sw * i.pixel * item, row, sh * row, i.h * row),
             box=(CHUNK, cols, 1, rows, images),
             steps=steps,
             swizzle=128,

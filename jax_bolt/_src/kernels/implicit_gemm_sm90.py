@@ -140,10 +140,10 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:
         return "an empty filter or negative padding"
-    if image.c % 8 or image.k % 8:
+    if image.pixel % 8 or image.k % 8:
         return (
-            f"{image.c} input or {image.k} output channels are not a multiple of 8: "
-            "TMA needs rows of a multiple of 16 bytes"
+            f"{image.pixel} input or {image.k} output channels are not a multiple of "
+            "8: TMA needs rows of a multiple of 16 bytes"
         )
     if image.r * image.s > MAX_TAPS:
         return f"a filter of {image.r}x{image.s}, more than {MAX_TAPS} taps"
