@@ -28,23 +28,22 @@ struct Wgmma;
   template <gmma::Major kMajorA>                                              \
   struct Wgmma<cutlass::half_t, N, kMajorA> {                                 \
     using Op = gmma::MMA_64x##N##x16_F32F16F16_SS<kMajorA, gmma::Major::K>;   \
-  };
+  }
 // clang-format off
-JAX_BOLT_WGMMA(8)   JAX_BOLT_WGMMA(16)  JAX_BOLT_WGMMA(24)  JAX_BOLT_WGMMA(32)
-JAX_BOLT_WGMMA(40)  JAX_BOLT_WGMMA(48)  JAX_BOLT_WGMMA(56)  JAX_BOLT_WGMMA(64)
-JAX_BOLT_WGMMA(72)  JAX_BOLT_WGMMA(80)  JAX_BOLT_WGMMA(88)  JAX_BOLT_WGMMA(96)
-JAX_BOLT_WGMMA(104) JAX_BOLT_WGMMA(112) JAX_BOLT_WGMMA(120) JAX_BOLT_WGMMA(128)
-JAX_BOLT_WGMMA(136) JAX_BOLT_WGMMA(144) JAX_BOLT_WGMMA(152) JAX_BOLT_WGMMA(160)
-JAX_BOLT_WGMMA(168) JAX_BOLT_WGMMA(176) JAX_BOLT_WGMMA(184) JAX_BOLT_WGMMA(192)
-JAX_BOLT_WGMMA(200) JAX_BOLT_WGMMA(208) JAX_BOLT_WGMMA(216) JAX_BOLT_WGMMA(224)
-JAX_BOLT_WGMMA(232) JAX_BOLT_WGMMA(240) JAX_BOLT_WGMMA(248) JAX_BOLT_WGMMA(256)
+JAX_BOLT_WGMMA(8);   JAX_BOLT_WGMMA(16);  JAX_BOLT_WGMMA(24);  JAX_BOLT_WGMMA(32);
+JAX_BOLT_WGMMA(40);  JAX_BOLT_WGMMA(48);  JAX_BOLT_WGMMA(56);  JAX_BOLT_WGMMA(64);
+JAX_BOLT_WGMMA(72);  JAX_BOLT_WGMMA(80);  JAX_BOLT_WGMMA(88);  JAX_BOLT_WGMMA(96);
+JAX_BOLT_WGMMA(104); JAX_BOLT_WGMMA(112); JAX_BOLT_WGMMA(120); JAX_BOLT_WGMMA(128);
+JAX_BOLT_WGMMA(136); JAX_BOLT_WGMMA(144); JAX_BOLT_WGMMA(152); JAX_BOLT_WGMMA(160);
+JAX_BOLT_WGMMA(168); JAX_BOLT_WGMMA(176); JAX_BOLT_WGMMA(184); JAX_BOLT_WGMMA(192);
+JAX_BOLT_WGMMA(200); JAX_BOLT_WGMMA(208); JAX_BOLT_WGMMA(216); JAX_BOLT_WGMMA(224);
+JAX_BOLT_WGMMA(232); JAX_BOLT_WGMMA(240); JAX_BOLT_WGMMA(248); JAX_BOLT_WGMMA(256);
 // clang-format on
 #undef JAX_BOLT_WGMMA
 
-                                template <class Op, std::size_t... I>
-                                __device__ __forceinline__
-    void wgmma(std::uint64_t a, std::uint64_t b, float* d, gmma::ScaleOut scale,
-               std::index_sequence<I...>) {
+template <class Op, std::size_t... I>
+__device__ __forceinline__ void wgmma(std::uint64_t a, std::uint64_t b, float* d,
+                                      gmma::ScaleOut scale, std::index_sequence<I...>) {
   Op::fma(a, b, d[I]..., scale);
 }
 

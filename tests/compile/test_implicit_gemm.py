@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper family with the real nvcc: every kind of tile, no spills, full speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from jax_bolt._src import arch, ir, options
+from jax_bolt._src.jit import codegen, compiler, toolchain
+from jax_bolt._src.kernels import implicit_gemm_sm90 as family
+
+HOPPER = arch.from_name("sm_90a")
+
+
+def bias_silu(sides: int, dtype: ir.DType) -> ir.Epilogue:
+    """silu(acc + bias) plus the side inputs: the longest of the usual epilogues."""
+    ops = [ir.Op("acc"), ir.Op("vector", (), 0), ir.Op("add", (0, 1))]
+    ops += [ir.Op("logistic", (2,)), ir.Op("mul", (2, 3))]
+    for side in range(sides):
+        ops += [ir.Op("side", (), side), ir.Op("add", (len(ops) - 1, len(ops)))]
+    return ir.Epilogue(
+        ops=tuple(ops),
+        result=len(ops) - 1,
+        out_dtype=dtype,
+        vectors=(ir.Vector("f32"),),
+        sides=(dtype,) * sides,
+    )
+
+
+def largest(region: ir.Region, **wanted: object) -> family.Tile:
+    """Of the tiles with these traits, the one with the most accumulators."""
+    image = family.Image.of(region.problem)
+    found = [
+        tile
+        for tile in family._tiles(image, region.epilogue, HOPPER)
+        if all(getattr(tile, name) == value for name, value in wanted.items())
+    ]
+    return max(found, key=lambda t: t.blocks * t.channel_blocks * t.pixels)
+
+
+@pytest.mark.parametrize(
+    ("traits", "sides", "dtype", "layout"),
+    [
+        ({"schedule": "cooperative", "warps_m": 2}, 1, "bf16", "hwio"),
+        ({"schedule": "cooperative", "warps_n": 2, "blocks": 2}, 0, "bf16", "hwio"),
+        ({"schedule": "cooperative", "channel_blocks": 2}, 2, "f16", "krsc"),
+        ({"schedule": "pingpong", "resident": 1}, 0, "bf16", "krsc"),
+        ({"schedule": "pingpong", "channel_blocks": 2}, 1, "bf16", "hwio"),
+        ({"schedule": "cooperative", "warpgroups": 1}, 1, "f16", "hwio"),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_the_largest_tiles_neither_spill_nor_serialise(
+    tmp_path, traits, sides, dtype, layout
+):
+    problem = ir.ConvProblem(
+        n=32, h=28, w=28, c=128, k=128, r=3, s=3, padding=(1, 1, 1, 1), dtype=dtype
+    )
+    problem = dataclasses.replace(problem, filter_layout=layout)
+    region = ir.Region(problem=problem, epilogue=bias_silu(sides, dtype))
+    tile = largest(region, **traits)
+    source = codegen.source(region, family, tile.config(), HOPPER)
+    found = toolchain.find(options.current())
+    binary = compiler.compile(found, source, HOPPER, tmp_path)
+    assert binary.suffix == ".cubin"
+    log = (tmp_path / compiler.LOG).read_text()
+    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", log), log
+    assert "C751" not in log, log
