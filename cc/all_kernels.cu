@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One instantiation of every kernel template: what an IDE indexes, and a compile check without a
-// GPU. A generated TU has one functor and one JAX_BOLT_KERNEL
-// or JAX_BOLT_DEVICE_KERNEL instead. The sm90 templates need
-// -gencode=arch=compute_90a,code=sm_90a.
+// GPU. A generated TU has one functor and one JAX_BOLT_KERNEL or JAX_BOLT_DEVICE_KERNEL instead.
+// The sm90 templates need -gencode=arch=compute_90a,code=sm_90a.
 
 #include "jax_bolt/conv/sm80.hpp"
 #include "jax_bolt/gemm/sm80.hpp"
