@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 from .. import ir
 from . import recipe
@@ -112,6 +113,15 @@ class Image:
             and self.h % self.stride[0] == 0
             and self.w % self.stride[1] == 0
         )
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Pixels of the map between two that a box takes, down and right."""
+        return (1, 1) if self.folds else self.stride
+
+    def channel_tiles(self, filter_blocks: int) -> int:
+        """Tiles of ``filter_blocks`` times 64 output channels."""
+        return -(-self.k // (CHUNK * filter_blocks))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -264,6 +274,13 @@ class Layout:
         return self.tile_images, self.image_rows, self.pitch
 
     @functools.cached_property
+    def source_box(self) -> tuple[int, int, int]:
+        """The same, with the pixels that the box steps over."""
+        images, rows, cols = self.box
+        down, right = self.image.steps
+        return images, (rows - 1) * down + 1, (cols - 1) * right + 1
+
+    @functools.cached_property
     def store_box(self) -> tuple[int, int, int]:
         if self.image.is_line:
             return 1, 1, self.pixels
@@ -290,13 +307,13 @@ class Layout:
     def stage_bytes(self) -> int:
         reach = max(offset for _, offset, _ in self.taps)
         read = (self.count - 1) * self.block_pixels + self.pixels + reach
-        return _up(max(self.loads * self.load_bytes, read * ROW), 1024)
+        return round_up(max(self.loads * self.load_bytes, read * ROW), 1024)
 
     @functools.cached_property
     def slot_bytes(self) -> int:
         images, rows, cols = self.store_box
         stored = (self.stores - 1) * self.pitch + images * rows * cols
-        return _up(max(self.pixels, stored) * ROW, 1024)
+        return round_up(max(self.pixels, stored) * ROW, 1024)
 
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
@@ -323,13 +340,19 @@ class Layout:
             for s, right in cols.taps
         ]
 
+    @property
+    def filter_steps(self) -> int:
+        """Filter stages that a tile reads: one for every tap of every chunk."""
+        return self.image.chunks * len(self.taps)
+
+    @property
+    def pixel_steps(self) -> int:
+        """Pixel stages that a tile reads: one for every phase of every chunk."""
+        return self.image.chunks * len(self.phases)
+
     def problem(self) -> str | None:
         """Why the block does not fit TMA or the wgmma, or None."""
-        images, rows, cols = self.box
-        if not self.image.folds:
-            rows = (rows - 1) * self.image.stride[0] + 1
-            cols = (cols - 1) * self.image.stride[1] + 1
-        if max(images, rows, cols, *self.store_box) > MAX_BOX:
+        if max(*self.source_box, *self.store_box) > MAX_BOX:
             return "a box above 256 pixels"
         if self.used > self.pixels:
             return "more pixels than the accumulator has"
@@ -338,17 +361,17 @@ class Layout:
     def integers(self, filter_blocks: int) -> tuple[int, ...]:
         """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
         i, phases, taps = self.image, self.phases, self.taps
-        groups, row_tiles, col_tiles = self.tiles
-        channel_tiles = -(-i.k // (CHUNK * filter_blocks))
-        step = (1, 1) if i.folds else i.stride
+        _, row_tiles, col_tiles = self.tiles
+        channel_tiles = i.channel_tiles(filter_blocks)
+        down, right = i.steps
         images, rows, cols = self.store_box
         whole, line = self.whole_images, i.is_line
         numbers = [
             i.k,
-            *(groups * row_tiles * col_tiles * channel_tiles, channel_tiles),
+            *(math.prod(self.tiles) * channel_tiles, channel_tiles),
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
-            *(i.chunks, len(phases), *step),
+            *(i.chunks, len(phases), down, right),
             *(self.loads, self.box[2], self.load_bytes, self.stage_bytes),
             *(
                 self.block_pixels * ROW,
@@ -364,14 +387,14 @@ class Layout:
             [c.remainder * i.c if i.folds else 0 for _, c in phases], MAX_PHASES
         )
         numbers += _filled(
-            [c.base if i.folds else c.base * step[1] + c.remainder for _, c in phases],
+            [c.base if i.folds else c.base * right + c.remainder for _, c in phases],
             MAX_PHASES,
         )
         numbers += _filled(
             [r.remainder if i.folds else 0 for r, _ in phases], MAX_PHASES
         )
         numbers += _filled(
-            [r.base if i.folds else r.base * step[0] + r.remainder for r, _ in phases],
+            [r.base if i.folds else r.base * down + r.remainder for r, _ in phases],
             MAX_PHASES,
         )
         numbers += _filled([len(r.taps) * len(c.taps) for r, c in phases], MAX_PHASES)
@@ -386,19 +409,15 @@ class Layout:
         item = 2
         sh, sw = i.stride if i.folds else (1, 1)
         row = i.row * item
-        images, rows, cols = self.box
-        steps = (1, 1, 1, 1, 1)
-        if not i.folds:
-            rows = (rows - 1) * i.stride[0] + 1
-            cols = (cols - 1) * i.stride[1] + 1
-            steps = (1, i.stride[1], 1, i.stride[0], 1)
+        images, rows, cols = self.source_box
+        down, right = i.steps
         pixels = TensorMap(
             operand=recipe.A,
             dtype=dtype,
             dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
             strides=(sw * i.pixel * item, row, sh * row, i.h * row),
             box=(CHUNK, cols, 1, rows, images),
-            steps=steps,
+            steps=(1, right, 1, down, 1),
             swizzle=128,
         )
         taps = i.r * i.s
@@ -443,5 +462,5 @@ def _filled(values: list[int], size: int) -> list[int]:
     return values + [0] * (size - len(values))
 
 
-def _up(value: int, unit: int) -> int:
+def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

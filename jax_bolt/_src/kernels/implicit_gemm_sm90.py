@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 from .. import ir
@@ -25,6 +26,7 @@ from .geometry import (
     Image,
     Layout,
     cols_of,
+    round_up,
     rows_of,
 )
 from .recipe import Recipe
@@ -203,7 +205,6 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=_grid(tile, image, arch),
-        cluster=1,
         smem_bytes=_shared_bytes(tile, layout, len(epilogue.sides)),
         programmatic=True,
         maps=layout.maps(tile.filter_blocks, len(epilogue.sides)),
@@ -276,13 +277,13 @@ def _blocks(image: Image) -> tuple[tuple[Block, int], ...]:
     if image.is_line:
         # As few as there are, for small batches; then what divides the work well.
         sizes = {n for n in (16, 32, 64, 96, 128, 160, 192, 208, 224, 256)}
-        sizes |= {_up8(-(-image.q // n)) for n in (1, 2, 3, 4, 8)}
+        sizes |= {round_up(-(-image.q // n), 8) for n in (1, 2, 3, 4, 8)}
         return tuple((Block(1, 1, n), n) for n in sorted(sizes) if 8 <= n <= 256)
 
     def add(block: Block) -> None:
         used = Layout(image, block, 1, 256).used
         if 0 < used <= 256:
-            found.append((block, _up8(used)))
+            found.append((block, round_up(used, 8)))
 
     for images in (1, 2, 4):
         if images <= image.n:
@@ -313,25 +314,20 @@ def _idle_blocks(layout: Layout) -> bool:
 def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | None:
     """``tile`` with as many stages as shared memory holds, or None."""
     image = layout.image
-    steps = image.chunks * len(layout.taps)
-    boxes = image.chunks * len(layout.phases)
+    steps, boxes = layout.filter_steps, layout.pixel_steps
     per_sm = (
         arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
     )
-    filter_bytes = _FILTER_BLOCK * tile.filter_blocks
     slots = 1 if tile.schedule == "cooperative" and not sides else 2
     fixed = 2048  # barriers, and alignment
     if tile.resident:
-        channel_tiles = -(-image.k // (CHUNK * tile.filter_blocks))
         if steps > 64 or image.filters > 1:
             return None
-        if _grid(tile, image, arch) % channel_tiles:
+        if _grid(tile, image, arch) % image.channel_tiles(tile.filter_blocks):
             return None
-    slot = layout.slot_bytes * max(1, sides) * tile.warpgroups
 
-    def left(pixel_stages: int, filter_stages: int, store_stages: int) -> int:
-        used = pixel_stages * layout.stage_bytes + filter_stages * filter_bytes
-        return per_sm - fixed - used - store_stages * slot
+    def left(*stages: int) -> int:
+        return per_sm - fixed - _ring_bytes(tile, layout, sides, *stages)
 
     filters = steps if tile.resident else min(4, max(2, steps))
     pixels = 2
@@ -364,26 +360,36 @@ def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | Non
     )
 
 
-def _shared_bytes(tile: Tile, layout: Layout, sides: int) -> int:
-    barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
-    barriers += 2 * tile.warpgroups * tile.store_stages
-    slots = tile.warpgroups * tile.store_stages * max(1, sides)
+def _ring_bytes(
+    tile: Tile,
+    layout: Layout,
+    sides: int,
+    pixel_stages: int,
+    filter_stages: int,
+    store_stages: int,
+) -> int:
     return (
-        tile.pixel_stages * layout.stage_bytes
-        + tile.filter_stages * _FILTER_BLOCK * tile.filter_blocks
-        + slots * layout.slot_bytes
-        + barriers * 8
+        pixel_stages * layout.stage_bytes
+        + filter_stages * _FILTER_BLOCK * tile.filter_blocks
+        + store_stages * tile.warpgroups * max(1, sides) * layout.slot_bytes
     )
 
 
+def _shared_bytes(tile: Tile, layout: Layout, sides: int) -> int:
+    stages = (tile.pixel_stages, tile.filter_stages, tile.store_stages)
+    barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
+    barriers += 2 * tile.warpgroups * tile.store_stages
+    return _ring_bytes(tile, layout, sides, *stages) + barriers * 8
+
+
 def _count(tile: Tile, image: Image) -> int:
-    groups, rows, cols = tile.layout(image).tiles
-    return groups * rows * cols * -(-image.k // (CHUNK * tile.filter_blocks))
+    channel_tiles = image.channel_tiles(tile.filter_blocks)
+    return math.prod(tile.layout(image).tiles) * channel_tiles
 
 
 def _grid(tile: Tile, image: Image, arch: GpuArch) -> int:
     most = min(_count(tile, image), arch.sm_count * tile.ctas)
-    channel_tiles = -(-image.k // (CHUNK * tile.filter_blocks))
+    channel_tiles = image.channel_tiles(tile.filter_blocks)
     if tile.resident and most >= channel_tiles:
         # A CTA keeps its channels: tiles go around in steps of the grid.
         return most // channel_tiles * channel_tiles
@@ -400,8 +406,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     device memory's time, if that is longer still.
     """
     layout = tile.layout(image)
-    steps = image.chunks * len(layout.taps)
-    boxes = image.chunks * len(layout.phases)
+    steps, boxes = layout.filter_steps, layout.pixel_steps
     tiles = _count(tile, image)
     grid = _grid(tile, image, arch)
     turns = -(-tiles // grid)
@@ -424,7 +429,3 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
     memory = region.bytes_moved / arch.bandwidth / 0.92 * _CLOCK
     return _START + first + max(own, memory) + 0.05 * min(own, memory)
-
-
-def _up8(value: int) -> int:
-    return -(-value // 8) * 8
