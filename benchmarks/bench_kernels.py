@@ -90,7 +90,7 @@ def run(problems: Sequence[Problem], target: search.Target, args: Any) -> int:
                 print(f"{problem.text}: {failure}", file=sys.stderr, flush=True)
             # After every problem: a run that is cut short keeps what it measured.
             _write(path, document)
-    except kernel_times.Stopped as reason:
+    except search.Stopped as reason:
         document["not_reached"] = [p.region.text for p in problems[len(results) :]]
         print(f"stopped: {reason}; {len(problems) - len(results)} problems not reached")
     measure.release()

@@ -11,6 +11,7 @@ every call.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import time
@@ -36,13 +37,6 @@ _COMPILING = 0.6
 _MAX_SETS = 32
 _CALLS = re.compile(r'custom_call_target="([^"]+)"|"kind":"(__[^"]+)"')
 
-# source -> its digest, and its artifact's path or the CompileError
-Built = dict[str, tuple[str, Any]]
-
-
-class Stopped(Exception):
-    """The budget is spent."""
-
 
 class Clock:
     """Raises Stopped once ``budget_s`` is spent, or a share of it."""
@@ -53,38 +47,30 @@ class Clock:
 
     def check(self, share: float = 1.0) -> None:
         if time.monotonic() - self._began > share * self._budget_s:
-            raise Stopped(f"{share:.0%} of the budget of {self._budget_s:.0f} s spent")
+            spent = f"{share:.0%} of the budget of {self._budget_s:.0f} s spent"
+            raise search.Stopped(spent)
 
 
 def build(
     candidates: Sequence[Candidate], target: search.Target, clock: Clock
-) -> Built:
+) -> search.Built:
     """Compiles all of them together; what the budget does not reach is an error."""
-    sources = list(dict.fromkeys(c.source for c in candidates))
-    digests = {
-        source: target.kernels.digest(target.toolchain, source, target.arch)
-        for source in sources
-    }
-    results: dict[str, Any] = {}
+    count = len({c.source for c in candidates})
+    done = itertools.count(1)
 
-    def on_done(digest: str, result: Any) -> None:
-        results[digest] = result
-        if len(results) % 20 == 0 or len(results) == len(sources):
-            print(f"  {len(results)} of {len(sources)} kernels built", flush=True)
+    def step(_: str) -> None:
+        built = next(done)
+        if built % 20 == 0 or built == count:
+            print(f"  {built} of {count} kernels built", flush=True)
         clock.check(_COMPILING)
 
-    with contextlib.suppress(Stopped):
-        target.kernels.build(
-            target.toolchain, sources, target.arch, target.jobs, on_done
-        )
-    missing = CompileError("not compiled: the budget was spent before")
-    return {s: (d, results.get(d, missing)) for s, d in digests.items()}
+    return search.build(candidates, target, step)
 
 
 def measure_problem(
     problem: Problem,
     candidates: Sequence[Candidate],
-    built: Built,
+    built: search.Built,
     target: search.Target,
     ceilings: floor.Ceilings,
     clock: Clock,
@@ -185,7 +171,7 @@ def _kernels(
     result: dict[str, Any],
     operands: measure.Operands,
     candidates: Sequence[Candidate],
-    built: Built,
+    built: search.Built,
     target: search.Target,
     clock: Clock,
 ) -> None:
@@ -226,7 +212,7 @@ def _timed(
     entries: list[dict[str, Any]],
     operands: measure.Operands,
     candidates: Sequence[Candidate],
-    built: Built,
+    built: search.Built,
     target: search.Target,
     clock: Clock,
 ) -> list[tuple[invoke.Executable, dict[str, Any]]]:
@@ -327,7 +313,7 @@ def _noting(failures: list[str], what: str) -> Iterator[None]:
     """A failing part must not end the run."""
     try:
         yield
-    except Stopped:
+    except search.Stopped:
         raise
     except Exception as error:
         failures.append(f"{what}: {type(error).__name__}: {_first_line(error)}")

@@ -15,9 +15,9 @@ import importlib.metadata
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -70,7 +70,11 @@ class Untunable(Exception):
     """Why a region could not be tuned; it runs on XLA in this process."""
 
 
-class _Stopped(Exception):
+# source -> (its digest, the path of its artifact or the CompileError)
+Built: TypeAlias = dict[str, tuple[str, Any]]
+
+
+class Stopped(Exception):
     """The caller no longer waits, or the budget is spent."""
 
 
@@ -125,11 +129,11 @@ class _Run:
         self._deadline = None if budget_s is None else time.monotonic() + budget_s
 
     def check(self) -> None:
-        """Raises _Stopped when it is time to stop."""
+        """Raises Stopped when it is time to stop."""
         if self.stop.is_set():
-            raise _Stopped("tuning was interrupted")
+            raise Stopped("tuning was interrupted")
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise _Stopped(f"the tuning budget of {self._budget_s} s is spent")
+            raise Stopped(f"the tuning budget of {self._budget_s} s is spent")
 
     def tune(self, sites: list[SiteInfo]) -> None:
         target = self.target
@@ -148,14 +152,12 @@ class _Run:
                 self.progress.step(site.label)
         measure.release()
 
-    def _tune_one(
-        self, site: SiteInfo, found: list[Candidate], built: dict[str, Any]
-    ) -> None:
+    def _tune_one(self, site: SiteInfo, found: list[Candidate], built: Built) -> None:
         try:
             self.check()
             with _memory_guard():
                 entry = _tune_site(site, found, built, self)
-        except (_Stopped, Untunable) as reason:
+        except (Stopped, Untunable) as reason:
             self.failures[site.region.text] = str(reason)
         except Exception as error:  # a fault of the device, say: the others may work
             logger.info("%s", site, exc_info=True)
@@ -166,28 +168,40 @@ class _Run:
             self.target.results.put(self.target.arch, {site.region: entry})
             self.progress.result(entry)
 
-    def _build(self, candidates: list[Candidate]) -> dict[str, Any]:
-        """source -> (its digest, the path of its artifact or the CompileError)."""
-        target = self.target
-        sources = list(dict.fromkeys(c.source for c in candidates))
-        keys = {
-            source: target.kernels.digest(target.toolchain, source, target.arch)
-            for source in sources
-        }
-        results: dict[str, Any] = {}
-
-        def on_done(digest: str, result: Any) -> None:
-            results[digest] = result
+    def _build(self, candidates: list[Candidate]) -> Built:
+        def step(digest: str) -> None:
             self.progress.step(digest[:8])
-            self.check()  # raising ends the compilers
+            self.check()
 
-        self.progress.start("compiling", len(sources))
-        with contextlib.suppress(_Stopped):
-            target.kernels.build(
-                target.toolchain, sources, target.arch, target.jobs, on_done
-            )
-        missing = CompileError("not compiled: tuning stopped before")
-        return {s: (keys[s], results.get(keys[s], missing)) for s in sources}
+        self.progress.start("compiling", len({c.source for c in candidates}))
+        return build(candidates, self.target, step)
+
+
+def build(
+    candidates: Sequence[Candidate], target: Target, step: Callable[[str], None]
+) -> Built:
+    """Compiles all of them together.
+
+    ``step`` is called with the digest of every kernel that is done. It may raise
+    Stopped, which ends the compilers; what they had left is a CompileError.
+    """
+    sources = list(dict.fromkeys(c.source for c in candidates))
+    keys = {
+        source: target.kernels.digest(target.toolchain, source, target.arch)
+        for source in sources
+    }
+    results: dict[str, Any] = {}
+
+    def on_done(digest: str, result: Any) -> None:
+        results[digest] = result
+        step(digest)
+
+    with contextlib.suppress(Stopped):
+        target.kernels.build(
+            target.toolchain, sources, target.arch, target.jobs, on_done
+        )
+    missing = CompileError("not compiled: tuning stopped before")
+    return {s: (keys[s], results.get(keys[s], missing)) for s in sources}
 
 
 @contextlib.contextmanager
@@ -211,7 +225,7 @@ class _Timed:
 
 
 def _tune_site(
-    site: SiteInfo, found: list[Candidate], built: dict[str, Any], run: _Run
+    site: SiteInfo, found: list[Candidate], built: Built, run: _Run
 ) -> db.Entry:
     target = run.target
     operands = measure.make_operands(site, target.arch.l2_bytes)
@@ -277,7 +291,7 @@ def _with_best(
 def _time_kernels(
     site: SiteInfo,
     found: list[Candidate],
-    built: dict[str, Any],
+    built: Built,
     operands: measure.Operands,
     run: _Run,
     problems: list[str],
