@@ -91,10 +91,6 @@ CubinKernel::CubinKernel(const std::string& path) : driver_(Driver::Get()) {
   size_t offset = 0;
   driver_.Check(driver_.KernelGetParamInfo(kernel_, 0, &offset, &parameter_bytes_),
                 "cuKernelGetParamInfo");
-  size_t second = 0;
-  if (driver_.KernelGetParamInfo(kernel_, 1, &offset, &second) == kCuSuccess) {
-    throw DriverError("jax_bolt_kernel has more than one parameter");
-  }
 }
 
 CubinKernel::~CubinKernel() = default;

@@ -89,6 +89,7 @@ class Arguments:
     pixel_stages: int
     filter_stages: int
     store_stages: int
+    splits: int
 
     @staticmethod
     def of(instance: str) -> Arguments:
@@ -117,6 +118,7 @@ class Arguments:
             pixel_stages=int(given["kPixelStages"]),
             filter_stages=int(given["kFilterStages"]),
             store_stages=int(given["kStoreStages"]),
+            splits=int(given["kSplits"]),
         )
 
     @property
@@ -255,8 +257,14 @@ class Launch:
         assert t.warpgroups in (1, 2)
         assert not t.ping_pong or t.warps_m * t.warps_n == 1
         assert recipe.threads == 128 * (t.warpgroups + 1)
-        assert recipe.cluster == 1 and recipe.programmatic
-        assert 1 <= recipe.grid <= g.tiles
+        assert recipe.cluster == t.splits and recipe.programmatic
+        if t.splits == 1:
+            assert 1 <= recipe.grid <= g.tiles
+        else:
+            # A cluster has one tile, a warpgroup one block, and every CTA some chunks.
+            assert recipe.grid == g.tiles * t.splits and t.splits <= g.chunks
+            assert not t.ping_pong and not t.resident
+            assert t.blocks * t.channel_blocks == 1
         # A stage is free only after the next one's first product was issued.
         assert t.pixel_stages >= 2
         if t.resident:
@@ -272,8 +280,10 @@ class Launch:
         assert all(side.bytes == g.side_bytes for side in self.sides)
         slots = t.warpgroups * t.store_stages * max(1, len(self.sides))
         barriers = 2 * t.pixel_stages + 2 * t.filter_stages
-        barriers += 2 * t.warpgroups * t.store_stages
+        barriers += 2 * t.warpgroups * (t.store_stages + 1)
         used = t.pixel_stages * g.stage_bytes + t.filter_stages * t.filter_stage
+        groups = -(-(t.pixels // 8) // t.splits)
+        used += t.warpgroups * (t.splits - 1) * groups * 8 * CHUNK * 4
         used += slots * g.slot_bytes + 8 * barriers
         assert used <= recipe.smem_bytes <= SHARED_BYTES[t.ctas]
 
@@ -284,12 +294,13 @@ class Launch:
 
     def run(self) -> Launch:
         with np.errstate(invalid="ignore"):
-            for cta in range(self.grid):
-                self._run(range(cta, self.g.tiles, self.grid))
+            clusters = self.grid // self.t.splits
+            for cluster in range(clusters):
+                self._run(range(cluster, self.g.tiles, clusters))
         return self
 
     def _run(self, indices: range) -> None:
-        """The tiles of one CTA. With a resident filter the first one's serves all."""
+        """The tiles of one CTA or cluster. With a resident filter the first one's serves all."""
         g, resident = self.g, None
         for index in indices:
             channel, image, row, col = self._origin(index)

@@ -158,6 +158,7 @@ GEMMS = [
     gemm(70, 48, 24, batch=3),
     gemm(130, 200, 72, batch=5, b_layout="col"),
     gemm(520, 64, 64, batch=2),
+    gemm(40, 72, 1000),
 ]
 PROBLEMS: list[ir.Problem] = [
     *CONVS,
@@ -277,6 +278,9 @@ def test_the_problems_cover_every_kind_of_tile():
             blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
     assert kinds == set(implicit_gemm_sm90._SHAPES)
     assert resident == {0, 1}
+    deep = Image.of(gemm(40, 72, 1000))
+    splits = {t.splits for t in implicit_gemm_sm90._tiles(deep, PLAIN, HOPPER)}
+    assert splits == {1, 2, 3, 4, 6, 8}
     assert blocks == {
         *((whole, rows, False) for whole in (True, False) for rows in (True, False)),
         (False, False, True),

@@ -45,6 +45,7 @@ _MAX_EXTENT = 2**31 - 1 - 65536  # the kernel counts pixels and tiles in 32 bits
 _START = 6000  # from launch to the first product, and the last store
 _FINISH = 2500  # a block's epilogue and store, nothing overlapping
 _TURN = 500  # from one tile to the next
+_EXCHANGE = 2500  # of sums and results between the CTAs of a split tile
 _LOAD_RATE = 48.0  # bytes a cycle from L2 into shared memory
 _CLOCK = 1.7e9
 
@@ -55,7 +56,7 @@ class Tile:
 
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
-    pixels.
+    pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels.
     """
 
     pixels: int
@@ -69,6 +70,7 @@ class Tile:
     pixel_stages: int = 0
     filter_stages: int = 0
     store_stages: int = 0
+    splits: int = 1
 
     @property
     def filter_blocks(self) -> int:
@@ -97,6 +99,7 @@ class Tile:
             resident=self.resident,
             block=f"{b.images}x{b.rows}x{b.cols}",
             stages=f"{self.pixel_stages}x{self.filter_stages}x{self.store_stages}",
+            splits=self.splits,
         )
 
     @staticmethod
@@ -120,6 +123,7 @@ class Tile:
             pixel_stages=pixel_stages,
             filter_stages=filter_stages,
             store_stages=store_stages,
+            splits=int(config["splits"]),
         )
 
 
@@ -191,7 +195,7 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
         "true" if tile.resident else "false",
-        *(tile.pixel_stages, tile.filter_stages, tile.store_stages),
+        *(tile.pixel_stages, tile.filter_stages, tile.store_stages, tile.splits),
     )
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
 
@@ -205,6 +209,7 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=_grid(tile, image, arch),
+        cluster=tile.splits,
         smem_bytes=_shared_bytes(tile, layout, len(epilogue.sides)),
         programmatic=True,
         maps=layout.maps(tile.filter_blocks, len(epilogue.sides)),
@@ -233,13 +238,13 @@ def _tiles(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]
                 continue
             if blocks * warps_n > 1 and _idle_blocks(layout):
                 continue
-            for resident in (0, 1):
-                tile = _staged(
-                    dataclasses.replace(base, resident=resident),
-                    layout,
-                    len(epilogue.sides),
-                    arch,
-                )
+            variants = [base, dataclasses.replace(base, resident=1)]
+            variants += [
+                dataclasses.replace(base, splits=splits)
+                for splits in _splits(base, image, arch)
+            ]
+            for variant in variants:
+                tile = _staged(variant, layout, len(epilogue.sides), arch)
                 if tile is not None:
                     yield tile
 
@@ -257,6 +262,14 @@ _SHAPES = (
     (1, 1, 1, 1, "cooperative"),
     (1, 2, 1, 1, "cooperative"),
 )
+
+
+def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
+    """CTAs that may share a tile: where one each would leave half of the SMs idle."""
+    if tile.schedule == "pingpong" or tile.blocks * tile.channel_blocks > 1:
+        return []
+    room = arch.sm_count * tile.ctas // _count(tile, image)
+    return [n for n in (2, 3, 4, 6, 8) if n <= min(room, image.chunks)]
 
 
 def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
@@ -314,7 +327,7 @@ def _idle_blocks(layout: Layout) -> bool:
 def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | None:
     """``tile`` with as many stages as shared memory holds, or None."""
     image = layout.image
-    steps, boxes = layout.filter_steps, layout.pixel_steps
+    steps, boxes = _steps(tile, layout)
     per_sm = (
         arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
     )
@@ -372,13 +385,20 @@ def _ring_bytes(
         pixel_stages * layout.stage_bytes
         + filter_stages * _FILTER_BLOCK * tile.filter_blocks
         + store_stages * tile.warpgroups * max(1, sides) * layout.slot_bytes
+        + _partial_bytes(tile)
     )
+
+
+def _partial_bytes(tile: Tile) -> int:
+    """Sums that a CTA of a split tile gets from the others."""
+    groups = -(-(tile.pixels // 8) // tile.splits)
+    return tile.warpgroups * (tile.splits - 1) * groups * 8 * CHUNK * 4
 
 
 def _shared_bytes(tile: Tile, layout: Layout, sides: int) -> int:
     stages = (tile.pixel_stages, tile.filter_stages, tile.store_stages)
     barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
-    barriers += 2 * tile.warpgroups * tile.store_stages
+    barriers += 2 * tile.warpgroups * (tile.store_stages + 1)
     return _ring_bytes(tile, layout, sides, *stages) + barriers * 8
 
 
@@ -387,7 +407,15 @@ def _count(tile: Tile, image: Image) -> int:
     return math.prod(tile.layout(image).tiles) * channel_tiles
 
 
+def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
+    """Filter and pixel stages that a CTA reads for a tile."""
+    chunks = -(-layout.image.chunks // tile.splits)
+    return chunks * len(layout.taps), chunks * len(layout.phases)
+
+
 def _grid(tile: Tile, image: Image, arch: GpuArch) -> int:
+    if tile.splits > 1:
+        return _count(tile, image) * tile.splits  # a cluster has one tile
     most = min(_count(tile, image), arch.sm_count * tile.ctas)
     channel_tiles = image.channel_tiles(tile.filter_blocks)
     if tile.resident and most >= channel_tiles:
@@ -406,10 +434,9 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     device memory's time, if that is longer still.
     """
     layout = tile.layout(image)
-    steps, boxes = layout.filter_steps, layout.pixel_steps
-    tiles = _count(tile, image)
+    steps, boxes = _steps(tile, layout)
     grid = _grid(tile, image, arch)
-    turns = -(-tiles // grid)
+    turns = -(-_count(tile, image) * tile.splits // grid)
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)
     sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
@@ -426,6 +453,8 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
         own = turns * main + finish
     else:
         own = turns * (main + finish)
+    if tile.splits > 1:
+        own += _EXCHANGE + _partial_bytes(tile) / _LOAD_RATE
     first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
     memory = region.bytes_moved / arch.bandwidth / 0.92 * _CLOCK
     return _START + first + max(own, memory) + 0.05 * min(own, memory)

@@ -70,11 +70,65 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
+  /// As `wait`, for what other CTAs of the cluster wrote.
+  __device__ void wait_for_cluster(std::uint32_t parity) {
+    asm volatile(
+        "{\n .reg .pred done;\n"
+        "again_%=:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        " @done bra ready_%=;\n bra again_%=;\n"
+        "ready_%=:\n}\n" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
 };
 
 /// Makes initialised barriers visible to other threads and to TMA.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Clusters -----------------------------------------------------------------------------------
+
+/// Where the cluster's CTA `rank` has what lies at `address` here.
+__device__ __forceinline__ std::uint32_t in_cta(std::uint32_t address, int rank) {
+  std::uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+/// All of a warp's threads together. What was written before arriving is seen after waiting.
+__device__ __forceinline__ void arrive_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// Four floats to another CTA, whose barrier counts the 16 bytes.
+__device__ __forceinline__ void send(std::uint32_t to, float const* values, std::uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+      " [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier)
+      : "memory");
+}
+
+/// What such a thread finds in its own shared memory.
+__device__ __forceinline__ void load(std::uint32_t from, float (&values)[4]) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(from)
+               : "memory");
+}
+
+/// Shared memory to another CTA's, whose barrier counts the bytes.
+__device__ __forceinline__ void copy(std::uint32_t to, std::uint32_t from, int bytes,
+                                     std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 /// Orders this thread's accesses to shared memory before those of TMA and wgmma.

@@ -59,10 +59,11 @@ struct Ring {
 
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kResident: the filter stages
-/// hold a whole filter, loaded once.
+/// hold a whole filter, loaded once. kSplits: CTAs of a cluster that share a tile, each with its
+/// part of the chunks (split-K); a cluster has one tile then.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule,
-          bool kResident, int kPixelStages, int kFilterStages, int kStoreStages>
+          bool kResident, int kPixelStages, int kFilterStages, int kStoreStages, int kSplits>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -82,6 +83,9 @@ struct Sm90 {
   static_assert(kSides == 0 || kStoreStages >= 2,
                 "a side's slot is free again once the next block's store was issued");
 
+  static_assert(kSplits == 1 || (!kPingPong && !kResident && kPixelBlocks * kChannelBlocks == 1),
+                "a warpgroup of a split tile has one block");
+
   static constexpr int kChunk = 64;          // channels: 128 bytes, the widest swizzle
   static constexpr int kFilterBlock = 8192;  // 64 output by 64 input channels
   static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
@@ -95,15 +99,28 @@ struct Sm90 {
   // Named barriers; 0 is __syncthreads'.
   static constexpr int kSetUp = 1, kTurn = 2, kStore = 4;
 
+  // Of a split tile, each CTA finishes some groups of 8 pixels, from first_group(rank) on. The
+  // others send it theirs: 64 channels by 8 pixels in f32.
+  static constexpr int kGroups = kPixels / 8;
+  static constexpr int kPartial = 2048;
+  static constexpr int kPartials =
+      kWarpgroups * (kSplits - 1) * ((kGroups + kSplits - 1) / kSplits) * kPartial;
+  static constexpr int kGroupBytes = 1024;  // in a slot
+  __device__ static constexpr int owner(int group) { return group * kSplits / kGroups; }
+  __device__ static constexpr int first_group(int rank) {
+    return (rank * kGroups + kSplits - 1) / kSplits;
+  }
+
   struct Barriers {
     ptx::Barrier pixels_full[kPixelStages], pixels_empty[kPixelStages];
     ptx::Barrier filters_full[kFilterStages], filters_empty[kFilterStages];
     ptx::Barrier sides_full[kWarpgroups][kStoreStages], sides_empty[kWarpgroups][kStoreStages];
+    ptx::Barrier partials_full[kWarpgroups], results_full[kWarpgroups];
   };
 
   /// Where things lie in shared memory.
   struct Memory {
-    std::uint32_t pixels, filters, slots;
+    std::uint32_t pixels, filters, slots, partials;
     Barriers* barriers;
 
     __device__ __forceinline__ Memory(std::uint8_t* base, Geometry const& g) {
@@ -111,8 +128,8 @@ struct Sm90 {
       pixels = address;
       filters = pixels + kPixelStages * g.stage_bytes;
       slots = filters + kFilterStages * kFilterStage;
-      std::uint32_t const end = slots + kWarpgroups * kStoreStages * kSlotTiles * g.slot_bytes;
-      barriers = reinterpret_cast<Barriers*>(base + (end - address));
+      partials = slots + kWarpgroups * kStoreStages * kSlotTiles * g.slot_bytes;
+      barriers = reinterpret_cast<Barriers*>(base + (partials + kPartials - address));
     }
     __device__ __forceinline__ std::uint32_t slot(Geometry const& g, int warpgroup,
                                                   int stage) const {
@@ -144,6 +161,15 @@ struct Sm90 {
     }
   };
 
+  // A cluster is a worker: its tiles are first_tile(), and every tile_step() further.
+  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kSplits; }
+  __device__ static __forceinline__ int tile_step() { return gridDim.x / kSplits; }
+  __device__ static __forceinline__ int rank() { return kSplits == 1 ? 0 : blockIdx.x % kSplits; }
+  /// The CTA's chunks end where the next one's begin.
+  __device__ static __forceinline__ int first_chunk(Geometry const& g, int rank) {
+    return g.chunks * rank / kSplits;
+  }
+
   /// Whether the CTA's `turn`-th tile is this warpgroup's.
   __device__ static __forceinline__ bool takes(int warpgroup, int turn) {
     return !kPingPong || (turn & 1) == warpgroup;
@@ -163,13 +189,25 @@ struct Sm90 {
     ptx::fence_async_proxy();
   }
 
+  /// One round for each warpgroup of a split tile: the other CTAs' partial sums, and results.
+  __device__ static __forceinline__ void set_up_exchange(Barriers& barriers, int warpgroup) {
+    int const groups = first_group(rank() + 1) - first_group(rank());
+    ptx::Barrier& partials = barriers.partials_full[warpgroup];
+    ptx::Barrier& results = barriers.results_full[warpgroup];
+    partials.init(1);
+    results.init(1);
+    ptx::fence_barrier_init();
+    partials.arrive_and_expect((kSplits - 1) * groups * kPartial);
+    results.arrive_and_expect((kGroups - groups) * kGroupBytes);
+  }
+
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
     Ring<kPixelStages> ring;
-    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+    for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
-      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+      for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
         for (int phase = 0; phase < g.phases; ++phase) {
           ptx::Barrier& full = barriers.pixels_full[ring.stage];
           barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
@@ -192,10 +230,10 @@ struct Sm90 {
     Barriers& barriers = *memory.barriers;
     Ring<kFilterStages> ring;
     int const taps = count_taps(g);
-    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+    for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
       int const batch = g.filter_batch * tile.image;
-      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+      for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
         for (int tap = 0; tap < taps; ++tap) {
           ptx::Barrier& full = barriers.filters_full[ring.stage];
           if (!kResident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
@@ -223,7 +261,7 @@ struct Sm90 {
     Barriers& barriers = *memory.barriers;
     Ring<kStoreStages> ring;
     int turn = 0;
-    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x, ++turn) {
+    for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
       if (!takes(warpgroup, turn)) continue;
       Tile const tile(g, index);
       for (int unit = 0; unit < kPixelBlocks * kChannelBlocks; ++unit) {
@@ -298,7 +336,7 @@ struct Sm90 {
     gmma::ScaleOut scale = gmma::ScaleOut::Zero;
     int free_pixels = -1;
     pixel_stage = filter_stage = -1;
-    for (int chunk = 0; chunk < g.chunks; ++chunk) {
+    for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
       int tap = 0;
       for (int phase = 0; phase < g.phases; ++phase) {
         barriers.pixels_full[pixels.stage].wait(pixels.parity);
@@ -391,12 +429,63 @@ struct Sm90 {
     ptx::store_transposed(at, results);
   }
 
+  /// Sends the other CTAs the groups that they finish, and adds theirs to this one's.
+  __device__ static __forceinline__ void combine(Memory const& memory, int warpgroup,
+                                                 float (&accumulators)[kPixels / 2]) {
+    constexpr int kOthers = kSplits - 1;
+    int const thread = threadIdx.x & 127;
+    std::uint32_t const partials =
+        memory.partials + warpgroup * (kPartials / kWarpgroups) + thread * 16;
+    ptx::Barrier& full = memory.barriers->partials_full[warpgroup];
+    // Every CTA's barriers are set up.
+    ptx::wait_cluster();
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      if (owner(group) == rank()) continue;
+      int const from = rank() - (rank() > owner(group));
+      int const at = (group - first_group(owner(group))) * kOthers + from;
+      ptx::send(ptx::in_cta(partials + at * kPartial, owner(group)), accumulators + 4 * group,
+                ptx::in_cta(ptx::shared_address(&full), owner(group)));
+    }
+    full.wait_for_cluster(0);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      if (owner(group) != rank()) continue;
+      std::uint32_t at = partials + (group - first_group(owner(group))) * kOthers * kPartial;
+#pragma unroll
+      for (int from = 0; from < kOthers; ++from, at += kPartial) {
+        float values[4];
+        ptx::load(at, values);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) accumulators[4 * group + i] += values[i];
+      }
+    }
+  }
+
+  /// A split block's results into the slot of the cluster's first CTA. True where they all are.
+  __device__ static __forceinline__ bool gather(Memory const& memory, int warpgroup,
+                                                std::uint32_t slot) {
+    if constexpr (kSplits == 1) return true;
+    ptx::Barrier& full = memory.barriers->results_full[warpgroup];
+    if (rank() == 0) {
+      full.wait_for_cluster(0);
+      return true;
+    }
+    int const first = first_group(rank()), groups = first_group(rank() + 1) - first;
+    std::uint32_t const from = slot + first * kGroupBytes;
+    if (groups > 0) {
+      ptx::copy(ptx::in_cta(from, 0), from, groups * kGroupBytes,
+                ptx::in_cta(ptx::shared_address(&full), 0));
+    }
+    return false;
+  }
+
   /// One block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle, and the
   /// slot to the output by TMA, which leaves out what lies beyond it.
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup,
                                                Ring<kStoreStages>& ring, int& unreleased,
-                                               float const (&accumulators)[kPixels / 2],
+                                               float (&accumulators)[kPixels / 2],
                                                float const (&columns)[2][array_size(kColumns)]) {
     Geometry const& g = p.geometry;
     int const thread = threadIdx.x & 127, lane = threadIdx.x & 31;
@@ -411,18 +500,28 @@ struct Sm90 {
     int const pixel = (lane & 7) + (lane >> 4) * 8;
     int const sixteenth = thread / 32 * 2 + (lane >> 3 & 1);
     std::uint32_t const at = slot + pixel * 128 + ((sixteenth ^ (pixel & 7)) << 4);
+    // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
+    std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
+    if constexpr (kSplits == 1) {
 #pragma unroll
-    for (int j = 0; j < kPixels / 16; ++j) {
-      finish<4>(accumulators + 8 * j, columns, at + j * 2048, g.slot_bytes);
-    }
-    if constexpr (kPixels % 16 != 0) {
-      // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
-      std::uint32_t const last = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
-      finish<2>(accumulators + kPixels / 16 * 8, columns, last + kPixels / 16 * 2048, g.slot_bytes);
+      for (int j = 0; j < kGroups / 2; ++j) {
+        finish<4>(accumulators + 8 * j, columns, at + 2 * j * kGroupBytes, g.slot_bytes);
+      }
+      if constexpr (kGroups % 2 != 0) {
+        constexpr int last = kGroups - 1;
+        finish<2>(accumulators + 4 * last, columns, at8 + last * kGroupBytes, g.slot_bytes);
+      }
+    } else {
+      combine(memory, warpgroup, accumulators);
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        if (owner(j) != rank()) continue;
+        finish<2>(accumulators + 4 * j, columns, at8 + j * kGroupBytes, g.slot_bytes);
+      }
     }
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);
-    if (thread == 0) {
+    if (thread == 0 && gather(memory, warpgroup, slot)) {
       for (int i = 0; i < g.stores; ++i) {
         ptx::store(p.output, slot + i * g.store_bytes, block.channel, block.col, block.row + i,
                    block.image);
@@ -448,7 +547,7 @@ struct Sm90 {
     int unreleased = -1, turn = 0;
     // The first turn is warpgroup 0's.
     if (kPingPong && warpgroup == 1) ptx::arrive(kTurn, 256);
-    for (int index = blockIdx.x; index < g.tiles; index += gridDim.x, ++turn) {
+    for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
       if (!takes(warpgroup, turn)) {
         pixels.advance(g.chunks * g.phases);
         if (!kResident) filters.advance(g.chunks * taps);
@@ -462,7 +561,7 @@ struct Sm90 {
       Accumulators accumulators;
       int pixel_stage, filter_stage;
       multiply(g, memory, warpgroup, pixels, filters, accumulators, pixel_stage, filter_stage);
-      if (kPingPong && index + gridDim.x < g.tiles) ptx::arrive(kTurn + (warpgroup ^ 1), 256);
+      if (kPingPong && index + tile_step() < g.tiles) ptx::arrive(kTurn + (warpgroup ^ 1), 256);
       cute::warpgroup_wait<0>();
       float* const flat = &accumulators[0][0][0];
 #pragma unroll
@@ -480,8 +579,12 @@ struct Sm90 {
         }
       }
     }
-    // Shared memory must outlive the stores that read it.
+    // Shared memory must outlive the stores that read it, and the copies between CTAs.
     if ((threadIdx.x & 127) == 0) ptx::wait_for_stores<0>();
+    if constexpr (kSplits > 1) {
+      ptx::arrive_cluster();
+      ptx::wait_cluster();
+    }
   }
 
   __device__ static void run(Parameters const& p) {
@@ -491,7 +594,7 @@ struct Sm90 {
     Barriers& barriers = *memory.barriers;
     int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
     if (warpgroup == kWarpgroups) {
-      if constexpr (kWarpgroups > 1) ptx::keep_registers<24>();
+      if constexpr (kWarpgroups > 1) ptx::keep_registers<kSplits == 1 ? 24 : 40>();
       int const warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0) & 3;
       // A pixel stage is read by all warps that multiply, or by one warpgroup's in its turn.
       constexpr int kReaders = kPingPong ? 4 : 4 * kWarpgroups;
@@ -509,6 +612,7 @@ struct Sm90 {
       }
       __syncwarp();
       ptx::arrive(kSetUp, kThreads);
+      if constexpr (kSplits > 1) ptx::arrive_cluster();
       if (warp == 0) ptx::allow_next_kernel();
       if (elected) {
         ptx::wait_for_earlier_kernels();
@@ -520,9 +624,20 @@ struct Sm90 {
           load_sides(p, memory, warp - 2);
         }
       }
+      if constexpr (kSplits > 1) {
+        // The consumers' two rounds of the cluster's barrier want all threads.
+        __syncwarp();
+        ptx::wait_cluster();
+        ptx::arrive_cluster();
+      }
     } else {
-      if constexpr (kWarpgroups > 1) ptx::take_registers<240>();
+      if constexpr (kWarpgroups > 1) ptx::take_registers<kSplits == 1 ? 240 : 232>();
       if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
+      if constexpr (kSplits > 1) {
+        if ((threadIdx.x & 127) == 0) set_up_exchange(barriers, warpgroup);
+        __syncwarp();
+        ptx::arrive_cluster();
+      }
       clear_tails(g, memory, threadIdx.x);
       ptx::sync(kSetUp, kThreads);
       ptx::wait_for_earlier_kernels();
