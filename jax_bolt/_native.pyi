@@ -58,6 +58,7 @@ def workspace_bytes(
     dims: Sequence[int],
     ordinal: int = 0,
     sm_count: int | None = None,
+    recipe: Sequence[int] = (),
 ) -> int:
     """Bytes of workspace a launch needs. With ``sm_count`` it asks no driver."""
 

@@ -15,6 +15,7 @@ namespace jax_bolt::native {
 namespace {
 
 constexpr const char* kSymbol = "jax_bolt_kernel";
+constexpr const char* kPrologueSymbol = "jax_bolt_prologue";
 constexpr uintptr_t kAlignment = 16;  // of an address that TMA reads
 
 bool Misaligned(const void* address) {
@@ -45,26 +46,34 @@ CuResult Encode(const Driver& driver, const MapRecipe& map, void* address, CuTen
                                      Swizzle(map.swizzle), kCuL2Promotion256, kCuOutOfBoundsZeros);
 }
 
-// JAX_BOLT_OK and the address of an operand that is there and aligned.
-JaxBoltStatus Bind(int operand, const JaxBoltBuffers& buffers, void** address) {
+// JAX_BOLT_OK and the address, `offset` bytes into an operand that is there and aligned.
+JaxBoltStatus Bind(int operand, uint64_t offset, const JaxBoltBuffers& buffers, void** address) {
   *address = Address(operand, buffers);
   if (*address == nullptr && operand != kNullOperand) return JAX_BOLT_INTERNAL;
+  *address = static_cast<char*>(*address) + offset;
   return Misaligned(*address) ? JAX_BOLT_MISALIGNED : JAX_BOLT_OK;
 }
 
 }  // namespace
 
-// The parameters but for the addresses, and the launch but for the stream.
-struct CubinKernel::Prepared {
+// One kernel's parameters but for the addresses, and its launch but for the stream.
+struct CubinKernel::Step {
   // At 128 bytes, the alignment of a tensor map. Its end is zeros: a kernel's struct may be padded.
   struct alignas(alignof(CuTensorMap)) Parameters {
     unsigned char bytes[kMaxParameterBytes] = {};
   };
 
-  Recipe recipe;
+  CuKernel kernel = nullptr;
+  std::vector<MapRecipe> maps;
+  std::vector<int> pointers;
+  size_t parameter_bytes = 0;
   Parameters parameters;
   CuLaunchAttribute attributes[2] = {};
   CuLaunchConfig config = {};
+};
+
+struct CubinKernel::Prepared {
+  std::vector<std::unique_ptr<const Step>> steps;  // in the order of their launches
 };
 
 bool CubinKernel::Less::operator()(const Key& a, const KeyView& b) const {
@@ -81,11 +90,10 @@ bool CubinKernel::Less::operator()(const KeyView& a, const Key& b) const {
 
 CubinKernel::CubinKernel(const std::string& path) : driver_(Driver::Get()) {
   // Never unloaded, as no kernel is; see Registry.
-  CuLibrary library = nullptr;
   driver_.Check(
-      driver_.LibraryLoadFromFile(&library, path.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+      driver_.LibraryLoadFromFile(&library_, path.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
       "cuLibraryLoadFromFile");
-  driver_.Check(driver_.LibraryGetKernel(&kernel_, library, kSymbol),
+  driver_.Check(driver_.LibraryGetKernel(&kernel_, library_, kSymbol),
                 "cuLibraryGetKernel of jax_bolt_kernel");
   if (driver_.KernelGetParamInfo == nullptr) return;
   size_t offset = 0;
@@ -107,6 +115,10 @@ std::string CubinKernel::Check(const Problem& problem) const {
          " bytes, and the launch recipe has " + std::to_string(bytes);
 }
 
+int64_t CubinKernel::WorkspaceBytes(const Problem& problem, const JaxBoltDevice&) const {
+  return RecipeWorkspaceBytes(problem.recipe);
+}
+
 JaxBoltStatus CubinKernel::Launch(const Problem& problem, const JaxBoltBuffers& buffers,
                                   const JaxBoltDevice& device, void* stream) const {
   const KeyView key(device.ordinal, problem.recipe);
@@ -114,28 +126,38 @@ JaxBoltStatus CubinKernel::Launch(const Problem& problem, const JaxBoltBuffers& 
   const Prepared* prepared = Find(key);
   if (prepared == nullptr) prepared = Prepare(key, buffers, &status);
   if (prepared == nullptr) return status;
+  for (const auto& step : prepared->steps) {
+    if (status = LaunchStep(*step, buffers, stream); status != JAX_BOLT_OK) return status;
+  }
+  return status;
+}
 
-  Prepared::Parameters parameters;
-  const Recipe& recipe = prepared->recipe;
-  std::memcpy(parameters.bytes, prepared->parameters.bytes, recipe.ParameterBytes());
+JaxBoltStatus CubinKernel::LaunchStep(const Step& step, const JaxBoltBuffers& buffers,
+                                      void* stream) const {
+  Step::Parameters parameters;
+  std::memcpy(parameters.bytes, step.parameters.bytes, step.parameter_bytes);
   unsigned char* next = parameters.bytes;
   void* address = nullptr;
-  for (const MapRecipe& map : recipe.maps) {
-    if (status = Bind(map.operand, buffers, &address); status != JAX_BOLT_OK) return status;
+  JaxBoltStatus status = JAX_BOLT_OK;
+  for (const MapRecipe& map : step.maps) {
+    if (status = Bind(map.operand, map.offset, buffers, &address); status != JAX_BOLT_OK) {
+      return status;
+    }
     // In place: the buffer is as aligned as a map must be, and a map is a multiple of that.
     status = driver_.TensorMapReplaceAddress(reinterpret_cast<CuTensorMap*>(next), address);
     if (status != JAX_BOLT_OK) return status;
     next += sizeof(CuTensorMap);
   }
-  for (const int operand : recipe.pointers) {
-    if (status = Bind(operand, buffers, &address); status != JAX_BOLT_OK) return status;
+  for (const int operand : step.pointers) {
+    if (status = Bind(operand, 0, buffers, &address); status != JAX_BOLT_OK) return status;
     std::memcpy(next, &address, sizeof(address));
     next += sizeof(address);
   }
-  CuLaunchConfig config = prepared->config;
+  CuLaunchConfig config = step.config;
   config.stream = static_cast<CuStream>(stream);
   void* arguments[] = {parameters.bytes};
-  return driver_.LaunchKernelEx(&config, reinterpret_cast<CuFunction>(kernel_), arguments, nullptr);
+  return driver_.LaunchKernelEx(&config, reinterpret_cast<CuFunction>(step.kernel), arguments,
+                                nullptr);
 }
 
 const CubinKernel::Prepared* CubinKernel::Find(const KeyView& key) const {
@@ -146,15 +168,44 @@ const CubinKernel::Prepared* CubinKernel::Find(const KeyView& key) const {
 
 const CubinKernel::Prepared* CubinKernel::Prepare(const KeyView& key, const JaxBoltBuffers& buffers,
                                                   JaxBoltStatus* status) const {
-  auto made = std::make_unique<Prepared>();
-  Recipe& recipe = made->recipe;
+  Recipe recipe;
   *status = JAX_BOLT_UNSUPPORTED;
   if (!ParseRecipe(key.second, &recipe).empty()) return nullptr;
 
+  auto made = std::make_unique<Prepared>();
+  if (recipe.prologue != nullptr) {
+    CuKernel prologue = nullptr;
+    *status = driver_.LibraryGetKernel(&prologue, library_, kPrologueSymbol);
+    if (*status != JAX_BOLT_OK) return nullptr;
+    made->steps.push_back(PrepareStep(prologue, *recipe.prologue, buffers, status));
+    if (*status != JAX_BOLT_OK) return nullptr;
+  }
+  made->steps.push_back(PrepareStep(kernel_, recipe, buffers, status));
+  if (*status != JAX_BOLT_OK) return nullptr;
+
+  std::unique_lock<std::shared_mutex> lock(mutex_);
+  *status = AllowSharedBytes(key.first, recipe.shared_bytes);
+  if (*status != JAX_BOLT_OK) return nullptr;
+  const int64_t* numbers = key.second.data;
+  Key own(key.first, {numbers, numbers + key.second.size});
+  // Another thread may have been first; its entry stays.
+  return prepared_.emplace(std::move(own), std::move(made)).first->second.get();
+}
+
+std::unique_ptr<CubinKernel::Step> CubinKernel::PrepareStep(CuKernel kernel, const Recipe& recipe,
+                                                            const JaxBoltBuffers& buffers,
+                                                            JaxBoltStatus* status) const {
+  auto made = std::make_unique<Step>();
+  made->kernel = kernel;
+  made->maps = recipe.maps;
+  made->pointers = recipe.pointers;
+  made->parameter_bytes = recipe.ParameterBytes();
+  *status = JAX_BOLT_OK;
   unsigned char* next = made->parameters.bytes;
   for (const MapRecipe& map : recipe.maps) {
     void* address = nullptr;
-    if (*status = Bind(map.operand, buffers, &address); *status != JAX_BOLT_OK) return nullptr;
+    *status = Bind(map.operand, map.offset, buffers, &address);
+    if (*status != JAX_BOLT_OK) return nullptr;
     CuTensorMap encoded = {};
     if (*status = Encode(driver_, map, address, &encoded); *status != JAX_BOLT_OK) return nullptr;
     std::memcpy(next, &encoded, sizeof(encoded));
@@ -179,14 +230,7 @@ const CubinKernel::Prepared* CubinKernel::Prepare(const KeyView& key, const JaxB
     attribute.id = kCuProgrammaticStreamSerialization;
     attribute.allowed = 1;
   }
-
-  std::unique_lock<std::shared_mutex> lock(mutex_);
-  *status = AllowSharedBytes(key.first, recipe.shared_bytes);
-  if (*status != JAX_BOLT_OK) return nullptr;
-  const int64_t* numbers = key.second.data;
-  Key own(key.first, {numbers, numbers + key.second.size});
-  // Another thread may have been first; its entry stays.
-  return prepared_.emplace(std::move(own), std::move(made)).first->second.get();
+  return made;
 }
 
 JaxBoltStatus CubinKernel::AllowSharedBytes(int ordinal, unsigned bytes) const {

@@ -3,7 +3,8 @@
 //
 //   extern "C" __global__ void jax_bolt_kernel(const __grid_constant__ Params p)
 //
-// Params is the recipe's tensor maps, pointers and ints, in this order.
+// Params is the recipe's tensor maps, pointers and ints, in this order. A recipe with a prologue
+// launches jax_bolt_prologue of the same cubin and form before it.
 #ifndef JAX_BOLT_NATIVE_CUBIN_H_
 #define JAX_BOLT_NATIVE_CUBIN_H_
 
@@ -19,6 +20,7 @@
 #include "driver.h"
 #include "jax_bolt/abi.h"
 #include "kernel.h"
+#include "recipe.h"
 
 namespace jax_bolt::native {
 
@@ -29,14 +31,14 @@ class CubinKernel final : public Kernel {
   ~CubinKernel() override;
 
   std::string Check(const Problem& problem) const override;
-  // None: a recipe's kernels keep everything on chip.
-  int64_t WorkspaceBytes(const JaxBoltProblem&, const JaxBoltDevice&) const override { return 0; }
+  int64_t WorkspaceBytes(const Problem& problem, const JaxBoltDevice& device) const override;
   JaxBoltStatus Launch(const Problem& problem, const JaxBoltBuffers& buffers,
                        const JaxBoltDevice& device, void* stream) const override;
   std::string ErrorString(JaxBoltStatus status) const override;
 
  private:
   struct Prepared;
+  struct Step;
   using Key = std::pair<int, std::vector<int64_t>>;
   using KeyView = std::pair<int, RecipeView>;
   struct Less {
@@ -51,9 +53,14 @@ class CubinKernel final : public Kernel {
   // and kept. Null with the reason in `status`.
   const Prepared* Prepare(const KeyView& key, const JaxBoltBuffers& buffers,
                           JaxBoltStatus* status) const;
+  // The kernel's share of that, and the prologue's.
+  std::unique_ptr<Step> PrepareStep(CuKernel kernel, const Recipe& recipe,
+                                    const JaxBoltBuffers& buffers, JaxBoltStatus* status) const;
+  JaxBoltStatus LaunchStep(const Step& step, const JaxBoltBuffers& buffers, void* stream) const;
   JaxBoltStatus AllowSharedBytes(int ordinal, unsigned bytes) const;  // under mutex_
 
   const Driver& driver_;
+  CuLibrary library_ = nullptr;
   CuKernel kernel_ = nullptr;
   size_t parameter_bytes_ = 0;  // 0: the driver is too old to say
   mutable std::shared_mutex mutex_;

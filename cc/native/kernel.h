@@ -33,8 +33,7 @@ class Kernel {
 
   // Why the kernel cannot run the problem, or "". Touches no device.
   virtual std::string Check(const Problem& problem) const = 0;
-  virtual int64_t WorkspaceBytes(const JaxBoltProblem& sizes,
-                                 const JaxBoltDevice& device) const = 0;
+  virtual int64_t WorkspaceBytes(const Problem& problem, const JaxBoltDevice& device) const = 0;
   // Enqueues one launch on `stream`: no synchronisation, any thread; no allocation but for what a
   // kernel keeps of the first launch of a problem. The problem has passed Check.
   virtual JaxBoltStatus Launch(const Problem& problem, const JaxBoltBuffers& buffers,

@@ -153,7 +153,7 @@ ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::Remainin
   }
   // The size depends on the device, and an executable may run on one with more SMs than the one it
   // was lowered for.
-  const int64_t need = kernel->WorkspaceBytes(attributes.problem.sizes, device);
+  const int64_t need = kernel->WorkspaceBytes(attributes.problem, device);
   if (need > have) {
     return Fail(ffi::ErrorCode::kFailedPrecondition, attributes,
                 "it needs " + std::to_string(need) + " bytes of workspace on device " +

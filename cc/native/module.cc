@@ -74,10 +74,10 @@ std::optional<std::string> CheckProblem(const std::string& digest, int64_t kind,
 }
 
 int64_t WorkspaceBytes(const std::string& digest, int64_t kind, const Dims& dims, int ordinal,
-                       std::optional<int> sm_count) {
-  const JaxBoltProblem sizes = CallProblem(kind, dims).sizes;
+                       std::optional<int> sm_count, const Dims& recipe) {
+  const Problem problem = CallProblem(kind, dims, recipe);
   const int sms = sm_count ? *sm_count : SmCount(ordinal);
-  return FindKernel(digest).WorkspaceBytes(sizes, {ordinal, sms});
+  return FindKernel(digest).WorkspaceBytes(problem, {ordinal, sms});
 }
 
 std::vector<double> ProfileKernel(const std::string& digest, int64_t kind, const Dims& dims,
@@ -182,7 +182,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("check", CheckProblem, py::arg("digest"), py::arg("kind"), py::arg("dims"),
         py::arg("recipe") = Dims());
   m.def("workspace_bytes", WorkspaceBytes, py::arg("digest"), py::arg("kind"), py::arg("dims"),
-        py::arg("ordinal") = 0, py::arg("sm_count") = py::none(), Release());
+        py::arg("ordinal") = 0, py::arg("sm_count") = py::none(), py::arg("recipe") = Dims(),
+        Release());
 
   m.def("handlers", [] { return Handlers(kExecuteHandler); });
   m.def("host_handlers", [] { return Handlers(kHostExecuteHandler); });

@@ -8,8 +8,9 @@
 namespace jax_bolt::native {
 namespace {
 
-constexpr int64_t kVersion = 1;
-constexpr size_t kMapNumbers = 23;
+constexpr int64_t kVersion = 2;
+constexpr size_t kWorkspaceAt = 6;
+constexpr size_t kMapNumbers = 24;
 constexpr int64_t kMaxThreads = 1024;
 constexpr int64_t kMaxCluster = 8;  // more is not portable and needs another attribute
 constexpr int64_t kMaxSharedBytes = 1 << 20;
@@ -70,6 +71,8 @@ MapRecipe TakeMap(Reader& reader) {
   if (map.swizzle != 0 && map.swizzle != 32 && map.swizzle != 64 && map.swizzle != 128) {
     reader.Refuse("a map's swizzle is " + std::to_string(map.swizzle));
   }
+  map.offset = static_cast<uint64_t>(reader.Take("a map's offset", 0, int64_t{1} << 48));
+  if (map.offset % 16 != 0) reader.Refuse("a map's offset is not a multiple of 16");
   return map;
 }
 
@@ -98,6 +101,10 @@ size_t Recipe::ParameterBytes() const {
          ints.size() * sizeof(int32_t);
 }
 
+int64_t RecipeWorkspaceBytes(RecipeView view) {
+  return view.size > kWorkspaceAt ? view.data[kWorkspaceAt] : 0;
+}
+
 std::string ParseRecipe(RecipeView view, Recipe* recipe) {
   Reader reader(view);
   reader.Take("the version", kVersion, kVersion);
@@ -106,6 +113,8 @@ std::string ParseRecipe(RecipeView view, Recipe* recipe) {
   recipe->cluster = static_cast<unsigned>(reader.Take("the cluster", 1, kMaxCluster));
   recipe->shared_bytes = static_cast<unsigned>(reader.Take("shared memory", 0, kMaxSharedBytes));
   recipe->programmatic = reader.Take("programmatic", 0, 1) != 0;
+  recipe->workspace_bytes = reader.Take("the workspace", 0, int64_t{1} << 48);
+  const bool prologue = reader.Take("prologue", 0, 1) != 0;
   if (recipe->grid % recipe->cluster != 0) reader.Refuse("the cluster does not divide the grid");
   // Each count is bounded by what fits into the parameters, so that their sum cannot overflow.
   const auto count = [&](const char* what, size_t bytes) {
@@ -116,7 +125,8 @@ std::string ParseRecipe(RecipeView view, Recipe* recipe) {
   const size_t pointers = count("the number of pointers", sizeof(void*));
   const size_t ints = count("the number of ints", sizeof(int32_t));
   if (!reader.reason().empty()) return reader.reason();
-  if (reader.left() != maps * kMapNumbers + pointers + ints) {
+  const size_t numbers = maps * kMapNumbers + pointers + ints;
+  if (prologue ? reader.left() < numbers : reader.left() != numbers) {
     reader.Refuse("it has " + std::to_string(view.size) + " numbers, which is not what it says");
     return reader.reason();
   }
@@ -131,6 +141,13 @@ std::string ParseRecipe(RecipeView view, Recipe* recipe) {
   if (recipe->ParameterBytes() > kMaxParameterBytes) {
     reader.Refuse("more than " + std::to_string(kMaxParameterBytes) + " bytes of parameters");
   }
+  if (!prologue || !reader.reason().empty()) return reader.reason();
+  recipe->prologue = std::make_unique<Recipe>();
+  std::string reason = ParseRecipe({view.data + view.size - reader.left(), reader.left()},
+                                   recipe->prologue.get());
+  if (!reason.empty()) return reason;
+  if (recipe->prologue->prologue != nullptr) reader.Refuse("a prologue has no prologue");
+  if (recipe->prologue->shared_bytes != 0) reader.Refuse("a prologue has no shared memory");
   return reader.reason();
 }
 

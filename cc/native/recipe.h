@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -40,7 +41,8 @@ struct MapRecipe {
   uint64_t strides[kMaxRank - 1];  // bytes, of dims 1..
   uint32_t box[kMaxRank];
   uint32_t steps[kMaxRank];
-  int swizzle;  // bytes
+  int swizzle;      // bytes
+  uint64_t offset;  // bytes from the operand's start
 };
 
 // The parameters are the maps, then the pointers, then the ints, without gaps.
@@ -53,9 +55,14 @@ struct Recipe {
   std::vector<MapRecipe> maps;
   std::vector<int> pointers;
   std::vector<int32_t> ints;
+  int64_t workspace_bytes;
+  std::unique_ptr<Recipe> prologue;  // launched before it; may be null
 
   size_t ParameterBytes() const;
 };
+
+// The workspace of a recipe that ParseRecipe took; every launch asks.
+int64_t RecipeWorkspaceBytes(RecipeView view);
 
 // Reads `view`, which may hold anything. Returns a reason, or "" and fills `recipe`.
 std::string ParseRecipe(RecipeView view, Recipe* recipe);

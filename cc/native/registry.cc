@@ -55,8 +55,8 @@ class ModuleKernel final : public Kernel {
     return status == JAX_BOLT_OK ? "" : ErrorString(status);
   }
 
-  int64_t WorkspaceBytes(const JaxBoltProblem& sizes, const JaxBoltDevice& device) const override {
-    return workspace_bytes_(&sizes, &device);
+  int64_t WorkspaceBytes(const Problem& problem, const JaxBoltDevice& device) const override {
+    return workspace_bytes_(&problem.sizes, &device);
   }
 
   JaxBoltStatus Launch(const Problem& problem, const JaxBoltBuffers& buffers,

@@ -44,7 +44,7 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
             names.append("strided_pixels")
         if _fits_space_to_depth(problem):
             names.append("space_to_depth")
-        if not (problem.c % _unit(problem) or problem.k % _unit(problem)):
+        if problem.k % _unit(problem) == 0:
             names.append("hwio")
         names.append("krsc")
     return tuple(
@@ -167,14 +167,15 @@ def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Fold:
-    """One spatial axis of a stride-2 conv, folded by 2 into a stride-1 conv.
+class Fold:
+    """One spatial axis of a conv of stride ``factor``, folded into a stride-1 conv.
 
-    Tap ``t`` of output ``o`` reads input ``2 * o + t - pad``. With the padding
-    rounded up to ``2 * lead`` that is phase ``(t + shift) % 2`` of block
-    ``o + (t + shift) // 2 - lead``, ``shift = 2 * lead - pad``.
+    Tap ``t`` of output ``o`` reads input ``factor * o + t - pad``. With the padding
+    rounded up to ``factor * lead`` that is phase ``(t + shift) % factor`` of block
+    ``o + (t + shift) // factor - lead``, ``shift = factor * lead - pad``.
     """
 
+    factor: int
     lead: int
     shift: int
     taps: int
@@ -182,29 +183,35 @@ class _Fold:
     trail: int  # zero blocks after them
 
     @staticmethod
-    def of(size: int, taps: int, pad: int, outputs: int) -> _Fold:
-        lead = -(-pad // 2)
-        shift = 2 * lead - pad
-        folded = (taps - 1 + shift) // 2 + 1
+    def of(factor: int, size: int, taps: int, pad: int, outputs: int) -> Fold:
+        lead = -(-pad // factor)
+        shift = factor * lead - pad
+        folded = (taps - 1 + shift) // factor + 1
         reach = outputs + folded - 1 - lead
-        blocks = min(-(-size // 2), reach)
-        return _Fold(lead, shift, folded, blocks, reach - blocks)
+        blocks = min(-(-size // factor), reach)
+        return Fold(factor, lead, shift, folded, blocks, reach - blocks)
 
 
-def _folds(problem: ir.ConvProblem) -> tuple[_Fold, _Fold]:
+def folds(problem: ir.ConvProblem) -> tuple[Fold, Fold]:
+    """The vertical and the horizontal axis, folded by their strides."""
+    p = problem
     return (
-        _Fold.of(problem.h, problem.r, problem.padding[0], problem.p),
-        _Fold.of(problem.w, problem.s, problem.padding[2], problem.q),
+        Fold.of(p.stride[0], p.h, p.r, p.padding[0], p.p),
+        Fold.of(p.stride[1], p.w, p.s, p.padding[2], p.q),
     )
 
 
-def _space_to_depth_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
-    fh, fw = _folds(problem)
+def folded(problem: ir.ConvProblem, channels: int) -> ir.ConvProblem:
+    """``problem`` as a stride-1 conv of ``channels``, its width's padding written out.
+
+    For kernels that read several neighbours as one pixel.
+    """
+    fh, fw = folds(problem)
     return dataclasses.replace(
         problem,
         h=fh.blocks,
         w=fw.lead + fw.blocks + fw.trail,
-        c=_up(4 * problem.c, _unit(problem)),
+        c=channels,
         r=fh.taps,
         s=fw.taps,
         stride=(1, 1),
@@ -212,12 +219,13 @@ def _space_to_depth_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     )
 
 
-def _space_to_depth(problem: ir.ConvProblem, x, hwio):
-    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match.
+def _space_to_depth_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
+    return folded(problem, _up(4 * problem.c, _unit(problem)))
 
-    The padding in width is written out, for kernels that read several pixels as one.
-    """
-    fh, fw = _folds(problem)
+
+def _space_to_depth(problem: ir.ConvProblem, x, hwio):
+    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match."""
+    fh, fw = folds(problem)
     c = _up(4 * problem.c, _unit(problem))
     zero = jnp.zeros((), x.dtype)
     down = (0, 2 * fh.blocks - x.shape[1], 0)

@@ -90,6 +90,7 @@ class Arguments:
     filter_stages: int
     store_stages: int
     splits: int
+    steps: int
 
     @staticmethod
     def of(instance: str) -> Arguments:
@@ -119,6 +120,7 @@ class Arguments:
             filter_stages=int(given["kFilterStages"]),
             store_stages=int(given["kStoreStages"]),
             splits=int(given["kSplits"]),
+            steps=int(given["kSteps"]),
         )
 
     @property
@@ -142,7 +144,8 @@ class Tensor:
     """An operand behind a tensor map."""
 
     def __init__(self, tensor: TensorMap, data: np.ndarray):
-        self.map, self.data = tensor, data.reshape(-1)
+        assert tensor.offset % 16 == 0
+        self.map, self.data = tensor, data.reshape(-1)[tensor.offset // ITEM :]
         assert all(1 <= extent <= 256 for extent in tensor.box)
         assert all(1 <= step <= 8 for step in tensor.steps) and tensor.steps[0] == 1
         assert all(s % 16 == 0 and 0 <= s < 2**40 for s in tensor.strides)
@@ -213,6 +216,58 @@ def _nothing(size: int) -> np.ndarray:
     return np.full((size // ROW, CHUNK), np.nan, np.float32)
 
 
+def pack(recipe: Recipe, instance: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What the prologue (``pack.hpp``) makes of the operands: the workspace."""
+    found = re.fullmatch(r"jax_bolt::implicit_gemm::Pack<(\d+), (\d+), (\w+)>", instance)
+    assert found is not None, instance
+    channels, fold = int(found[1]), int(found[2])
+    packed = -(-fold * fold * channels // 8) * 8
+    text = (_HEADERS / "pack.hpp").read_text()
+    body = re.search(r"struct PackParams \{(.*?)\};", text, re.DOTALL)
+    assert body is not None
+    names = [
+        name.strip()
+        for names in re.findall(r"std::int32_t ([\w, ]+);", body[1])
+        for name in names.split(",")
+    ]
+    p = SimpleNamespace(**dict(zip(names, recipe.ints, strict=True)))
+    assert recipe.pointers == (0, 1, 3) and recipe.programmatic and not recipe.maps
+    a = a.reshape(p.images, p.height, p.width, channels)
+    b = b.reshape(p.filter_rows, p.filter_cols, channels, p.channels)
+    if found[3] == "true":
+        assert p.width % fold == 0 and fold * channels % 2 == 0
+        assert p.width * channels % 2 == 0
+
+    image = np.zeros((p.images, p.rows, p.cols, packed), np.float32)
+    filters = np.zeros((p.taps_down, p.taps_right, packed, p.channels), np.float32)
+    for down in range(fold):
+        for right in range(fold):
+            at = (down * fold + right) * channels
+            to = slice(at, at + channels)
+            for row in range(p.rows):
+                for col in range(p.cols):
+                    y, x = row * fold + down, (col - p.lead_cols) * fold + right
+                    if y < p.height and 0 <= x < p.width:
+                        image[:, row, col, to] = a[:, y, x]
+            for i in range(p.taps_down):
+                for j in range(p.taps_right):
+                    y = i * fold + down - p.shift_down
+                    x = j * fold + right - p.shift_right
+                    if 0 <= y < p.filter_rows and 0 <= x < p.filter_cols:
+                        filters[i, j, to] = b[y, x]
+    # A thread for every pixel, and for every eight elements of the filter.
+    assert p.channels % 8 == 0
+    pixels, eighths = image.size // packed, filters.size // 8
+    blocks = -(-pixels // recipe.threads)
+    assert p.image_blocks == blocks
+    assert recipe.grid == blocks + -(-eighths // recipe.threads)
+    offset = p.filter_offset * 8
+    workspace = np.full(offset + filters.size, np.nan, np.float32)
+    workspace[: image.size] = image.reshape(-1)
+    workspace[offset:] = filters.reshape(-1)
+    return workspace
+
+
 class Launch:
     """One launch of the kernel; ``output`` and ``writes`` are its result."""
 
@@ -226,6 +281,7 @@ class Launch:
         apply: Apply,
         vectors: Sequence[np.ndarray] = (),
         sides: Sequence[np.ndarray] = (),
+        prologue: str | None = None,
     ):
         self.t = Arguments.of(instance)
         self.g = geometry(recipe.ints)
@@ -235,10 +291,15 @@ class Launch:
 
         # An operand's number says which array a map or a pointer is of.
         operands = {0: a, 1: b, 2: self.output}
+        assert (prologue is None) == (recipe.prologue is None)
+        if recipe.prologue is not None and prologue is not None:
+            operands[3] = pack(recipe.prologue, prologue, a, b)
+            assert operands[3].size * ITEM == recipe.workspace_bytes
         operands |= {4 + i: side for i, side in enumerate(sides)}
         operands |= {6 + i: vector for i, vector in enumerate(vectors)}
         assert len(recipe.maps) == 3 + max(1, len(sides))
-        assert [m.operand for m in recipe.maps[:3]] == [0, 1, 2]
+        read = [0, 1] if recipe.prologue is None else [3, 3]
+        assert [m.operand for m in recipe.maps[:3]] == [*read, 2]
         pixels, filters, output, *rest = (
             Tensor(tensor, operands[tensor.operand]) for tensor in recipe.maps
         )
@@ -265,6 +326,8 @@ class Launch:
             assert recipe.grid == g.tiles * t.splits and t.splits <= g.chunks
             assert not t.ping_pong and not t.resident
             assert t.blocks * t.channel_blocks == 1
+        # What is beyond the products' depth is zeros.
+        assert t.steps == 4 or g.chunks == 1
         # A stage is free only after the next one's first product was issued.
         assert t.pixel_stages >= 2
         if t.resident:
@@ -370,7 +433,9 @@ class Launch:
                 for _ in range(g.phase_taps[phase]):
                     for nb, accumulator in enumerate(accumulators):
                         at = g.tap_offset[tap] + nb * g.block_bytes
-                        accumulator += _take(stage, at, t.pixels) @ filters[chunk][tap]
+                        found = _take(stage, at, t.pixels)
+                        depth = t.steps * 16
+                        accumulator += found[:, :depth] @ filters[chunk][tap][:depth]
                     tap += 1
         return accumulators
 

@@ -80,7 +80,7 @@ def map_of(address: int) -> tuple[int, ...]:
         for value in values:
             packed[i] = packed[i] << 12 | value
     return (
-        *(address, 6, 4, 3),  # FLOAT16, rank, SWIZZLE_128B
+        *(address + MAP.offset, 6, 4, 3),  # FLOAT16, rank, SWIZZLE_128B
         *(64, 8, 7, 5, 0),
         *(128, 1024, 7168, 0),
         *packed,
@@ -172,11 +172,24 @@ def test_profile(call: Call, cubin: Any) -> None:
     assert seen["encodes"] == 1
 
 
-def test_a_cubin_needs_no_workspace(call: Call, cubin: Any) -> None:
-    _, seen = call(
-        ["load", "k", cubin(BYTES)], ["workspace_bytes", "k", GEMM, DIMS, 0, 132]
-    )
-    assert seen["value"] == 0
+def test_the_workspace_is_the_recipes(call: Call, cubin: Any) -> None:
+    given = dataclasses.replace(RECIPE, workspace_bytes=4096).encode()
+    asked = ["workspace_bytes", "k", GEMM, DIMS, 0, 132]
+    seen = call(["load", "k", cubin(BYTES)], asked, [*asked, list(given)])
+    assert [answer["value"] for answer in seen[1:]] == [0, 4096]
+
+
+def test_a_prologue_is_launched_first(call: Call, cubin: Any) -> None:
+    prologue = Recipe(64, 3, pointers=(recipe.A, recipe.D), ints=(7,))
+    both = list(dataclasses.replace(RECIPE, prologue=prologue).encode())
+    run = ["run", "k", GEMM, DIMS, SET, 0, both]
+    profile = ["profile", "k", GEMM, DIMS, [SET], 0, 3, both]
+    _, seen, profiled = call(["load", "k", cubin(BYTES)], run, profile)
+    assert profiled["value"] == pytest.approx([135.0] * 3)
+    # The last launch is the kernel's.
+    assert seen["launch"][0] == 132
+    words = struct.unpack("<16Q4Q2i", bytes.fromhex(seen["parameters"]))
+    assert words[:16] == map_of(0x1000)
 
 
 # --- What is refused
@@ -190,29 +203,37 @@ def changed(index: int, value: int) -> list[int]:
     ("numbers", "message"),
     [
         ([], "it is a cubin, and the call has no launch recipe"),
-        ([1, 384], "it ends before the grid"),
-        (changed(0, 2), "the version is 2, not from 1 to 1"),
+        ([2, 384], "it ends before the grid"),
+        (changed(0, 1), "the version is 1, not from 2 to 2"),
         (changed(1, 0), "threads is 0"),
         (changed(2, 2**40), "the grid is 1099511627776"),
         (changed(2, 131), "the cluster does not divide the grid"),
         (changed(3, 16), "the cluster is 16, not from 1 to 8"),
         (changed(4, -1), "shared memory is -1"),
         (changed(5, 2), "programmatic is 2"),
-        (changed(6, 33), "the number of maps is 33"),
-        (changed(6, 2), "it has 38 numbers, which is not what it says"),
-        (changed(8, 2**62), "the number of ints is"),
-        (ENCODED[:-1], "it has 37 numbers"),
-        ([*ENCODED, 0], "it has 39 numbers"),
-        (changed(9, -1), "a map's operand is -1"),
-        (changed(10, 3), "a map's dtype is 3"),
-        (changed(11, 6), "a map's rank is 6"),
-        (changed(12, 0), "a map's dim is 0"),
-        (changed(17, 8), "a map's stride is not a multiple of 16"),
-        (changed(21, 257), "a map's box is 257"),
-        (changed(26, 9), "a map's step is 9"),
-        (changed(31, 96), "a map's swizzle is 96"),
-        (changed(32, 14), "a pointer's operand is 14"),
-        (changed(36, 2**31), "an int is 2147483648"),
+        (changed(6, -1), "the workspace is -1"),
+        (changed(7, 2), "prologue is 2"),
+        (changed(7, 1), "it ends before the version"),
+        (
+            list(dataclasses.replace(RECIPE, prologue=Recipe(0x20, 1, 1, 64)).encode()),
+            "a prologue has no shared memory",
+        ),
+        (changed(34, 8), "a map's offset is not a multiple of 16"),
+        (changed(8, 33), "the number of maps is 33"),
+        (changed(8, 2), "it has 41 numbers, which is not what it says"),
+        (changed(10, 2**62), "the number of ints is"),
+        (ENCODED[:-1], "it has 40 numbers"),
+        ([*ENCODED, 0], "it has 42 numbers"),
+        (changed(11, -1), "a map's operand is -1"),
+        (changed(12, 3), "a map's dtype is 3"),
+        (changed(13, 6), "a map's rank is 6"),
+        (changed(14, 0), "a map's dim is 0"),
+        (changed(19, 8), "a map's stride is not a multiple of 16"),
+        (changed(23, 257), "a map's box is 257"),
+        (changed(28, 9), "a map's step is 9"),
+        (changed(33, 96), "a map's swizzle is 96"),
+        (changed(35, 14), "a pointer's operand is 14"),
+        (changed(39, 2**31), "an int is 2147483648"),
         (
             list(Recipe(32, 1, ints=(0,) * 64).encode()),
             f"its parameters take {BYTES} bytes, and the launch recipe has 256",
@@ -231,7 +252,7 @@ def test_bad_recipes(call: Call, cubin: Any, numbers: list[int], message: str) -
 
 
 def test_too_many_parameters(call: Call, cubin: Any) -> None:
-    numbers = [1, 32, 1, 1, 0, 0, 31, 0, 1024, *MAP.numbers * 31, *[0] * 1024]
+    numbers = [2, 32, 1, 1, 0, 0, 0, 0, 31, 0, 1024, *MAP.numbers * 31, *[0] * 1024]
     check = ["check", "k", GEMM, DIMS, numbers]
     seen = call(["load", "k", cubin(0)], check)[1]
     assert "more than 4096 bytes of parameters" in seen["value"]

@@ -135,5 +135,6 @@ def test_gemm_forms(dtype, layouts, sizes):
 
 def test_unaligned_channels_get_a_form_that_loads_16_bytes():
     problem = conv_problem(dtype="bf16", c=46, k=32, padding=(1, 1, 1, 1))
-    (form,) = forms.forms(plain(problem))
-    assert form.region.problem == dataclasses.replace(problem, c=48)
+    hwio, krsc = forms.forms(plain(problem))
+    assert hwio.region.problem == dataclasses.replace(problem, filter_layout="hwio")
+    assert krsc.region.problem == dataclasses.replace(problem, c=48)

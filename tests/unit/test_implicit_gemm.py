@@ -138,6 +138,17 @@ CONVS = [
     conv(3, 8, 8, 16, 72, padding=(2, 0, 2, 0)),
     # padding cut at the end
     conv(2, 9, 9, 64, 64, padding=(1, -1, 1, -2)),
+    # packed by the prologue: RGB stems, patches, channels that are no multiple of 8
+    hwio(conv(2, 32, 32, 3, 64, 7, stride=(2, 2), padding=(3, 3, 3, 3))),
+    hwio(conv(1, 23, 21, 3, 24, 7, stride=(2, 2), padding=(2, 4, 3, 3))),
+    hwio(conv(2, 16, 18, 3, 48, stride=(2, 2), padding=(0, 1, 0, 1))),
+    hwio(conv(2, 14, 15, 3, 64)),
+    hwio(conv(1, 16, 20, 3, 96, 4, stride=(4, 4), padding=(0, 0, 0, 0))),
+    hwio(conv(3, 11, 9, 1, 16, 5, stride=(1, 1), padding=(2, 2, 2, 2))),
+    hwio(conv(2, 13, 12, 2, 8, 3, 5, stride=(3, 3))),
+    hwio(conv(2, 9, 8, 12, 40)),
+    hwio(conv(1, 12, 13, 4, 16, stride=(2, 2), padding=(1, -1, 0, 2))),
+    hwio(conv(2, 7, 7, 46, 64)),
     # pointwise
     conv(2, 7, 9, 64, 72, 1),
     conv(3, 1, 40, 64, 72, 1),
@@ -197,6 +208,7 @@ def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
         implicit_gemm_sm90.instantiate(taken, config, gpu),
         outputs=expected.size,
         apply=APPLY[taken.epilogue],
+        prologue=implicit_gemm_sm90.prologue(taken),
         **given,
     ).run()
     np.testing.assert_array_equal(launch.writes, 1, config.text)

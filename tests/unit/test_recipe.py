@@ -21,6 +21,7 @@ MAP = TensorMap(
     box=(64, 8, 4, 2),
     steps=(1, 2, 1, 1),
     swizzle=128,
+    offset=32,
 )
 RECIPE = Recipe(
     threads=384,
@@ -36,18 +37,29 @@ RECIPE = Recipe(
 
 def test_encode() -> None:
     assert RECIPE.encode() == (
-        *(1, 384, 132, 2, 100_000, 1, 1, 4, 2),
+        *(2, 384, 132, 2, 100_000, 1, 0, 0, 1, 4, 2),
         *(0, 1, 4),
         *(64, 8, 7, 5, 1),
         *(128, 1024, 7168, 0),
         *(64, 8, 4, 2, 1),
         *(1, 2, 1, 1, 1),
-        128,
+        *(128, 32),
         *(-1, 2, 5, 13),
         *(5, -6),
     )
-    assert len(MAP.numbers) == 23
+    assert len(MAP.numbers) == 24
     assert RECIPE.parameter_bytes == 128 + 32 + 8
+
+
+def test_a_prologue_follows_the_recipe() -> None:
+    prologue = Recipe(threads=256, grid=7, ints=(1, 2))
+    both = dataclasses.replace(RECIPE, workspace_bytes=640, prologue=prologue)
+    head = list(RECIPE.encode())
+    head[6:8] = 640, 1
+    assert both.encode() == (*head, *prologue.encode())
+    assert both.parameter_bytes == RECIPE.parameter_bytes
+    with pytest.raises(ValueError, match="a prologue has no prologue"):
+        dataclasses.replace(RECIPE, prologue=both)
 
 
 def test_the_operands_are_those_of_the_abi() -> None:
@@ -65,6 +77,8 @@ def test_the_operands_are_those_of_the_abi() -> None:
         (dict(operand=-1), "operand -1"),
         (dict(operand=14), "operand 14"),
         (dict(dtype=3), "dtype 3 is not from 0 to 2"),
+        (dict(offset=8), "offset 8 is not a multiple of 16 bytes"),
+        (dict(offset=-16), "offset -16"),
         (dict(dims=()), "rank 0 is not from 1 to 5"),
         (dict(dims=(1,) * 6), "rank 6 is not from 1 to 5"),
         (dict(strides=(128,)), r"strides \(128,\) are not 3, for rank 4"),
@@ -113,4 +127,4 @@ def test_launches_that_there_are_none_of(change: dict[str, Any], message: str) -
 def test_the_most_parameters() -> None:
     full = Recipe(32, 1, ints=(0,) * 1024)
     assert full.parameter_bytes == 4096
-    assert Recipe(32, 1).encode() == (1, 32, 1, 1, 0, 0, 0, 0, 0)
+    assert Recipe(32, 1).encode() == (2, 32, 1, 1, 0, 0, 0, 0, 0, 0, 0)

@@ -17,6 +17,7 @@ import math
 
 from .. import ir
 from . import recipe
+from .packing import Packing
 from .recipe import TensorMap
 
 CHUNK = 64  # channels of a pixel in shared memory: 128 bytes, the widest swizzle
@@ -32,6 +33,7 @@ class Image:
 
     ``pixel`` and ``row`` are elements from one input pixel or row to the next.
     ``k_outer``: the filter has its output channels outermost (KRSC), not innermost.
+    With ``packing`` it is the conv that a prologue leaves, its operands a workspace.
     """
 
     n: int
@@ -51,6 +53,7 @@ class Image:
     k_outer: bool
     filters: int  # 1, or one for every image
     dtype: ir.DType
+    packing: Packing | None = None
 
     @staticmethod
     def of(problem: ir.Problem) -> Image:
@@ -65,7 +68,8 @@ class Image:
                 filters=g.batch,
                 dtype=g.dtype,
             )
-        p = problem
+        packing = Packing.of(problem)
+        p = problem if packing is None else packing.packed
         image = Image(
             *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q, p.c, p.w * p.c),
             stride=p.stride,
@@ -74,6 +78,7 @@ class Image:
             k_outer=p.filter_layout == "krsc",
             filters=1,
             dtype=p.dtype,
+            packing=packing,
         )
         return image.with_wide_pixels if p.padding[2:] == (0, 0) else image
 
@@ -95,6 +100,11 @@ class Image:
     @property
     def chunks(self) -> int:
         return -(-self.c // CHUNK)
+
+    @property
+    def k_steps(self) -> int:
+        """Products of depth 16 in a chunk, those of zeros alone left out."""
+        return CHUNK // 16 if self.chunks > 1 else -(-self.c // 16)
 
     @property
     def is_line(self) -> bool:
@@ -407,12 +417,16 @@ class Layout:
         i = self.image
         dtype = recipe.DTYPES.index(i.dtype)
         item = 2
+        a, b, filter_offset = recipe.A, recipe.B, 0
+        if i.packing is not None:
+            a = b = recipe.WORKSPACE
+            filter_offset = i.packing.filter_offset
         sh, sw = i.stride if i.folds else (1, 1)
         row = i.row * item
         images, rows, cols = self.source_box
         down, right = i.steps
         pixels = TensorMap(
-            operand=recipe.A,
+            operand=a,
             dtype=dtype,
             dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
             strides=(sw * i.pixel * item, row, sh * row, i.h * row),
@@ -427,11 +441,11 @@ class Layout:
         else:
             sizes = (i.k, i.c, taps, i.filters)
             box = (CHUNK, CHUNK, 1, 1)
-        filters = _packed(recipe.B, dtype, sizes, box)
+        filters = _contiguous(b, dtype, sizes, box, filter_offset)
         images, rows, cols = self.store_box
         out = (i.k, i.q, i.p, i.n)
         full = [
-            _packed(operand, dtype, out, (CHUNK, cols, rows, images))
+            _contiguous(operand, dtype, out, (CHUNK, cols, rows, images))
             for operand in (recipe.D, *map(recipe.side, range(sides)))
         ]
         if not sides:
@@ -439,8 +453,12 @@ class Layout:
         return (pixels, filters, *full)
 
 
-def _packed(
-    operand: int, dtype: int, dims: tuple[int, ...], box: tuple[int, ...]
+def _contiguous(
+    operand: int,
+    dtype: int,
+    dims: tuple[int, ...],
+    box: tuple[int, ...],
+    offset: int = 0,
 ) -> TensorMap:
     """A map of a contiguous array, innermost dimension first."""
     strides, stride = [], 2
@@ -455,6 +473,7 @@ def _packed(
         box=box,
         steps=(1,) * len(dims),
         swizzle=128,
+        offset=offset,
     )
 
 

@@ -196,8 +196,15 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         f"{scope}::Schedule::{schedule}",
         "true" if tile.resident else "false",
         *(tile.pixel_stages, tile.filter_stages, tile.store_stages, tile.splits),
+        Image.of(region.problem).k_steps,
     )
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
+
+
+def prologue(region: ir.Region) -> str | None:
+    """The C++ type that ``JAX_BOLT_PROLOGUE`` takes, for images of few channels."""
+    packing = Image.of(region.problem).packing
+    return None if packing is None else packing.instance
 
 
 def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
@@ -215,6 +222,8 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
         maps=layout.maps(tile.filter_blocks, len(epilogue.sides)),
         pointers=vectors or (recipes.NULL,),
         ints=layout.integers(tile.filter_blocks),
+        workspace_bytes=image.packing.workspace_bytes if image.packing else 0,
+        prologue=image.packing.recipe() if image.packing else None,
     )
 
 
@@ -440,7 +449,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)
     sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
-    products = 4 * steps * tile.blocks * tile.channel_blocks * sharing * one
+    products = image.k_steps * steps * tile.blocks * tile.channel_blocks * sharing * one
     loads = boxes * layout.loads * layout.load_bytes
     if not tile.resident:
         loads += steps * _FILTER_BLOCK * tile.filter_blocks

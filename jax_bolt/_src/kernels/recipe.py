@@ -12,7 +12,7 @@ import dataclasses
 
 from .. import ir
 
-VERSION = 1
+VERSION = 2
 
 # Operands of the custom call, by number.
 NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
@@ -49,7 +49,8 @@ class TensorMap:
     ``dtype`` counts in ``DTYPES``. Innermost dimension first: ``dims`` and ``box`` are
     elements, ``strides`` are bytes of all dimensions but the innermost, ``steps`` are
     TMA's element strides: a box takes every ``steps[i]``-th element. ``swizzle`` is in
-    bytes, 0 for none. Out of bounds is read as zeros and not written.
+    bytes, 0 for none. The tensor begins ``offset`` bytes into the operand. Out of bounds
+    is read as zeros and not written.
 
     Raises ValueError for what the hardware does not have.
     """
@@ -61,6 +62,7 @@ class TensorMap:
     box: tuple[int, ...]
     steps: tuple[int, ...]
     swizzle: int
+    offset: int = 0
 
     def __post_init__(self) -> None:
         rank = len(self.dims)
@@ -86,6 +88,9 @@ class TensorMap:
             _range("box", extent, 1, 256)
         for step in self.steps:
             _range("step", step, 1, 8)
+        _range("offset", self.offset, 0, 2**48 - 1)
+        if self.offset % 16:
+            raise ValueError(f"offset {self.offset} is not a multiple of 16 bytes")
         if self.steps[0] != 1:
             raise ValueError(f"TMA ignores the innermost step, {self.steps[0]}")
         row = self.box[0] * ir.ITEM_BYTES[DTYPES[self.dtype]]
@@ -98,7 +103,7 @@ class TensorMap:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """23 numbers: unused dims, boxes and steps are 1, unused strides 0."""
+        """24 numbers: unused dims, boxes and steps are 1, unused strides 0."""
         unused = _MAX_RANK - len(self.dims)
         ones, zeros = (1,) * unused, (0,) * unused
         return (
@@ -107,7 +112,7 @@ class TensorMap:
             *(*self.strides, *zeros),
             *(*self.box, *ones),
             *(*self.steps, *ones),
-            self.swizzle,
+            *(self.swizzle, self.offset),
         )
 
 
@@ -118,7 +123,8 @@ class Recipe:
     ``cluster`` blocks form a cluster, ``smem_bytes`` is dynamic shared memory, and
     ``programmatic`` lets the kernel begin before the one ahead of it has ended (it must
     wait itself, with griddepcontrol). ``pointers`` are operand numbers, ``NULL`` for a
-    null pointer.
+    null pointer. The call has a workspace of ``workspace_bytes``, which a ``prologue``,
+    a launch of the cubin's other kernel just before, may fill.
 
     Raises ValueError for what cannot be launched.
     """
@@ -131,6 +137,8 @@ class Recipe:
     maps: tuple[TensorMap, ...] = ()
     pointers: tuple[int, ...] = ()
     ints: tuple[int, ...] = ()
+    workspace_bytes: int = 0
+    prologue: Recipe | None = None
 
     def __post_init__(self) -> None:
         _range("threads", self.threads, 1, 1024)
@@ -141,6 +149,9 @@ class Recipe:
             raise ValueError(
                 f"a cluster of {self.cluster} does not divide the grid, {self.grid}"
             )
+        _range("workspace_bytes", self.workspace_bytes, 0, 2**48 - 1)
+        if self.prologue is not None and self.prologue.prologue is not None:
+            raise ValueError("a prologue has no prologue")
         for operand in self.pointers:
             _range("pointer", operand, NULL, _OPERANDS - 1)
         for number in self.ints:
@@ -165,10 +176,12 @@ class Recipe:
         return (
             *(VERSION, self.threads, self.grid, self.cluster),
             *(self.smem_bytes, int(self.programmatic)),
+            *(self.workspace_bytes, int(self.prologue is not None)),
             *(len(self.maps), len(self.pointers), len(self.ints)),
             *(number for tensor in self.maps for number in tensor.numbers),
             *self.pointers,
             *self.ints,
+            *(self.prologue.encode() if self.prologue is not None else ()),
         )
 
 

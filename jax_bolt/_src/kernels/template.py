@@ -41,6 +41,10 @@ class Template(Protocol):
 class CubinTemplate(Template, Protocol):
     """A template whose ``artifact`` is "cubin"."""
 
+    def prologue(self, region: ir.Region) -> str | None:
+        """The C++ type of a kernel that the recipe launches first, or None."""
+        ...
+
     def recipe(self, region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
         """How to launch what ``instantiate`` names on the region's sizes."""
         ...

@@ -345,7 +345,7 @@ def executable(
     if reason is not None:
         raise CompileError(f"{candidate.text} refuses the problem: {reason}")
     workspace = native.workspace_bytes(
-        digest, kind, dims, target.ordinal, target.arch.sm_count
+        digest, kind, dims, target.ordinal, target.arch.sm_count, recipe
     )
     return Executable(digest, region.problem, candidate.form, workspace, recipe)
 

@@ -18,6 +18,7 @@
 #include "jax_bolt/epilogue/math.hpp"
 #include "jax_bolt/epilogue/traits.hpp"
 #include "jax_bolt/implicit_gemm/geometry.hpp"
+#include "jax_bolt/implicit_gemm/pack.hpp"
 #include "jax_bolt/implicit_gemm/ptx.hpp"
 #include "jax_bolt/implicit_gemm/wgmma.hpp"
 
@@ -60,10 +61,11 @@ struct Ring {
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kResident: the filter stages
 /// hold a whole filter, loaded once. kSplits: CTAs of a cluster that share a tile, each with its
-/// part of the chunks (split-K); a cluster has one tile then.
+/// part of the chunks (split-K); a cluster has one tile then. kSteps: products of depth 16 in a chunk.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule,
-          bool kResident, int kPixelStages, int kFilterStages, int kStoreStages, int kSplits>
+          bool kResident, int kPixelStages, int kFilterStages, int kStoreStages, int kSplits,
+          int kSteps>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -347,7 +349,7 @@ struct Sm90 {
           std::uint64_t const b = stage + moved(g.tap_offset[tap]);
           cute::warpgroup_arrive();
 #pragma unroll
-          for (int k = 0; k < kChunk / 16; ++k) {
+          for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
             for (int nb = 0; nb < kPixelBlocks; ++nb) {
 #pragma unroll
@@ -544,7 +546,8 @@ struct Sm90 {
     Ring<kFilterStages> filters;
     Ring<kStoreStages> slots;
     int const taps = count_taps(g);
-    int unreleased = -1, turn = 0;
+    int unreleased = -1, turn = 0, channel = -1;
+    Columns columns;
     // The first turn is warpgroup 0's.
     if (kPingPong && warpgroup == 1) ptx::arrive(kTurn, 256);
     for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
@@ -555,8 +558,8 @@ struct Sm90 {
       }
       Tile const tile(g, index);
       if (kResident) filters = {};
-      Columns columns;
-      load_columns(p, tile, warpgroup, columns);
+      if (tile.channel != channel) load_columns(p, tile, warpgroup, columns);
+      channel = tile.channel;
       if (kPingPong) ptx::sync(kTurn + warpgroup, 256);
       Accumulators accumulators;
       int pixel_stage, filter_stage;
