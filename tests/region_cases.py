@@ -108,6 +108,15 @@ def _conv(
     return Case(f"conv-bn-add-relu-{tag}", fused, args)
 
 
+def _wide(case: Case) -> Case:
+    """``case`` with a float32 result."""
+
+    def fun(*args):
+        return case.fun(*args).astype(F32)
+
+    return Case(f"{case.name}-to-f32", fun, case.args)
+
+
 def _two_sides() -> Case:
     def fun(x, w, a, b, keep, temperature):
         y = jax.nn.silu(x @ w + a) * b
@@ -147,6 +156,10 @@ GEMMS = [
     _plain("mk,kn->mn", (70, 24), (24, 48), F32),
     _two_sides(),
     _masked(),
+    # Deep products on few tiles: split over the CTAs of a cluster.
+    *_dense(40, 1000, 136),
+    _wide(_dense(70, 520, 72)[0]),
+    _wide(_dense(300, 72, 200)[1]),
 ]
 CONVS = [
     _conv(1, 7, 9, 64, 64, 3, 3),
@@ -169,4 +182,9 @@ CONVS = [
     _conv(2, 28, 28, 128, 128, 3, 3, stride=2, padding=((1, 1), (1, 1))),
     _conv(3, 15, 17, 24, 40, 3, 3, stride=2, padding=((1, 1), (1, 1))),
     _conv(2, 9, 11, 64, 64, 3, 3, F16, padding=((2, 2), (2, 2))),
+    # Packed by its prologue: patches, other channel counts.
+    _conv(2, 16, 20, 3, 96, 4, 4, stride=4, padding="VALID"),
+    _conv(1, 9, 14, 12, 40, 3, 3, F16),
+    _conv(1, 7, 7, 320, 200, 3, 3),
+    _wide(_conv(3, 7, 7, 256, 72, 3, 3, stride=2)),
 ]

@@ -149,10 +149,10 @@ class Tensor:
         assert all(1 <= extent <= 256 for extent in tensor.box)
         assert all(1 <= step <= 8 for step in tensor.steps) and tensor.steps[0] == 1
         assert all(s % 16 == 0 and 0 <= s < 2**40 for s in tensor.strides)
-        # Two-byte elements; a box's rows are as long as the swizzle.
-        assert tensor.dtype in (0, 1)
-        assert tensor.box[0] * ITEM == tensor.swizzle == ROW
-        self._strides = (1, *(stride // ITEM for stride in tensor.strides))
+        # A box's rows are as long as the swizzle.
+        self.item = 4 if tensor.dtype == 2 else 2
+        assert tensor.box[0] * self.item == tensor.swizzle == ROW
+        self._strides = (1, *(stride // self.item for stride in tensor.strides))
         # The map's last element is the operand's last or one before it.
         ends = zip(tensor.dims, self._strides, strict=True)
         assert sum((size - 1) * stride for size, stride in ends) < self.data.size
@@ -163,10 +163,10 @@ class Tensor:
     @property
     def bytes(self) -> int:
         """Bytes of a box in shared memory."""
-        return int(np.prod(self._shape)) * ITEM
+        return int(np.prod(self._shape)) * self.item
 
     def _box(self, coordinates: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """The box's elements, [rows, 64]: positions, and which are in bounds."""
+        """The box's elements, [rows, 128 bytes]: positions, and which are in bounds."""
         assert len(coordinates) == len(self.map.dims)
         rank = len(coordinates)
         position = np.zeros((1,) * rank, np.int64)
@@ -178,7 +178,8 @@ class Tensor:
             inside = inside & (at >= 0) & (at < self.map.dims[d])
         shape = self._shape[::-1]
         position, inside = (np.broadcast_to(x, shape) for x in (position, inside))
-        return position.reshape(-1, CHUNK), inside.reshape(-1, CHUNK)
+        width = self._shape[0]
+        return position.reshape(-1, width), inside.reshape(-1, width)
 
     def load(self, *coordinates: int) -> np.ndarray:
         """The box as it lies in shared memory, [rows, 64]."""
@@ -341,7 +342,8 @@ class Launch:
         assert self.pixels.bytes == g.load_bytes
         assert self.filters.bytes == (t.filter_stage if t.krsc else FILTER_BLOCK)
         assert all(side.bytes == g.side_bytes for side in self.sides)
-        slots = t.warpgroups * t.store_stages * max(1, len(self.sides))
+        tiles = len(self.sides) + (2 if self.to.item == 4 else 0)
+        slots = t.warpgroups * t.store_stages * max(1, tiles)
         barriers = 2 * t.pixel_stages + 2 * t.filter_stages
         barriers += 2 * t.warpgroups * (t.store_stages + 1)
         used = t.pixel_stages * g.stage_bytes + t.filter_stages * t.filter_stage
@@ -363,7 +365,7 @@ class Launch:
         return self
 
     def _run(self, indices: range) -> None:
-        """The tiles of one CTA or cluster. With a resident filter the first one's serves all."""
+        """The tiles of one CTA or cluster; a resident filter serves them all."""
         g, resident = self.g, None
         for index in indices:
             channel, image, row, col = self._origin(index)
@@ -469,9 +471,12 @@ class Launch:
             sides.append(_take(slot, 0, t.pixels))
         channels = np.minimum(channel + np.arange(CHUNK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]
-        slot = _nothing(g.slot_bytes)
-        _put(slot, 0, self.apply(accumulators, vectors, sides))
-        for i in range(g.stores):
-            box = _take(slot, i * g.store_bytes, self.to.bytes // ROW)
-            written = self.to.store(box, channel, col, row + i, image)
-            self._positions.append(written)
+        results = self.apply(accumulators, vectors, sides)
+        width = ROW // self.to.item  # channels in a tile
+        for first in range(0, CHUNK, width):
+            slot = _nothing(g.slot_bytes)[:, :width]
+            _put(slot, 0, results[:, first : first + width])
+            for i in range(g.stores):
+                box = _take(slot, i * g.store_bytes, self.to.bytes // ROW)
+                written = self.to.store(box, channel + first, col, row + i, image)
+                self._positions.append(written)

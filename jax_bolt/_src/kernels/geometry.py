@@ -412,7 +412,9 @@ class Layout:
         numbers += _filled([at for _, _, at in taps], MAX_TAPS)
         return tuple(numbers)
 
-    def maps(self, filter_blocks: int, sides: int) -> tuple[TensorMap, ...]:
+    def maps(
+        self, filter_blocks: int, sides: int, out_dtype: ir.DType
+    ) -> tuple[TensorMap, ...]:
         """Pixels, filters, output and (at least one) side input."""
         i = self.image
         dtype = recipe.DTYPES.index(i.dtype)
@@ -444,9 +446,11 @@ class Layout:
         filters = _contiguous(b, dtype, sizes, box, filter_offset)
         images, rows, cols = self.store_box
         out = (i.k, i.q, i.p, i.n)
+        wide = (CHUNK, cols, rows, images)
+        result = (ROW // ir.ITEM_BYTES[out_dtype], cols, rows, images)
         full = [
-            _contiguous(operand, dtype, out, (CHUNK, cols, rows, images))
-            for operand in (recipe.D, *map(recipe.side, range(sides)))
+            _contiguous(recipe.D, recipe.DTYPES.index(out_dtype), out, result),
+            *(_contiguous(recipe.side(i), dtype, out, wide) for i in range(sides)),
         ]
         if not sides:
             full.append(full[0])
@@ -461,7 +465,7 @@ def _contiguous(
     offset: int = 0,
 ) -> TensorMap:
     """A map of a contiguous array, innermost dimension first."""
-    strides, stride = [], 2
+    strides, stride = [], ir.ITEM_BYTES[recipe.DTYPES[dtype]]
     for size in dims[:-1]:
         stride *= size
         strides.append(stride)

@@ -134,9 +134,11 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return f"needs sm_90a, not {arch.name}"
     if problem.dtype not in ("bf16", "f16"):
         return f"takes 2-byte operands, not {problem.dtype}"
-    for dtype in (epilogue.out_dtype, *epilogue.sides):
+    for dtype in epilogue.sides:
         if dtype not in ("bf16", "f16"):
-            return f"takes 2-byte outputs and side inputs, not {dtype}"
+            return f"takes 2-byte side inputs, not {dtype}"
+    if epilogue.out_dtype not in ("bf16", "f16", "f32"):
+        return f"no outputs of {epilogue.out_dtype}"
     if too_many := epilogue_limit(epilogue):
         return too_many
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
@@ -212,14 +214,15 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     tile, image = Tile.of(config), Image.of(region.problem)
     layout = tile.layout(image)
     epilogue = region.epilogue
+    sides = len(epilogue.sides)
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=_grid(tile, image, arch),
         cluster=tile.splits,
-        smem_bytes=_shared_bytes(tile, layout, len(epilogue.sides)),
+        smem_bytes=_shared_bytes(tile, layout, _slot_tiles(epilogue)),
         programmatic=True,
-        maps=layout.maps(tile.filter_blocks, len(epilogue.sides)),
+        maps=layout.maps(tile.filter_blocks, sides, epilogue.out_dtype),
         pointers=vectors or (recipes.NULL,),
         ints=layout.integers(tile.filter_blocks),
         workspace_bytes=image.packing.workspace_bytes if image.packing else 0,
@@ -253,7 +256,7 @@ def _tiles(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]
                 for splits in _splits(base, image, arch)
             ]
             for variant in variants:
-                tile = _staged(variant, layout, len(epilogue.sides), arch)
+                tile = _staged(variant, layout, epilogue, arch)
                 if tile is not None:
                     yield tile
 
@@ -333,8 +336,17 @@ def _idle_blocks(layout: Layout) -> bool:
     return (count - 1) * layout.block.rows >= image.p
 
 
-def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | None:
+def _slot_tiles(epilogue: ir.Epilogue) -> int:
+    """Tiles of a slot: side inputs lie where the result goes, unless that is wider."""
+    wide = ir.ITEM_BYTES[epilogue.out_dtype] // 2
+    return max(1, len(epilogue.sides) + (wide if wide > 1 else 0))
+
+
+def _staged(
+    tile: Tile, layout: Layout, epilogue: ir.Epilogue, arch: GpuArch
+) -> Tile | None:
     """``tile`` with as many stages as shared memory holds, or None."""
+    sides, slot_tiles = len(epilogue.sides), _slot_tiles(epilogue)
     image = layout.image
     steps, boxes = _steps(tile, layout)
     per_sm = (
@@ -349,7 +361,7 @@ def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | Non
             return None
 
     def left(*stages: int) -> int:
-        return per_sm - fixed - _ring_bytes(tile, layout, sides, *stages)
+        return per_sm - fixed - _ring_bytes(tile, layout, slot_tiles, *stages)
 
     filters = steps if tile.resident else min(4, max(2, steps))
     pixels = 2
@@ -385,7 +397,7 @@ def _staged(tile: Tile, layout: Layout, sides: int, arch: GpuArch) -> Tile | Non
 def _ring_bytes(
     tile: Tile,
     layout: Layout,
-    sides: int,
+    slot_tiles: int,
     pixel_stages: int,
     filter_stages: int,
     store_stages: int,
@@ -393,7 +405,7 @@ def _ring_bytes(
     return (
         pixel_stages * layout.stage_bytes
         + filter_stages * _FILTER_BLOCK * tile.filter_blocks
-        + store_stages * tile.warpgroups * max(1, sides) * layout.slot_bytes
+        + store_stages * tile.warpgroups * slot_tiles * layout.slot_bytes
         + _partial_bytes(tile)
     )
 
@@ -404,11 +416,11 @@ def _partial_bytes(tile: Tile) -> int:
     return tile.warpgroups * (tile.splits - 1) * groups * 8 * CHUNK * 4
 
 
-def _shared_bytes(tile: Tile, layout: Layout, sides: int) -> int:
+def _shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
     stages = (tile.pixel_stages, tile.filter_stages, tile.store_stages)
     barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
     barriers += 2 * tile.warpgroups * (tile.store_stages + 1)
-    return _ring_bytes(tile, layout, sides, *stages) + barriers * 8
+    return _ring_bytes(tile, layout, slot_tiles, *stages) + barriers * 8
 
 
 def _count(tile: Tile, image: Image) -> int:
@@ -454,7 +466,9 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     if not tile.resident:
         loads += steps * _FILTER_BLOCK * tile.filter_blocks
     outputs = tile.blocks * tile.channel_blocks * sharing
-    moved = outputs * layout.slot_bytes * (1 + len(region.epilogue.sides))
+    epilogue = region.epilogue
+    moved = ir.ITEM_BYTES[epilogue.out_dtype] // 2 + len(epilogue.sides)
+    moved *= outputs * layout.slot_bytes
     busy = tile.ctas if grid > arch.sm_count else 1
     main = busy * max(products, (loads + moved) / _LOAD_RATE) + _TURN
     finish = _FINISH / 2 * tile.blocks * tile.channel_blocks

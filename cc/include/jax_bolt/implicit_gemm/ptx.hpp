@@ -223,6 +223,10 @@ __device__ __forceinline__ void store_transposed(std::uint32_t to, std::uint32_t
                : "memory");
 }
 
+__device__ __forceinline__ void store(std::uint32_t to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+
 /// Two values of a 2-byte type in one register: to it, rounded to nearest even, and from it.
 template <class T>
 struct Pair;

@@ -79,7 +79,7 @@ struct Sm90 {
   static constexpr int kSides = Epilogue::kSides;
   static constexpr int kColumns = Epilogue::kColumns;
   static constexpr int kVectors = Epilogue::kVectors;
-  static_assert(sizeof(Element) == 2 && sizeof(Output) == 2, "2-byte elements");
+  static_assert(sizeof(Element) == 2 && (sizeof(Output) == 2 || sizeof(Output) == 4));
   static_assert(kWarpgroups <= 2, "named barriers and side producers are for two");
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
   static_assert(kSides == 0 || kStoreStages >= 2,
@@ -92,7 +92,11 @@ struct Sm90 {
   static constexpr int kFilterBlock = 8192;  // 64 output by 64 input channels
   static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
   static constexpr int kFilterStage = kFilterBlocks * kFilterBlock;
-  static constexpr int kSlotTiles = kSides > 1 ? kSides : 1;
+  // A slot holds a block's results in tiles of 128 bytes a pixel, and its side inputs: in place,
+  // or, where results are wider, after them.
+  static constexpr int kOutputTiles = sizeof(Output) / 2;
+  static constexpr int kFirstSide = kOutputTiles == 1 ? 0 : kOutputTiles;
+  static constexpr int kSlotTiles = kFirstSide + kSides > 1 ? kFirstSide + kSides : 1;
   // One K step of 16: along a row of a K-major filter, 16 rows down an M-major one.
   static constexpr int kFilterStep = kFilters == Filters::kKrsc ? 32 : 2048;
   static constexpr auto kMajorA = kFilters == Filters::kKrsc ? gmma::Major::K : gmma::Major::MN;
@@ -200,7 +204,7 @@ struct Sm90 {
     results.init(1);
     ptx::fence_barrier_init();
     partials.arrive_and_expect((kSplits - 1) * groups * kPartial);
-    results.arrive_and_expect((kGroups - groups) * kGroupBytes);
+    results.arrive_and_expect((kGroups - groups) * kGroupBytes * kOutputTiles);
   }
 
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
@@ -274,8 +278,9 @@ struct Sm90 {
         std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
         for (int side = 0; side < kSides; ++side) {
           for (int i = 0; i < g.stores; ++i) {
-            ptx::load(p.sides[side], full, slot + side * g.slot_bytes + i * g.store_bytes,
-                      block.channel, block.col, block.row + i, block.image);
+            std::uint32_t const to = slot + (kFirstSide + side) * g.slot_bytes;
+            ptx::load(p.sides[side], full, to + i * g.store_bytes, block.channel, block.col,
+                      block.row + i, block.image);
           }
         }
         ring.advance();
@@ -403,16 +408,17 @@ struct Sm90 {
     }
   }
 
-  /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and over
-  /// side 0 into the slot. `at` is this lane's row of a matrix there.
+  /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and into
+  /// the slot. `at` is this lane's row of a matrix there, `first` the first pixel.
   template <int kCount>
   __device__ static __forceinline__ void finish(float const* accumulators,
                                                 float const (&columns)[2][array_size(kColumns)],
-                                                std::uint32_t at, int slot_bytes) {
+                                                std::uint32_t at, std::uint32_t first,
+                                                int slot_bytes) {
     std::uint32_t sides[array_size(kSides)][kCount], results[kCount];
 #pragma unroll
     for (int side = 0; side < kSides; ++side) {
-      ptx::load_transposed(at + side * slot_bytes, sides[side]);
+      ptx::load_transposed(at + (kFirstSide + side) * slot_bytes, sides[side]);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -424,11 +430,22 @@ struct Sm90 {
         high[side] = Side::high(sides[side][i]);
       });
       // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
-      results[i] =
-          ptx::Pair<Output>::pack(Epilogue::apply(accumulators[2 * i], columns[i & 1], low),
-                                  Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high));
+      float const left = Epilogue::apply(accumulators[2 * i], columns[i & 1], low);
+      float const right = Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high);
+      if constexpr (kOutputTiles == 1) {
+        results[i] = ptx::Pair<Output>::pack(left, right);
+      } else {
+        // A tile has 32 channels. Two pixels are two rows, whose places in the pattern differ.
+        int const lane = threadIdx.x & 31, warp = (threadIdx.x & 127) / 32;
+        int const channel = warp * 16 + lane / 4 + (i & 1) * 8, pixel = lane % 4 * 2;
+        std::uint32_t const to =
+            first + channel / 32 * slot_bytes + (i / 2 * 8 + pixel) * 128 + channel % 4 * 4;
+        int const sixteenth = channel % 32 / 4;
+        ptx::store(to + ((sixteenth ^ pixel) << 4), left);
+        ptx::store(to + 128 + ((sixteenth ^ (pixel + 1)) << 4), right);
+      }
     }
-    ptx::store_transposed(at, results);
+    if constexpr (kOutputTiles == 1) ptx::store_transposed(at, results);
   }
 
   /// Sends the other CTAs the groups that they finish, and adds theirs to this one's.
@@ -466,7 +483,7 @@ struct Sm90 {
 
   /// A split block's results into the slot of the cluster's first CTA. True where they all are.
   __device__ static __forceinline__ bool gather(Memory const& memory, int warpgroup,
-                                                std::uint32_t slot) {
+                                                std::uint32_t slot, int slot_bytes) {
     if constexpr (kSplits == 1) return true;
     ptx::Barrier& full = memory.barriers->results_full[warpgroup];
     if (rank() == 0) {
@@ -474,8 +491,8 @@ struct Sm90 {
       return true;
     }
     int const first = first_group(rank()), groups = first_group(rank() + 1) - first;
-    std::uint32_t const from = slot + first * kGroupBytes;
-    if (groups > 0) {
+    for (int tile = 0; tile < kOutputTiles && groups > 0; ++tile) {
+      std::uint32_t const from = slot + tile * slot_bytes + first * kGroupBytes;
       ptx::copy(ptx::in_cta(from, 0), from, groups * kGroupBytes,
                 ptx::in_cta(ptx::shared_address(&full), 0));
     }
@@ -507,26 +524,33 @@ struct Sm90 {
     if constexpr (kSplits == 1) {
 #pragma unroll
       for (int j = 0; j < kGroups / 2; ++j) {
-        finish<4>(accumulators + 8 * j, columns, at + 2 * j * kGroupBytes, g.slot_bytes);
+        std::uint32_t const first = 2 * j * kGroupBytes;
+        finish<4>(accumulators + 8 * j, columns, at + first, slot + first, g.slot_bytes);
       }
       if constexpr (kGroups % 2 != 0) {
-        constexpr int last = kGroups - 1;
-        finish<2>(accumulators + 4 * last, columns, at8 + last * kGroupBytes, g.slot_bytes);
+        std::uint32_t const first = (kGroups - 1) * kGroupBytes;
+        finish<2>(accumulators + 4 * (kGroups - 1), columns, at8 + first, slot + first,
+                  g.slot_bytes);
       }
     } else {
       combine(memory, warpgroup, accumulators);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         if (owner(j) != rank()) continue;
-        finish<2>(accumulators + 4 * j, columns, at8 + j * kGroupBytes, g.slot_bytes);
+        std::uint32_t const first = j * kGroupBytes;
+        finish<2>(accumulators + 4 * j, columns, at8 + first, slot + first, g.slot_bytes);
       }
     }
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);
-    if (thread == 0 && gather(memory, warpgroup, slot)) {
-      for (int i = 0; i < g.stores; ++i) {
-        ptx::store(p.output, slot + i * g.store_bytes, block.channel, block.col, block.row + i,
-                   block.image);
+    if (thread == 0 && gather(memory, warpgroup, slot, g.slot_bytes)) {
+      for (int tile = 0; tile < kOutputTiles; ++tile) {
+        std::uint32_t const from = slot + tile * g.slot_bytes;
+        int const channel = block.channel + tile * (kChunk / kOutputTiles);
+        for (int i = 0; i < g.stores; ++i) {
+          ptx::store(p.output, from + i * g.store_bytes, channel, block.col, block.row + i,
+                     block.image);
+        }
       }
       ptx::commit_stores();
       if constexpr (kSides > 0) {
