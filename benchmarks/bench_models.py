@@ -79,6 +79,7 @@ def bench_model(
     # One round of traces: kernel times hardly vary, and a trace takes seconds.
     for step, key, prefix, count in (
         (_wall, "wall_ms", "", settings.rounds),
+        (_queued, "queued_ms", "", settings.rounds),
         (_kernels, "kernels_ms", "trace_", 1),
     ):
         rounds: dict[str, list[dict[str, Any]]] = {v: [] for v in callables}
@@ -113,6 +114,9 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
             out[f"jit_over_bolt_{key}"] = plain[key] / bolt[key]
             out[f"best_xla_over_bolt_{key}"] = min(xla) / bolt[key]
             out[f"bolt_over_floor_{key}"] = bolt[key] / result["floor_ms"]
+    if bolt.get("queued_ms") and bolt.get("busy_ms"):
+        # Where no kernel runs, of the device's time from one call to the next.
+        out["gaps"] = max(0.0, 1 - bolt["busy_ms"] / bolt["queued_ms"])
     if plain.get("relative_l2") and "relative_l2" in bolt:
         out["error"] = bolt["relative_l2"] / plain["relative_l2"]
     return out
@@ -144,7 +148,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Milliseconds and ratios per model, and the ratios' geometric mean."""
     head = (
         f"{'model':22}{'floor':>8}{'jit':>9}{'+fusion':>9}{'bolt':>9}{'jit/bolt':>10}"
-        f"{'XLA/bolt':>10}{'bolt/floor':>12}{'wall jit':>10}{'wall bolt':>11}{'err':>7}"
+        f"{'XLA/bolt':>10}{'bolt/floor':>12}{'wall jit':>10}{'wall bolt':>11}{'gaps':>7}"
+        f"{'err':>7}"
     )
     rows = [head, "-" * len(head)]
     for name, result in results.items():
@@ -162,6 +167,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             + _cell(ratio.get(f"bolt_over_floor_{which}"), 12, 2)
             + _cell(variants[PLAIN].get("wall_ms"), 10, 3)
             + _cell(variants[BOLT].get("wall_ms"), 11, 3)
+            + _cell(ratio.get("gaps"), 7, 3)
             + _cell(ratio.get("error"), 7, 2)
         )
     for label, key in (("jit/bolt", "jit"), ("XLA/bolt", "best_xla")):
@@ -254,6 +260,17 @@ def _wall(
 ) -> dict[str, Any]:
     wall = timing.wall(fun, variables, x, runs=settings.runs)
     return {"wall_ms": wall.median * 1e3, "wall_lowest_ms": wall.lowest * 1e3}
+
+
+def _queued(
+    fun: Callable[..., Any], variables: Any, x: jax.Array, settings: Settings
+) -> dict[str, Any]:
+    """The device's time per call while the host is ahead of it."""
+    if not environment.has_gpu():
+        return {}
+    from jax_bolt._src.tune import measure
+
+    return {"queued_ms": measure.time_queued(lambda: fun(variables, x), 0) / 1e3}
 
 
 def _kernels(

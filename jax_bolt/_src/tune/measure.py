@@ -221,25 +221,30 @@ def _relative(value: Any, truth: Any) -> Any:
 
 
 def time_region(fun: Callable, operands: Operands, ordinal: int) -> float:
-    """Median µs of the region as a jitted function, operand sets rotated.
-
-    The device times itself, by events on XLA's own stream. All launches between them
-    are queued behind a long product, so that the device never waits for the host; where
-    the host could not queue a batch in that time, fewer calls are timed.
-    """
+    """Median µs of the region as a jitted function, operand sets rotated."""
 
     def rotation(sets: Sequence[tuple]) -> list[Any]:
         return [fun(*values) for values in sets]
 
     # Not lowered ahead of time: such a call takes the host ten times as long.
     jitted = jax.jit(rotation)
-    jax.block_until_ready(jitted(operands.sets))
+    return time_queued(lambda: jitted(operands.sets), ordinal) / len(operands.sets)
+
+
+def time_queued(call: Callable[[], Any], ordinal: int) -> float:
+    """Median µs of the device's time from one ``call`` to the next, without the host's.
+
+    The device times itself, by events on XLA's own stream. All launches between them
+    are queued behind a long product, so that the device never waits for the host; where
+    the host could not queue a batch in that time, fewer calls are timed.
+    """
+    jax.block_until_ready(call())
     block, x = _blocker()
     mark = _marker()
 
     def batch(calls: int) -> tuple[float, bool]:
         held = [block(x), mark(0)]
-        held += [jitted(operands.sets) for _ in range(calls)]
+        held += [call() for _ in range(calls)]
         jax.block_until_ready((held[-1], mark(1)))
         return loader.native().read_stopwatch(ordinal)
 
@@ -255,8 +260,7 @@ def time_region(fun: Callable, operands: Operands, ordinal: int) -> float:
             calls //= 2
             times.clear()
     # The host only ever adds to a time that it is part of.
-    typical = statistics.median(times) if queued else min(times)
-    return typical / len(operands.sets)
+    return statistics.median(times) if queued else min(times)
 
 
 @functools.cache
