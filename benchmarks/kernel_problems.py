@@ -30,8 +30,6 @@ CONV3X3, STEM, OTHER = "3x3 conv", "stem", "other"
 COMPUTE, MEMORY = "1x1/GEMM, compute-bound", "1x1/GEMM, memory-bound"
 CLASSES = (CONV3X3, COMPUTE, MEMORY, STEM, OTHER)
 _STEM_CHANNELS = 4
-# Operations after which a tensor still lies where it lay.
-_VIEWS = {"reshape", "squeeze"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,20 +131,9 @@ def moves_input(site: SiteInfo, form: str) -> bool:
 
     A filter can be rearranged once and for all, activations only at every call.
     """
-    avals = [site.in_avals[i] for i in site.operands[:2]]
-    like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    jaxpr = jax.make_jaxpr(
-        lambda lhs, rhs: forms.prepare(form, site.region.problem, lhs, rhs)[0]
-    )(*like).jaxpr
-    derived = {jaxpr.invars[0]}
-    for eqn in jaxpr.eqns:
-        if any(
-            isinstance(v, type(jaxpr.invars[0])) and v in derived for v in eqn.invars
-        ):
-            if eqn.primitive.name not in _VIEWS:
-                return True
-            derived.update(eqn.outvars)
-    return False
+    lhs, rhs = (site.in_avals[i] for i in site.operands[:2])
+    like = ((aval.shape, aval.dtype) for aval in (lhs, rhs))
+    return not forms.only_views(form, site.region.problem, *like)
 
 
 def _sites(name: str, batch: int | None, image: int, dtype: Any) -> Iterator[SiteInfo]:

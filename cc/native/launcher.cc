@@ -90,16 +90,10 @@ ffi::Error Instantiate(ffi::Dictionary dictionary) {
   Attributes attributes;
   if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
   try {
-    const Kernel* kernel = Registry::Get().Find(attributes.digest);
-    if (kernel == nullptr) {
-      std::string reason = Resolve(std::string(attributes.digest));
-      kernel = Registry::Get().Find(attributes.digest);
-      if (kernel == nullptr) {
-        return Fail(ffi::ErrorCode::kNotFound, attributes,
-                    reason.empty() ? "it is neither loaded nor in the kernel cache" : reason);
-      }
-    }
-    const std::string reason = kernel->Check(attributes.problem);
+    std::string reason;
+    const Kernel* kernel = FindOrResolve(std::string(attributes.digest), &reason);
+    if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, attributes, reason);
+    reason = kernel->Check(attributes.problem);
     return reason.empty() ? ffi::Error::Success()
                           : Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
   } catch (const std::exception& error) {
@@ -205,6 +199,15 @@ XLA_FFI_DEFINE_HANDLER(host_execute_handler, HostExecute,
 XLA_FFI_Handler* const kInstantiateHandler = instantiate_handler;
 XLA_FFI_Handler* const kExecuteHandler = execute_handler;
 XLA_FFI_Handler* const kHostExecuteHandler = host_execute_handler;
+
+const Kernel* FindOrResolve(const std::string& digest, std::string* reason) {
+  const Kernel* kernel = Registry::Get().Find(digest);
+  if (kernel != nullptr) return kernel;
+  *reason = Resolve(digest);
+  kernel = Registry::Get().Find(digest);
+  if (reason->empty()) *reason = "it is neither loaded nor in the kernel cache";
+  return kernel;
+}
 
 void SetResolver(Resolver function) {
   std::unique_lock<std::shared_mutex> lock(resolver_mutex);

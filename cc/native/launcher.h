@@ -20,6 +20,10 @@ namespace jax_bolt::native {
 using Resolver = std::function<std::string(const std::string& digest)>;
 void SetResolver(Resolver resolver);
 
+class Kernel;
+// The kernel, loaded by the resolver where nobody has; null with the reason.
+const Kernel* FindOrResolve(const std::string& digest, std::string* reason);
+
 // Stage handlers. Instantiate makes sure the kernel is loaded and fits the problem; execute checks
 // the buffers and enqueues one launch: no allocation, synchronisation, file or Python.
 extern XLA_FFI_Handler* const kInstantiateHandler;

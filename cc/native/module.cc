@@ -18,6 +18,7 @@
 #include "launcher.h"
 #include "profiler.h"
 #include "registry.h"
+#include "sequence_launcher.h"
 #include "stopwatch.h"
 
 namespace jax_bolt::native {
@@ -121,9 +122,9 @@ py::capsule Capsule(XLA_FFI_Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler));
 }
 
-py::dict Handlers(XLA_FFI_Handler* execute) {
+py::dict Handlers(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
   py::dict handlers;
-  handlers["instantiate"] = Capsule(kInstantiateHandler);
+  handlers["instantiate"] = Capsule(instantiate);
   handlers["execute"] = Capsule(execute);
   return handlers;
 }
@@ -185,8 +186,12 @@ PYBIND11_MODULE(_native, m) {
         py::arg("ordinal") = 0, py::arg("sm_count") = py::none(), py::arg("recipe") = Dims(),
         Release());
 
-  m.def("handlers", [] { return Handlers(kExecuteHandler); });
-  m.def("host_handlers", [] { return Handlers(kHostExecuteHandler); });
+  m.def("handlers", [] { return Handlers(kInstantiateHandler, kExecuteHandler); });
+  m.def("host_handlers", [] { return Handlers(kInstantiateHandler, kHostExecuteHandler); });
+  m.def("sequence_handlers",
+        [] { return Handlers(kSequenceInstantiateHandler, kSequenceExecuteHandler); });
+  m.def("host_sequence_handlers",
+        [] { return Handlers(kSequenceInstantiateHandler, kSequenceHostExecuteHandler); });
   m.def("set_resolver", SetPythonResolver, py::arg("resolver").none(true));
 
   m.def("profile", ProfileKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"),

@@ -46,9 +46,10 @@ __all__ = [
     "make_jaxpr",
     "mlir",
     "name_stack",
+    "new_equation",
+    "part_of_jaxpr",
     "prefixed",
     "rebuilt",
-    "region_jaxpr",
     "source_line",
     "sub_jaxprs",
 ]
@@ -138,12 +139,15 @@ def rebuilt(
     return ClosedJaxpr(jaxpr, list(program.consts if consts is None else consts))
 
 
-def region_jaxpr(
-    parent: Jaxpr, eqns: Sequence[JaxprEqn], invars: Sequence[Var], outvar: Var
+def part_of_jaxpr(
+    parent: Jaxpr,
+    eqns: Sequence[JaxprEqn],
+    invars: Sequence[Var],
+    outvars: Sequence[Var],
 ) -> ClosedJaxpr:
     """A closed, effect-free jaxpr of some of ``parent``'s equations."""
     debug_info = parent.debug_info._replace(arg_names=None, result_paths=None)
-    body = Jaxpr([], list(invars), [outvar], list(eqns), frozenset(), debug_info)
+    body = Jaxpr([], list(invars), list(outvars), list(eqns), frozenset(), debug_info)
     return ClosedJaxpr(body, [])
 
 
@@ -157,6 +161,20 @@ def call_equation(
     """An equation with the source information and context of ``like``."""
     return new_jaxpr_eqn(
         list(invars), [outvar], primitive, params, set(), like.source_info, like.ctx
+    )
+
+
+def new_equation(
+    invars: Sequence[Any],
+    outvars: Sequence[Var],
+    primitive: Primitive,
+    params: dict[str, Any],
+    ctx: Any,
+) -> JaxprEqn:
+    """An equation that is no one line's or layer's own."""
+    source = _source_info.new_source_info()
+    return new_jaxpr_eqn(
+        list(invars), list(outvars), primitive, params, set(), source, ctx
     )
 
 

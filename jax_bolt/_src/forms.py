@@ -10,6 +10,7 @@ its exact space-to-depth form. Their cost is part of what tuning measures.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -69,6 +70,28 @@ def prepare(
       lhs, rhs: the root's operands, in the user's shapes.
     """
     return _FORMS[name][1](problem, lhs, rhs)
+
+
+@functools.lru_cache(maxsize=4096)
+def only_views(name: str, problem: ir.Problem, lhs: tuple, rhs: tuple) -> bool:
+    """Whether the form takes the left operand's bytes as they lie.
+
+    Args:
+      name: a form's name.
+      problem: the user's problem.
+      lhs, rhs: the operands' ``(shape, dtype)``.
+    """
+    jaxpr = jax.make_jaxpr(lambda x, w: prepare(name, problem, x, w)[0])(
+        jax.ShapeDtypeStruct(*lhs), jax.ShapeDtypeStruct(*rhs)
+    ).jaxpr
+    derived = {jaxpr.invars[0]}
+    for eqn in jaxpr.eqns:
+        read = {v for v in eqn.invars if isinstance(v, type(jaxpr.invars[0]))}
+        if read & derived:
+            if eqn.primitive.name not in ("reshape", "squeeze"):
+                return False
+            derived.update(eqn.outvars)
+    return True
 
 
 def _unit(problem: ir.Problem) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from . import sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -15,8 +16,8 @@ from .compat import (
     call_equation,
     closed,
     like_body,
+    part_of_jaxpr,
     rebuilt,
-    region_jaxpr,
     source_line,
     sub_jaxprs,
 )
@@ -50,7 +51,7 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     left alone. Rewriting a rewritten program changes nothing.
     """
     pass_ = _Pass(options)
-    done = pass_.program(inline_calls(program))
+    done = pass_.gathered(pass_.program(inline_calls(program)))
     return Rewritten(done, pass_.family, pass_.roots)
 
 
@@ -86,14 +87,20 @@ class _Pass:
         absorbed = {i for match in matches for i in match.absorbed}
         return rebuilt(program, _without_unused(eqns, origin, absorbed, jaxpr.outvars))
 
+    def gathered(self, program: ClosedJaxpr) -> ClosedJaxpr:
+        """``program`` with consecutive calls as sequences."""
+        if sequence.NAME in self.options.disable:
+            return program
+        return sequence.gather(program, self.family, self.options)
+
     def _call(self, jaxpr: Any, match: Match) -> JaxprEqn:
         operands = list(dict.fromkeys(match.inputs))
         indices = sorted({*match.eqns, *match.absorbed})
         root = jaxpr.eqns[match.root]
         site = SiteInfo(
             region=match.region,
-            reference=region_jaxpr(
-                jaxpr, [jaxpr.eqns[i] for i in indices], operands, match.output
+            reference=part_of_jaxpr(
+                jaxpr, [jaxpr.eqns[i] for i in indices], operands, [match.output]
             ),
             operands=tuple(operands.index(v) for v in match.inputs),
             name=match.name,
@@ -129,6 +136,7 @@ class _Pass:
         found = len(self.family.sites)
         # A body has no binder for a constant of a call inside it.
         new = self.program(inline_calls(closed(body), lift_constants=False))
+        new = self.gathered(new)
         return body if len(self.family.sites) == found else like_body(new, body)
 
 

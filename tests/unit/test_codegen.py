@@ -91,11 +91,16 @@ def test_conv_batch_norm_relu():
 
 
 def test_a_cubins_tu_ends_in_its_own_macro():
-    template = types.SimpleNamespace(**vars(conv_sm80) | {"artifact": "cubin"})
+    cubin = {"artifact": "cubin", "prologue": lambda region: None}
+    template = types.SimpleNamespace(**vars(conv_sm80) | cubin)
     text = codegen.source(REGION, cast(Any, template), CONFIG, SM90A)
     assert text == GOLDEN.replace("JAX_BOLT_KERNEL(", "JAX_BOLT_DEVICE_KERNEL(")
     assert compiler.artifact(text) == "cubin"
     assert compiler.artifact(GOLDEN) == "module"
+    cubin["prologue"] = lambda region: "Pack<3, 2, true>"
+    template = types.SimpleNamespace(**vars(template) | cubin)
+    with_prologue = codegen.source(REGION, cast(Any, template), CONFIG, SM90A)
+    assert with_prologue == text + "JAX_BOLT_PROLOGUE(Pack<3, 2, true>)\n"
 
 
 def test_a_tu_is_short_and_has_no_control_flow():

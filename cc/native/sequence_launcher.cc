@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sequence_launcher.h"
+
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "driver.h"
+#include "jax_bolt/abi.h"
+#include "kernel.h"
+#include "launcher.h"
+#include "registry.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_bolt::native {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kVersion = 1;
+
+enum Space : int64_t { kNowhere = 0, kOperand = 1, kResult = 2, kArena = 3 };
+
+struct Place {
+  int64_t space = kNowhere;
+  int64_t value = 0;
+};
+
+// Views into XLA's storage.
+struct Step {
+  std::string_view digest;
+  Problem problem = {};
+  Place a, b, d, workspace;
+  std::vector<Place> sides, vectors;
+  int64_t workspace_bytes = 0;
+};
+
+// Takes a program's numbers in turn. The first thing wrong is the reason.
+class Reader {
+ public:
+  Reader(const int64_t* data, size_t size) : data_(data), size_(size) {}
+
+  int64_t Take(int64_t most = INT64_MAX) {
+    if (next_ < size_ && data_[next_] >= 0 && data_[next_] <= most) return data_[next_++];
+    if (reason_.empty()) reason_ = "the program is not valid at number " + std::to_string(next_);
+    next_ = size_;
+    return 0;
+  }
+  RecipeView TakeNumbers() {
+    const auto count = static_cast<size_t>(Take(static_cast<int64_t>(size_)));
+    if (count > size_ - next_) {
+      Take(-1);
+      return {};
+    }
+    next_ += count;
+    return {data_ + next_ - count, count};
+  }
+  Place TakePlace() {
+    const int64_t space = Take(kArena);
+    return {space, Take()};
+  }
+  std::vector<Place> TakePlaces(int64_t most) {
+    std::vector<Place> places(static_cast<size_t>(Take(most)));
+    for (Place& place : places) place = TakePlace();
+    return places;
+  }
+  bool done() const { return next_ == size_; }
+  const std::string& reason() const { return reason_; }
+
+ private:
+  const int64_t* data_;
+  size_t size_, next_ = 0;
+  std::string reason_;
+};
+
+ffi::Error Fail(ffi::ErrorCode code, const Step* step, const std::string& reason) {
+  std::string message = "jax_bolt.launch_sequence: ";
+  if (step != nullptr) ((message += "kernel ") += step->digest) += ": ";
+  return ffi::Error(code, message + reason);
+}
+
+std::vector<std::string_view> Split(std::string_view text) {
+  std::vector<std::string_view> parts;
+  size_t end = text.find(',');
+  for (; end != std::string_view::npos; end = text.find(',')) {
+    parts.push_back(text.substr(0, end));
+    text.remove_prefix(end + 1);
+  }
+  parts.push_back(text);
+  return parts;
+}
+
+ffi::Error Parse(const ffi::Dictionary& dictionary, std::vector<Step>* steps) {
+  auto digests = dictionary.get<std::string_view>("digests");
+  if (digests.has_error()) return digests.error();
+  auto program = dictionary.get<ffi::Span<const int64_t>>("program");
+  if (program.has_error()) return program.error();
+  const std::vector<std::string_view> kernels = Split(*digests);  // at least one
+  Reader reader(program->begin(), program->size());
+  if (reader.Take() != kVersion) {
+    return Fail(ffi::ErrorCode::kInvalidArgument, nullptr, "the program has another version");
+  }
+  steps->resize(static_cast<size_t>(reader.Take(static_cast<int64_t>(program->size()))));
+  for (Step& step : *steps) {
+    const int64_t last = static_cast<int64_t>(kernels.size()) - 1;
+    step.digest = kernels[static_cast<size_t>(reader.Take(last))];
+    const int64_t kind = reader.Take();
+    const RecipeView dims = reader.TakeNumbers();
+    step.problem.recipe = reader.TakeNumbers();
+    for (Place* place : {&step.a, &step.b, &step.d, &step.workspace}) *place = reader.TakePlace();
+    step.sides = reader.TakePlaces(JAX_BOLT_MAX_SIDES);
+    step.vectors = reader.TakePlaces(JAX_BOLT_MAX_VECTORS);
+    step.workspace_bytes = reader.Take();
+    if (!reader.reason().empty()) break;
+    if (const char* reason = MakeProblem(kind, dims.data, dims.size, &step.problem)) {
+      return Fail(ffi::ErrorCode::kInvalidArgument, &step, reason);
+    }
+  }
+  if (!reader.reason().empty() || !reader.done()) {
+    const std::string& reason = reader.reason();
+    return Fail(ffi::ErrorCode::kInvalidArgument, nullptr,
+                reason.empty() ? "the program is longer than it says" : reason);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Instantiate(ffi::Dictionary dictionary) {
+  std::vector<Step> steps;
+  if (ffi::Error error = Parse(dictionary, &steps); error.failure()) return error;
+  for (const Step& step : steps) {
+    try {
+      std::string reason;
+      const Kernel* kernel = FindOrResolve(std::string(step.digest), &reason);
+      if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, &step, reason);
+      reason = kernel->Check(step.problem);
+      if (!reason.empty()) return Fail(ffi::ErrorCode::kInvalidArgument, &step, reason);
+    } catch (const std::exception& error) {
+      return Fail(ffi::ErrorCode::kInternal, &step, error.what());
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// The call's buffers; places that do not exist are the first one's reason.
+class Buffers {
+ public:
+  Buffers(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
+    for (size_t i = 0; i < args.size(); ++i) {
+      auto arg = args.get<ffi::AnyBuffer>(i);
+      operands_.push_back(arg.has_error() ? nullptr : arg->untyped_data());
+    }
+    for (size_t i = 0; i < rets.size(); ++i) {
+      auto ret = rets.get<ffi::AnyBuffer>(i);
+      results_.push_back(ret.has_error() ? nullptr : (*ret)->untyped_data());
+      if (!ret.has_error()) arena_bytes_ = static_cast<int64_t>((*ret)->size_bytes());
+    }
+  }
+
+  void* At(const Place& place, int64_t bytes = 0) {
+    const auto index = static_cast<size_t>(place.value);
+    void* found = nullptr;
+    if (place.space == kNowhere) return nullptr;
+    if (place.space == kOperand && index < operands_.size()) found = operands_[index];
+    if (place.space == kResult && index < results_.size()) found = results_[index];
+    if (place.space == kArena && !results_.empty() && place.value <= arena_bytes_ &&
+        bytes <= arena_bytes_ - place.value) {
+      found = static_cast<char*>(results_.back()) + place.value;
+    }
+    missing_ = missing_ || found == nullptr;
+    return found;
+  }
+  bool missing() const { return missing_; }
+
+ private:
+  std::vector<void*> operands_, results_;
+  int64_t arena_bytes_ = 0;
+  bool missing_ = false;
+};
+
+ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
+                  const ffi::RemainingRets& rets, const std::vector<Step>& steps) {
+  Buffers given(args, rets);
+  for (const Step& step : steps) {
+    const Kernel* kernel = Registry::Get().Find(step.digest);
+    if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, &step, "it is not loaded");
+    const int64_t need = kernel->WorkspaceBytes(step.problem, device);
+    if (need > step.workspace_bytes) {
+      return Fail(ffi::ErrorCode::kFailedPrecondition, &step,
+                  "it needs " + std::to_string(need) + " bytes of workspace on device " +
+                      std::to_string(device.ordinal) + " and was given " +
+                      std::to_string(step.workspace_bytes));
+    }
+    JaxBoltBuffers buffers = {};
+    buffers.a = given.At(step.a);
+    buffers.b = given.At(step.b);
+    buffers.d = given.At(step.d);
+    buffers.workspace = given.At(step.workspace, step.workspace_bytes);
+    for (size_t i = 0; i < step.sides.size(); ++i) buffers.sides[i] = given.At(step.sides[i]);
+    for (size_t i = 0; i < step.vectors.size(); ++i) buffers.vectors[i] = given.At(step.vectors[i]);
+    if (given.missing()) {
+      return Fail(ffi::ErrorCode::kInvalidArgument, &step, "a buffer is not there");
+    }
+    const JaxBoltStatus status = kernel->Launch(step.problem, buffers, device, stream);
+    if (status != JAX_BOLT_OK) {
+      return Fail(ffi::ErrorCode::kInternal, &step,
+                  kernel->ErrorString(status) + " (status " + std::to_string(status) + ")");
+    }
+    kernel->launches.fetch_add(1, std::memory_order_relaxed);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Execute(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   ffi::Dictionary dictionary) {
+  std::vector<Step> steps;
+  if (ffi::Error error = Parse(dictionary, &steps); error.failure()) return error;
+  JaxBoltDevice device = {ordinal, 0};
+  try {
+    device.sm_count = SmCount(ordinal);
+  } catch (const DriverError& error) {
+    return Fail(ffi::ErrorCode::kInternal, nullptr, error.what());
+  }
+  return Launch(stream, device, args, rets, steps);
+}
+
+ffi::Error HostExecute(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       ffi::Dictionary dictionary) {
+  std::vector<Step> steps;
+  if (ffi::Error error = Parse(dictionary, &steps); error.failure()) return error;
+  return Launch(/*stream=*/nullptr, JaxBoltDevice{0, 1}, args, rets, steps);
+}
+
+XLA_FFI_DEFINE_HANDLER(instantiate_handler, Instantiate, ffi::Ffi::BindInstantiate().Attrs());
+
+XLA_FFI_DEFINE_HANDLER(execute_handler, Execute,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(host_execute_handler, HostExecute,
+                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
+
+}  // namespace
+
+XLA_FFI_Handler* const kSequenceInstantiateHandler = instantiate_handler;
+XLA_FFI_Handler* const kSequenceExecuteHandler = execute_handler;
+XLA_FFI_Handler* const kSequenceHostExecuteHandler = host_execute_handler;
+
+}  // namespace jax_bolt::native

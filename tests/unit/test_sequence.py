@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Consecutive calls as one: what is put together, and where its buffers lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fakes import Build
+from test_lower import TARGET, cuda_text, kernel, shape  # noqa: F401
+
+import jax_bolt
+from jax_bolt import _native
+from jax_bolt._src import chain, ir, options, rewrite
+from jax_bolt._src.chain import Chain, Promise
+from jax_bolt._src.forms import Form
+from jax_bolt._src.invoke import Executable
+from jax_bolt._src.jit import loader
+
+
+def dense(x, w):
+    return jax.nn.relu(x @ w)
+
+
+def names(fun, *args, disable=()):
+    """The primitives of the rewritten program."""
+    program = jax.make_jaxpr(fun)(*args)
+    done = rewrite.rewrite(program, options.Options(disable=disable))
+    return [eqn.primitive.name for eqn in done.program.jaxpr.eqns]
+
+
+SQUARE = shape(8, 8)
+
+
+def test_consecutive_calls_are_one_sequence():
+    def fun(x, w):
+        return dense(dense(dense(x, w), w), w)
+
+    assert names(fun, SQUARE, SQUARE) == ["bolt_sequence"]
+    assert names(fun, SQUARE, SQUARE, disable=("sequence",)) == ["bolt_call"] * 3
+    assert names(lambda x, w: dense(x, w), SQUARE, SQUARE) == ["bolt_call"]
+
+
+def test_what_reads_a_result_ends_the_sequence():
+    def fun(x, w):
+        y = dense(dense(x, w), w)
+        return dense(dense(jnp.sort(y), w), w)
+
+    found = names(fun, SQUARE, SQUARE)
+    assert found == ["bolt_sequence", "sort", "bolt_sequence"]
+
+
+def test_what_reads_none_goes_before_it():
+    def fun(x, w):
+        y = dense(x, w)
+        return dense(y, jnp.sort(w))
+
+    assert names(fun, SQUARE, SQUARE) == ["sort", "bolt_sequence"]
+
+
+def test_only_results_that_others_read_leave():
+    def fun(x, w):
+        first = dense(x, w)
+        second = dense(first, w)
+        return dense(second, w), first
+
+    program = jax.make_jaxpr(fun)(SQUARE, SQUARE)
+    done = rewrite.rewrite(program, options.Options()).program
+    (eqn,) = done.jaxpr.eqns
+    assert eqn.primitive.name == "bolt_sequence" and len(eqn.outvars) == 2
+    assert len(eqn.invars) == 2
+
+
+def test_bodies_have_sequences_of_their_own():
+    def fun(x, w):
+        return jax.lax.scan(lambda c, _: (dense(dense(c, w), w), None), x, None, 3)[0]
+
+    program = jax.make_jaxpr(fun)(SQUARE, SQUARE)
+    done = rewrite.rewrite(program, options.Options())
+    assert str(done.program).count("bolt_sequence[") == 1
+    again = rewrite.rewrite(done.program, options.Options())
+    assert not again.roots and str(again.program) == str(done.program)
+
+
+def model(x, w, v):
+    y = dense(x, w)
+    return dense(dense(y, v) + y, w), y
+
+
+def test_every_transformation_means_the_same():
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = [jax.random.normal(key, (6, 6)) for key in keys]
+    fun = jax_bolt.optimize(model)
+
+    def total(f):
+        return lambda *xs: sum(jnp.sum(y * y) for y in f(*xs))
+
+    def check(transform):
+        want, got = transform(model), transform(fun)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), want, got)
+
+    assert names(model, *args) == ["bolt_sequence"]
+    check(lambda f: f(*args))
+    check(lambda f: jax.jit(f)(*args))
+    with jax.disable_jit():
+        check(lambda f: f(*args))
+    check(lambda f: jax.grad(total(f), argnums=(0, 1, 2))(*args))
+    check(lambda f: jax.jvp(f, args, args))
+    check(lambda f: jax.jvp(lambda x: f(x, *args[1:]), args[:1], args[:1]))
+    stacked = jnp.stack([args[0], 2 * args[0]])
+    check(lambda f: jax.vmap(f, (0, None, None))(stacked, *args[1:]))
+
+    def linear(x, w):
+        return (x @ w) @ w
+
+    def transposed(f):
+        return jax.linear_transpose(lambda x: f(x, args[1]), args[0])(args[2])
+
+    assert names(linear, *args[:2]) == ["bolt_sequence"]
+    want, got = transposed(linear), transposed(jax_bolt.optimize(linear))
+    np.testing.assert_allclose(want[0], got[0], rtol=1e-5)
+
+
+# --- The call
+
+
+def test_one_custom_call_for_a_sequence(kernel):  # noqa: F811
+    def fun(x, w):
+        y = dense(dense(x, w), w)
+        return dense(y, w), y
+
+    text = cuda_text(fun, SQUARE, SQUARE)
+    assert text.count(f"@{TARGET}_sequence(") == 1 and f"@{TARGET}(" not in text
+    assert "stablehlo.dot" not in text
+    assert text.count("d" * 64) == 1
+    # Two results, and an arena: a result of 128 bytes, and workspaces of 128.
+    assert "(tensor<8x8xbf16>, tensor<8x8xbf16>, tensor<512xui8>)" in text
+
+
+@pytest.fixture(scope="session")
+def host(build: Build) -> str:
+    """Sequences of kernels of host code, on the CPU."""
+    path: Path = build("kernel.cc", "kernel.so")
+    _native.load("kernel", str(path))
+    name = "jax_bolt_test.launch_sequence"
+    handlers = _native.host_sequence_handlers()
+    jax.ffi.register_ffi_target(name, handlers, platform="cpu")
+    return name
+
+
+def product(m: int, n: int, k: int, sides: int = 0, batch: int = 1) -> Executable:
+    """A x B + side_0 of float32; with a batch it has a workspace of 64 bytes."""
+    problem = ir.GemmProblem(m=m, n=n, k=k, dtype="f32")
+    epilogue = ir.Epilogue((ir.Op("acc"),), 0, "f32", sides=("f32",) * sides)
+    form = Form("direct", ir.Region(problem=problem, epilogue=epilogue))
+    return Executable("kernel", problem, form, 64 if batch > 1 else 0)
+
+
+def rand(*dims: int) -> np.ndarray:
+    rng = np.random.default_rng(sum(dims))
+    return rng.standard_normal(dims, dtype=np.float32)
+
+
+def test_kernels_find_their_buffers(host, monkeypatch):
+    monkeypatch.setattr(loader, "sequence_target", lambda: host)
+    x, w, v, u = rand(4, 5), rand(5, 6), rand(6, 6), rand(6, 3)
+
+    def fun(x, w, v, u):
+        calls = Chain()
+        first = calls.add(product(4, 6, 5), x, w, [], [], (4, 6))
+        second = calls.add(product(4, 6, 6, 1), first, v, [first], [], (4, 6))
+        third = calls.add(product(4, 6, 6, 1), second, v, [first], [], (4, 6))
+        last = calls.add(product(4, 3, 6), third, u, [], [], (4, 3))
+        made = calls.launch([last, second])
+        assert not calls and list(made) == [last, second]
+        return list(made.values())
+
+    last, second = jax.jit(fun)(x, w, v, u)
+    one = x @ w
+    two = one @ v + one
+    np.testing.assert_allclose(second, two, rtol=1e-5)
+    np.testing.assert_allclose(last, (two @ v + one) @ u, rtol=1e-4, atol=1e-5)
+
+
+def steps(kernels: list[Executable], reads: list[list[int]]) -> list[Any]:
+    made: list[Any] = []
+    for index, (kernel_, read) in enumerate(zip(kernels, reads, strict=True)):
+        p = kernel_.problem
+        promise = Promise(index, (p.rows, p.channels), jnp.float32)
+        first, *others = [made[i].promise for i in read] or [None]
+        made.append(chain._Step(kernel_, first, None, others, [], promise))
+    return made
+
+
+def test_the_arena_is_used_again():
+    """Results of 1024 bytes, each read by the next launch alone: two are alive."""
+    kernels = [product(16, 16, 16) for _ in range(6)]
+    found = steps(kernels, [[], [0], [1], [2], [3], [4]])
+    arena = chain._Arena(found, {found[-1].promise: 0})
+    assert arena.bytes == 2048
+    assert [arena.results[i] for i in range(5)] == [0, 1024, 0, 1024, 0]
+
+
+def test_nothing_in_the_arena_overlaps_what_is_alive():
+    kernels = [product(m, 16, 16, batch=b) for m, b in ((3, 1), (40, 2), (7, 2), (9, 1))]
+    found = steps(kernels, [[], [0], [1, 0], [2, 0]])
+    arena = chain._Arena(found, {})
+    sizes = [step.bytes for step in found]
+    alive = {0: (0, 3), 1: (1, 2), 2: (2, 3), 3: (3, 3)}
+    spans = [(*alive[i], arena.results[i], sizes[i]) for i in range(4)]
+    spans += [(i, i, arena.workspaces[i], 64) for i in (1, 2)]
+    for i, (first, last, start, size) in enumerate(spans):
+        assert start % 256 == 0 and start + size <= arena.bytes
+        for other_first, other_last, other, other_size in spans[:i]:
+            if other_first <= last and first <= other_last:
+                assert start + size <= other or other + other_size <= start
+
+
+def call(host: str, program: list[int], **attributes: Any) -> Any:
+    given = {"digests": "kernel", "program": np.asarray(program, np.int64)} | attributes
+    results = [jax.ShapeDtypeStruct((4, 3), jnp.float32)]
+    fun = jax.jit(lambda *xs: jax.ffi.ffi_call(host, results)(*xs, **given))
+    return fun(rand(4, 5), rand(5, 3))
+
+
+GOOD = [1, 1, 0, 0, 4, 4, 3, 5, 1, 0, 1, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0]
+
+
+def changed(index: int, value: int) -> list[int]:
+    return [*GOOD[:index], value, *GOOD[index + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("program", "attributes", "message"),
+    [
+        (changed(0, 2), {}, "the program has another version"),
+        (changed(1, 2), {}, "the program is not valid at number 21"),
+        (changed(1, 10**15), {}, "the program is not valid at number 1"),
+        (changed(2, 1), {}, "the program is not valid at number 2"),
+        (changed(3, 7), {}, "kernel kernel: "),
+        (changed(4, 10**9), {}, "the program is not valid at number 4"),
+        (changed(4, 17), {}, "the program is not valid at number"),
+        (changed(9, 10**9), {}, "the program is not valid at number 9"),
+        (changed(10, 4), {}, "the program is not valid at number 10"),
+        (changed(10, -1), {}, "the program is not valid at number 10"),
+        (changed(18, 3), {}, "the program is not valid at number 18"),
+        ([*GOOD, 0], {}, "the program is longer than it says"),
+        (GOOD[:-1], {}, "the program is not valid at number 20"),
+        ([], {}, "the program has another version"),
+        (changed(11, 2), {}, "a buffer is not there"),
+        (changed(15, 1), {}, "a buffer is not there"),
+        (changed(8, 2), {}, "it needs 64 bytes of workspace on device 0 and was given 0"),
+        (GOOD, {"digests": "other"}, "kernel other: "),
+        (GOOD, {"digests": ""}, "kernel : "),
+    ],
+)
+def test_bad_programs(host, program, attributes, message):
+    with pytest.raises(Exception, match="jax_bolt.launch_sequence") as caught:
+        call(host, program, **attributes)
+    assert message in str(caught.value)
+
+
+def test_a_good_program(host):
+    (got,) = call(host, GOOD)
+    np.testing.assert_allclose(got, rand(4, 5) @ rand(5, 3), rtol=1e-5)
