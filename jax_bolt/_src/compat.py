@@ -46,6 +46,7 @@ __all__ = [
     "make_jaxpr",
     "mlir",
     "name_stack",
+    "new_equation",
     "prefixed",
     "rebuilt",
     "region_jaxpr",
@@ -157,6 +158,20 @@ def call_equation(
     """An equation with the source information and context of ``like``."""
     return new_jaxpr_eqn(
         list(invars), [outvar], primitive, params, set(), like.source_info, like.ctx
+    )
+
+
+def new_equation(
+    invars: Sequence[Any],
+    outvars: Sequence[Var],
+    primitive: Primitive,
+    params: dict[str, Any],
+    ctx: Any,
+) -> JaxprEqn:
+    """An equation that is no one line's or layer's own."""
+    source = _source_info.new_source_info()
+    return new_jaxpr_eqn(
+        list(invars), list(outvars), primitive, params, set(), source, ctx
     )
 
 

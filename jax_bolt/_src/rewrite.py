@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation."""
+"""jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation.
+
+The casts of arguments that regions read become one ``bolt_cast`` equation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from . import cast
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -51,6 +55,8 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     """
     pass_ = _Pass(options)
     done = pass_.program(inline_calls(program))
+    if cast.NAME not in options.disable:
+        done = cast.gather(done, pass_.family, options)
     return Rewritten(done, pass_.family, pass_.roots)
 
 
