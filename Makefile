@@ -21,7 +21,8 @@ extras := flax,test$(if $(gpu),$(comma)cuda13)
 listed = $$($(python) -c "import tomllib; \
   print(*(r for r in tomllib.load(open('pyproject.toml', 'rb'))$(1) if '$(2)' in r))")
 
-native := CMakeLists.txt pyproject.toml $(wildcard cc/native/*) cc/include/jax_bolt/abi.h
+native := CMakeLists.txt pyproject.toml $(wildcard cc/native/*) cc/include/jax_bolt/abi.h \
+  cc/include/jax_bolt/cast/table.hpp
 sources := $(shell find cc tests -name '*.cc' -o -name '*.cu' -o -name '*.cuh' \
   -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
 

@@ -148,8 +148,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Milliseconds and ratios per model, and the ratios' geometric mean."""
     head = (
         f"{'model':22}{'floor':>8}{'jit':>9}{'+fusion':>9}{'bolt':>9}{'jit/bolt':>10}"
-        f"{'XLA/bolt':>10}{'bolt/floor':>12}{'wall jit':>10}{'wall bolt':>11}{'gaps':>7}"
-        f"{'err':>7}"
+        f"{'XLA/bolt':>10}{'bolt/floor':>12}{'wall jit':>10}{'wall bolt':>11}"
+        f"{'gaps':>7}{'err':>7}"
     )
     rows = [head, "-" * len(head)]
     for name, result in results.items():

@@ -3,6 +3,7 @@
 // GPU. A generated TU has one functor and one JAX_BOLT_KERNEL or JAX_BOLT_DEVICE_KERNEL instead.
 // The sm90 templates need -gencode=arch=compute_90a,code=sm_90a.
 
+#include "jax_bolt/cast/cast.hpp"
 #include "jax_bolt/conv/sm80.hpp"
 #include "jax_bolt/gemm/sm80.hpp"
 #include "jax_bolt/gemm/sm90.hpp"
@@ -33,6 +34,7 @@ using RowMajor = cutlass::layout::RowMajor;
 
 }  // namespace all_kernels
 
+template struct jax_bolt::cast::Cast<__nv_bfloat16>;
 template class jax_bolt::gemm::Sm80<all_kernels::Epilogue, all_kernels::Element,
                                     all_kernels::RowMajor, all_kernels::RowMajor, 8, 8, 8, 128, 128,
                                     32, 64, 64, 32, 4>;

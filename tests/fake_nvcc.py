@@ -35,7 +35,7 @@ if grep -q FAIL source.cu; then
   echo "source.cu(1): error: FAIL is not defined" >&2
   exit 2
 fi
-case "$*" in *" -cubin "*) out=kernel.cubin ;; *) out=kernel.so ;; esac
+out=$(echo "$*" | sed 's/.* -o \\([^ ]*\\) .*/\\1/')
 grep -q NOTHING source.cu || cat source.cu > $out
 """  # noqa: E501
 

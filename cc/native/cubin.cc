@@ -90,9 +90,9 @@ bool CubinKernel::Less::operator()(const KeyView& a, const Key& b) const {
 
 CubinKernel::CubinKernel(const std::string& path) : driver_(Driver::Get()) {
   // Never unloaded, as no kernel is; see Registry.
-  driver_.Check(
-      driver_.LibraryLoadFromFile(&library_, path.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-      "cuLibraryLoadFromFile");
+  driver_.Check(driver_.LibraryLoadFromFile(&library_, path.c_str(), nullptr, nullptr, 0, nullptr,
+                                            nullptr, 0),
+                "cuLibraryLoadFromFile");
   driver_.Check(driver_.LibraryGetKernel(&kernel_, library_, kSymbol),
                 "cuLibraryGetKernel of jax_bolt_kernel");
   if (driver_.KernelGetParamInfo == nullptr) return;

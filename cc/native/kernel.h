@@ -26,7 +26,8 @@ struct Problem {
 // Fills the sizes as the C ABI has them. Returns a reason, or null.
 const char* MakeProblem(int64_t kind, const int64_t* dims, size_t num_dims, Problem* problem);
 
-// A loaded artifact: ModuleKernel (registry.cc) or CubinKernel (cubin.h). Thread-safe.
+// A loaded artifact: ModuleKernel (registry.cc), CubinKernel (cubin.h) or CastKernel (cast.h).
+// Thread-safe.
 class Kernel {
  public:
   virtual ~Kernel() = default;

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <utility>
 
+#include "cast.h"
 #include "driver.h"
 #include "jax_bolt/abi.h"
 #include "kernel.h"
@@ -28,8 +29,9 @@ Resolver* const resolver = new Resolver();
 struct Attributes {
   std::string_view digest;
   std::string_view site;
-  int64_t sides;
-  Problem problem;
+  bool cast = false;
+  int64_t sides = 0;
+  Problem problem = {};
 };
 
 ffi::Error Fail(ffi::ErrorCode code, const Attributes& attributes, std::string_view reason) {
@@ -50,15 +52,17 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
   if (digest.has_error()) return digest.error();
   auto kind = dictionary.get<int64_t>("kind");
   if (kind.has_error()) return kind.error();
+  attributes->digest = *digest;
+  if (dictionary.contains<std::string_view>("site")) {
+    attributes->site = *dictionary.get<std::string_view>("site");
+  }
+  attributes->cast = *kind == kCastKind;
+  if (attributes->cast) return ffi::Error::Success();
   auto dims = dictionary.get<ffi::Span<const int64_t>>("dims");
   if (dims.has_error()) return dims.error();
   auto sides = dictionary.get<int64_t>("sides");
   if (sides.has_error()) return sides.error();
-  attributes->digest = *digest;
   attributes->sides = *sides;
-  if (dictionary.contains<std::string_view>("site")) {
-    attributes->site = *dictionary.get<std::string_view>("site");
-  }
   if (dictionary.contains("recipe")) {
     auto recipe = dictionary.get<ffi::Span<const int64_t>>("recipe");
     if (recipe.has_error()) {
@@ -86,6 +90,8 @@ std::string Resolve(const std::string& digest) {
   return function(digest);
 }
 
+constexpr const char* kNoCastKernel = "it is not a kernel that casts";
+
 ffi::Error Instantiate(ffi::Dictionary dictionary) {
   Attributes attributes;
   if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
@@ -93,7 +99,11 @@ ffi::Error Instantiate(ffi::Dictionary dictionary) {
     std::string reason;
     const Kernel* kernel = FindOrResolve(std::string(attributes.digest), &reason);
     if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, attributes, reason);
-    reason = kernel->Check(attributes.problem);
+    if (!attributes.cast) {
+      reason = kernel->Check(attributes.problem);
+    } else if (dynamic_cast<const CastKernel*>(kernel) == nullptr) {
+      reason = kNoCastKernel;
+    }
     return reason.empty() ? ffi::Error::Success()
                           : Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
   } catch (const std::exception& error) {
@@ -134,8 +144,47 @@ const char* Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
   return nullptr;
 }
 
+// Adds the cast of operand i to result i. Returns a reason where there is no such cast, or null.
+const char* AddCast(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, size_t i,
+                    Casts* casts) {
+  auto from = args.get<ffi::AnyBuffer>(i);
+  auto to = rets.get<ffi::AnyBuffer>(i);
+  if (from.has_error() || to.has_error()) return "an operand or a result is not a buffer";
+  const ffi::DataType type = (*to)->element_type();
+  if (from->element_type() != ffi::F32 || (type != ffi::BF16 && type != ffi::F16)) {
+    return "it casts f32 to bf16 or f16";
+  }
+  const size_t count = from->element_count();
+  if (count != (*to)->element_count()) return "a result has another size than its operand";
+  casts->Add(from->untyped_data(), (*to)->untyped_data(), static_cast<int64_t>(count));
+  return nullptr;
+}
+
+ffi::Error Cast(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
+                const ffi::RemainingRets& rets, const Attributes& attributes) {
+  auto* kernel = dynamic_cast<const CastKernel*>(Registry::Get().Find(attributes.digest));
+  if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, attributes, kNoCastKernel);
+  const size_t count = args.size();
+  if (count != rets.size()) {
+    return Fail(ffi::ErrorCode::kInvalidArgument, attributes, "not one result for each operand");
+  }
+  for (size_t i = 0; i < count;) {
+    Casts casts;
+    for (; i < count && !casts.full(); ++i) {
+      if (const char* reason = AddCast(args, rets, i, &casts)) {
+        return Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
+      }
+    }
+    const JaxBoltStatus status = kernel->Cast(casts, device, stream);
+    if (status != JAX_BOLT_OK) return FailStatus(*kernel, attributes, status);
+    kernel->launches.fetch_add(1, std::memory_order_relaxed);
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
                   const ffi::RemainingRets& rets, const Attributes& attributes) {
+  if (attributes.cast) return Cast(stream, device, args, rets, attributes);
   JaxBoltBuffers buffers = {};
   int64_t have = 0;
   if (const char* reason = Bind(args, rets, attributes.sides, &buffers, &have)) {
@@ -205,7 +254,11 @@ const Kernel* FindOrResolve(const std::string& digest, std::string* reason) {
   if (kernel != nullptr) return kernel;
   *reason = Resolve(digest);
   kernel = Registry::Get().Find(digest);
-  if (reason->empty()) *reason = "it is neither loaded nor in the kernel cache";
+  if (kernel != nullptr) {
+    reason->clear();
+  } else if (reason->empty()) {
+    *reason = "it is neither loaded nor in the kernel cache";
+  }
   return kernel;
 }
 

@@ -5,15 +5,21 @@
 // u8[n]. Attributes: digest (string), kind (i64, JaxBoltProblemKind), dims (i64 array), sides (i64:
 // how many operands are side inputs) and, optionally, recipe (i64 array: how to launch a cubin, see
 // recipe.h; empty for a module) and site (string: the source site, for error messages).
+//
+// With kind kCastKind, which is no problem's, it casts any number of f32 operands to as many
+// results of a 16-bit type (cast.h); digest is then the only other attribute.
 #ifndef JAX_BOLT_NATIVE_LAUNCHER_H_
 #define JAX_BOLT_NATIVE_LAUNCHER_H_
 
+#include <cstdint>
 #include <functional>
 #include <string>
 
 #include "xla/ffi/api/c_api.h"
 
 namespace jax_bolt::native {
+
+inline constexpr int64_t kCastKind = 2;
 
 // Loads a digest that an executable needs and nobody has loaded, as when it comes from JAX's
 // compilation cache or an export. Returns the reason it could not, or "".

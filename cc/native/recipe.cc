@@ -143,8 +143,8 @@ std::string ParseRecipe(RecipeView view, Recipe* recipe) {
   }
   if (!prologue || !reader.reason().empty()) return reader.reason();
   recipe->prologue = std::make_unique<Recipe>();
-  std::string reason = ParseRecipe({view.data + view.size - reader.left(), reader.left()},
-                                   recipe->prologue.get());
+  std::string reason =
+      ParseRecipe({view.data + view.size - reader.left(), reader.left()}, recipe->prologue.get());
   if (!reason.empty()) return reason;
   if (recipe->prologue->prologue != nullptr) reader.Refuse("a prologue has no prologue");
   if (recipe->prologue->shared_bytes != 0) reader.Refuse("a prologue has no shared memory");

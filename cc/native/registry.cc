@@ -9,6 +9,7 @@
 #include <string_view>
 #include <utility>
 
+#include "cast.h"
 #include "cubin.h"
 #include "driver.h"
 #include "jax_bolt/abi.h"
@@ -76,12 +77,14 @@ class ModuleKernel final : public Kernel {
   decltype(jax_bolt_error_string)* error_string_;
 };
 
+bool EndsWith(std::string_view text, std::string_view end) {
+  return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
+}
+
 std::unique_ptr<const Kernel> Open(const std::string& path) {
-  constexpr std::string_view kCubin = ".cubin";
-  const bool cubin = path.size() >= kCubin.size() &&
-                     path.compare(path.size() - kCubin.size(), kCubin.size(), kCubin) == 0;
-  if (!cubin) return std::make_unique<const ModuleKernel>(path);
+  if (!EndsWith(path, ".cubin")) return std::make_unique<const ModuleKernel>(path);
   try {
+    if (EndsWith(path, "/cast.cubin")) return std::make_unique<const CastKernel>(path);
     return std::make_unique<const CubinKernel>(path);
   } catch (const DriverError& error) {
     Fail(path, error.what());

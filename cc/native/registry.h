@@ -20,8 +20,9 @@ class Registry {
  public:
   static Registry& Get();
 
-  // Loads the artifact at `path` (absolute) under `digest`: a cubin where the name ends so, else a
-  // module. Does nothing when one is loaded already. Throws std::runtime_error with the reason.
+  // Loads the artifact at `path` (absolute) under `digest`: a cubin where the name ends so, of
+  // casts where it is cast.cubin, else a module. Does nothing when one is loaded already. Throws
+  // std::runtime_error with the reason.
   void Load(const std::string& digest, const std::string& path);
 
   // Null when the digest is not loaded.

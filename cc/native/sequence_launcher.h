@@ -4,8 +4,8 @@
 // may begin while the one ahead of it ends (programmatic dependent launch).
 //
 // Operands and results: any number. Attributes: digests (string: of all kernels, separated
-// by commas) and program (i64 array). The program is its version and its number of launches; of each
-// launch the digest's index, kind and dims (as jax_bolt.launch has them) and recipe, both with
+// by commas) and program (i64 array). The program is its version and its number of launches; of
+// each launch the digest's index, kind and dims (as jax_bolt.launch has them) and recipe, both with
 // their lengths ahead; then where its buffers are: a, b, d, workspace, and, with their numbers
 // ahead, side inputs and vectors; last the bytes of workspace. Where is two numbers: 0 nowhere,
 // 1 an operand, 2 a result, by number; 3 bytes from the start of the last result, an arena.

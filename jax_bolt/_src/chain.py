@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import forms, ir
+from . import forms
 from .invoke import JAX_DTYPES, Executable, abi_problem
 from .jit import loader
 

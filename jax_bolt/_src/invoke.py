@@ -15,6 +15,7 @@ from .forms import Form
 from .jit import loader
 
 GEMM, CONV_FPROP = 0, 1  # abi.h: JaxBoltProblemKind
+CAST = 2  # launcher.h: kCastKind
 JAX_DTYPES = {
     "bf16": jnp.bfloat16,
     "f16": jnp.float16,
@@ -89,3 +90,10 @@ def launch(
         sides=np.int64(len(sides)),
     )
     return results[0]
+
+
+def cast(digest: str, arrays: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
+    """Casts f32 arrays to the type that the loaded kernel ``digest`` is for."""
+    outputs = [jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays]
+    call = jax.ffi.ffi_call(loader.ffi_target(), outputs)
+    return list(call(*arrays, digest=digest, kind=np.int64(CAST)))

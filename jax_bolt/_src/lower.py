@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA lowering rules: custom calls, or XLA's own path.
 
-Nothing that fails here breaks the user's program: the site is lowered through its
-reference jaxpr and one warning says why, unless ``on_error="raise"``.
+Nothing that fails here breaks the user's program: a site is lowered through its
+reference jaxpr, casts as themselves, and one warning says why, unless
+``on_error="raise"``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from . import compat, invoke, resolve
+from . import cast, compat, invoke, resolve
 from .chain import Chain, Promise
 from .compat import ClosedJaxpr, mlir
 from .options import Options
@@ -114,7 +116,7 @@ def _kernel_or_none(
     except Exception as error:  # whatever it is, XLA's own path still works
         if options.on_error == "raise":
             raise
-        _warn(site, resolve.explain_failure(error))
+        _warn(f"{site.name} ({site.label}) runs", error)
         return None
 
 
@@ -137,16 +139,58 @@ def _kernel(
     return None
 
 
-def _warn(site: SiteInfo, reason: str) -> None:
+def _lower_cast_cuda(
+    ctx: mlir.LoweringRuleContext,
+    *args: Any,
+    dtype: Any,
+    readers: Sequence[Sequence[SiteInfo]],
+    family: Family,
+    options: Options,
+) -> Any:
+    """One kernel for what kernels read; other casts XLA may fuse with their readers."""
+
+    def read_by_kernels(sites: Sequence[SiteInfo]) -> bool:
+        try:
+            return all(_kernel(ctx, site, family, options) for site in sites)
+        except resolve.Missing:
+            raise
+        except Exception:  # the site's own lowering says so
+            return False
+
+    digest = None
+    ours = [i for i, sites in enumerate(readers) if read_by_kernels(sites)]
+    try:
+        if len(ours) > 1:
+            digest = resolve.cast_kernel(str(dtype), options, compat.cuda_device())
+    except Exception as error:  # as in _lower_cuda
+        if options.on_error == "raise":
+            raise
+        _warn("casts run", error)
+    if digest is None:
+        return cast.lower_casts(ctx, *args, dtype=dtype)
+
+    def casts(*values: Any) -> list[Any]:
+        with jax.named_scope("cast"):
+            launched = invoke.cast(digest, [values[i] for i in ours], dtype)
+        results = dict(zip(ours, launched, strict=True))
+        return [
+            results[i] if i in results else cast.cast_one(value, dtype)
+            for i, value in enumerate(values)
+        ]
+
+    return mlir.lower_fun(casts, multiple_results=True)(ctx, *args)
+
+
+def _warn(what: str, error: Exception) -> None:
     """Once per reason: one missing compiler is one warning, not fifty."""
+    reason = resolve.explain_failure(error)
     with _warned_lock:
         if reason in _warned:
             return
         _warned.add(reason)
-    warnings.warn(
-        f"jax_bolt: {site.name} ({site.label}) runs on XLA: {reason}", stacklevel=2
-    )
+    warnings.warn(f"jax_bolt: {what} on XLA: {reason}", stacklevel=2)
 
 
 mlir.register_lowering(bolt_call_p, _lower_cuda, platform="cuda")
 mlir.register_lowering(bolt_sequence_p, _lower_sequence_cuda, platform="cuda")
+mlir.register_lowering(cast.bolt_cast_p, _lower_cast_cuda, platform="cuda")

@@ -31,7 +31,7 @@ class Options:
     on_error: what to do at a site whose kernel cannot be used.
     budget_s: seconds one tuning run may take; None is no bound.
     jobs: compilers run at once; None is one per CPU.
-    disable: names of kernel templates that are never used.
+    disable: names of kernel templates that are never used; "cast" is one too.
     dump_dir: where every traced program is written, as it came, as it was rewritten,
         and its regions; None writes nothing.
     """

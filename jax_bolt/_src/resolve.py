@@ -21,7 +21,7 @@ from . import ir, paths, plan
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
 from .invoke import Executable
-from .jit import loader, store, toolchain
+from .jit import codegen, loader, store, toolchain
 from .options import Options
 from .plan import Plan, Rejection
 from .primitive import Family, SiteInfo
@@ -56,6 +56,24 @@ def resolve(
         if isinstance(made, Rejection):
             return made
         return made, _load(site, made, target, options)
+
+
+def cast_kernel(dtype: str, options: Options, device: Any) -> str | None:
+    """The digest of the kernel that casts f32 to ``dtype``, built and loaded.
+
+    None without a compiler, whose version is part of the digest. Raises as ``resolve``.
+    """
+    with _lock:
+        target = target_for(device, options)
+        if isinstance(target.tools, CompileError):
+            return None
+        sources = [codegen.cast_source(dtype)]
+        built = target.kernels.build(target.tools, sources, target.arch)
+        ((digest, artifact),) = built.items()
+        if isinstance(artifact, CompileError):
+            raise artifact
+        loader.load(digest, artifact)
+        return digest
 
 
 def target_for(device: Any, options: Options) -> search.Target:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation."""
+"""jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation.
+
+The casts of arguments that regions read become one ``bolt_cast`` equation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from . import sequence
+from . import cast, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -51,7 +54,10 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     left alone. Rewriting a rewritten program changes nothing.
     """
     pass_ = _Pass(options)
-    done = pass_.gathered(pass_.program(inline_calls(program)))
+    done = pass_.program(inline_calls(program))
+    if cast.NAME not in options.disable:
+        done = cast.gather(done, pass_.family, options)
+    done = pass_.gathered(done)
     return Rewritten(done, pass_.family, pass_.roots)
 
 

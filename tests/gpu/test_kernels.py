@@ -33,7 +33,7 @@ def chosen(case, candidates):
 
 
 def deep(case):
-    """Whether its sums are long enough to be split over CTAs, or its operands packed."""
+    """Whether its sums may be split over CTAs, or its operands are packed."""
     return any(text in case.name for text in ("1000x136", "7x7x320", "33x31x3-64"))
 
 
@@ -107,7 +107,11 @@ def test_every_template_ran():
 
 @pytest.mark.parametrize(
     "case",
-    [cases.GEMMS[0], cases.CONVS[0], *(c for c in (*cases.GEMMS, *cases.CONVS) if deep(c))],
+    [
+        cases.GEMMS[0],
+        cases.CONVS[0],
+        *(c for c in (*cases.GEMMS, *cases.CONVS) if deep(c)),
+    ],
     ids=str,
 )
 def test_results_are_bitwise_equal_over_runs(case):
@@ -138,7 +142,7 @@ def test_a_problem_the_kernel_was_not_built_for_is_refused():
     candidate = all_candidates()[0][cases.GEMMS[0].name][0]
     load(site, candidate)
     narrow = cases.Case("odd", *_dense_of(300, 200, 263)).site()
-    with pytest.raises(CompileError, match="refuses|cannot be launched"):
+    with pytest.raises(CompileError, match=r"refuses|cannot be launched"):
         form = plan.forms.Form(candidate.form.name, narrow.region)
         odd = plan.Candidate(form, candidate.template, candidate.config, candidate.arch)
         digest = target().kernels.digest(

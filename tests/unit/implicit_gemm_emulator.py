@@ -219,7 +219,9 @@ def _nothing(size: int) -> np.ndarray:
 
 def pack(recipe: Recipe, instance: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """What the prologue (``pack.hpp``) makes of the operands: the workspace."""
-    found = re.fullmatch(r"jax_bolt::implicit_gemm::Pack<(\d+), (\d+), (\w+)>", instance)
+    found = re.fullmatch(
+        r"jax_bolt::implicit_gemm::Pack<(\d+), (\d+), (\w+)>", instance
+    )
     assert found is not None, instance
     channels, fold = int(found[1]), int(found[2])
     packed = -(-fold * fold * channels // 8) * 8

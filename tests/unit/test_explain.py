@@ -62,6 +62,7 @@ def test_golden_conv_norm_relu():
 # input, pooling, and the mean before the classifier.
 _OUTSIDE = {
     "bolt_call",
+    "bolt_cast",
     "bolt_sequence",
     "convert_element_type",
     "reduce_window_max",
@@ -79,6 +80,7 @@ def test_every_root_of_the_benchmark_models_is_fused(name):
     assert len(done.family.sites) == models.MODELS[name].roots
     count = collections.Counter(e.primitive.name for e in done.program.jaxpr.eqns)
     assert set(count) <= _OUTSIDE, count
+    assert count["bolt_cast"] == 1
     # Only the mean divides.
     assert count["div"] <= 1 and count["reduce_sum"] <= 1
 

@@ -101,7 +101,9 @@ def test_every_transformation_means_the_same():
 
     def check(transform):
         want, got = transform(model), transform(fun)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), want, got)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), want, got
+        )
 
     assert names(model, *args) == ["bolt_sequence"]
     check(lambda f: f(*args))
@@ -206,7 +208,9 @@ def test_the_arena_is_used_again():
 
 
 def test_nothing_in_the_arena_overlaps_what_is_alive():
-    kernels = [product(m, 16, 16, batch=b) for m, b in ((3, 1), (40, 2), (7, 2), (9, 1))]
+    kernels = [
+        product(m, 16, 16, batch=b) for m, b in ((3, 1), (40, 2), (7, 2), (9, 1))
+    ]
     found = steps(kernels, [[], [0], [1, 0], [2, 0]])
     arena = chain._Arena(found, {})
     sizes = [step.bytes for step in found]
@@ -253,13 +257,17 @@ def changed(index: int, value: int) -> list[int]:
         ([], {}, "the program has another version"),
         (changed(11, 2), {}, "a buffer is not there"),
         (changed(15, 1), {}, "a buffer is not there"),
-        (changed(8, 2), {}, "it needs 64 bytes of workspace on device 0 and was given 0"),
+        (
+            changed(8, 2),
+            {},
+            "it needs 64 bytes of workspace on device 0 and was given 0",
+        ),
         (GOOD, {"digests": "other"}, "kernel other: "),
         (GOOD, {"digests": ""}, "kernel : "),
     ],
 )
 def test_bad_programs(host, program, attributes, message):
-    with pytest.raises(Exception, match="jax_bolt.launch_sequence") as caught:
+    with pytest.raises(Exception, match=r"jax_bolt.launch_sequence") as caught:
         call(host, program, **attributes)
     assert message in str(caught.value)
 

@@ -29,18 +29,26 @@ from .toolchain import Toolchain
 
 logger = logging.getLogger(__name__)
 
-# As kernels.template has it, which a compiler need not know.
-Artifact: TypeAlias = Literal["module", "cubin"]
+# As kernels.template has it, which a compiler need not know; and a cubin that casts,
+# which the launcher knows by its file's name.
+Artifact: TypeAlias = Literal["module", "cubin", "cast"]
 
 SOURCE = "source.cu"
 LOG = "build.log"
 TIMEOUT_S = 900.0
 
 _WORK = "work"  # nvcc's intermediate files and the links to headers; removed after
-_FILES: dict[Artifact, str] = {"module": "kernel.so", "cubin": "kernel.cubin"}
-_CUBIN = re.compile(r"^JAX_BOLT_DEVICE_KERNEL\(", re.MULTILINE)
+_FILES: dict[Artifact, str] = {
+    "module": "kernel.so",
+    "cubin": "kernel.cubin",
+    "cast": "cast.cubin",
+}
+_MACRO = re.compile(r"^JAX_BOLT_(DEVICE|CAST)_KERNEL\(", re.MULTILINE)
+_KINDS: dict[str, Artifact] = {"DEVICE": "cubin", "CAST": "cast"}
 # ptxas runs wgmma one at a time: correct, and several times slower than it should be.
 _SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
+# With registers, shared memory and spills in the log.
+_CUBIN = ("-cubin", "-Xptxas=-v")
 _OUTPUT: dict[Artifact, tuple[str, ...]] = {
     "module": (
         "-shared",
@@ -49,15 +57,16 @@ _OUTPUT: dict[Artifact, tuple[str, ...]] = {
         # Else the static runtime's symbols could bind to another CUDA's in the process.
         "-Xlinker=--exclude-libs=ALL",
     ),
-    # With registers, shared memory and spills in the log.
-    "cubin": ("-cubin", "-Xptxas=-v"),
+    "cubin": _CUBIN,
+    "cast": _CUBIN,
 }
 _SPILLS = re.compile(r"[1-9]\d* bytes spill stores.*")
 
 
 def artifact(source: str) -> Artifact:
     """What ``source`` is compiled to: its own last line says it."""
-    return "cubin" if _CUBIN.search(source) else "module"
+    macro = _MACRO.search(source)
+    return _KINDS[macro[1]] if macro else "module"
 
 
 def flags(arch: GpuArch, kind: Artifact = "module") -> tuple[str, ...]:

@@ -49,8 +49,8 @@ class TensorMap:
     ``dtype`` counts in ``DTYPES``. Innermost dimension first: ``dims`` and ``box`` are
     elements, ``strides`` are bytes of all dimensions but the innermost, ``steps`` are
     TMA's element strides: a box takes every ``steps[i]``-th element. ``swizzle`` is in
-    bytes, 0 for none. The tensor begins ``offset`` bytes into the operand. Out of bounds
-    is read as zeros and not written.
+    bytes, 0 for none. The tensor begins ``offset`` bytes into the operand. Out of
+    bounds is read as zeros and not written.
 
     Raises ValueError for what the hardware does not have.
     """

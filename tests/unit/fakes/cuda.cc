@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A libcuda.so.1 with one device whose time is a number: the profiler's control flow, without a
 // GPU. FAKE_CUDA_FAIL=<function> makes that function fail.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -8,6 +9,8 @@
 #include <fstream>
 #include <string>
 #include <vector>
+
+#include "jax_bolt/cast/table.hpp"
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
@@ -32,12 +35,13 @@ int reached = 0;
 std::vector<uintptr_t> operands;
 int context;
 
-// A library is a text file: "cubin" and the size of the parameters of its kernel.
+// A library is a text file: "cubin" or "cast" and the size of the parameters of its kernel.
 struct Kernel {
   size_t parameter_bytes;
+  bool casts;
 };
 // Of cubins: calls so far, and the last launch.
-int64_t encodes = 0, replaces = 0, attributes_set = 0, last_attribute = 0;
+int64_t encodes = 0, replaces = 0, casts = 0, attributes_set = 0, last_attribute = 0;
 std::vector<int64_t> launch;
 std::vector<unsigned char> parameters;
 
@@ -96,6 +100,8 @@ API fake_cubin(int64_t* out) {
   std::memcpy(out + 4, launch.data(), launch.size() * sizeof(int64_t));
   return static_cast<int>(4 + launch.size());
 }
+// How often the cast kernel was launched.
+API fake_casts() { return static_cast<int>(casts); }
 API fake_parameters(unsigned char* out) {
   std::memcpy(out, parameters.data(), parameters.size());
   return static_cast<int>(parameters.size());
@@ -107,16 +113,18 @@ API cuLibraryLoadFromFile(void** library, const char* path, int*, void**, unsign
   std::ifstream file(path);
   std::string word;
   size_t bytes = 0;
-  if (!(file >> word >> bytes) || word != "cubin") return 200;
-  *library = new Kernel{bytes};
+  if (!(file >> word >> bytes) || (word != "cubin" && word != "cast")) return 200;
+  *library = new Kernel{bytes, word == "cast"};
   return 0;
 }
 API cuLibraryGetKernel(void** kernel, void* library, const char* name) {
   FAIL_IF_ASKED();
-  static Kernel prologue = {0};
+  static Kernel prologue = {};
   const bool is_prologue = std::strcmp(name, "jax_bolt_prologue") == 0;
   *kernel = is_prologue ? &prologue : library;
-  return is_prologue || std::strcmp(name, "jax_bolt_kernel") == 0 ? 0 : 500;
+  const bool casts = static_cast<Kernel*>(library)->casts;
+  const char* symbol = casts ? "jax_bolt_cast" : "jax_bolt_kernel";
+  return is_prologue || std::strcmp(name, symbol) == 0 ? 0 : 500;
 }
 API cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* bytes) {
   FAIL_IF_ASKED();
@@ -172,6 +180,20 @@ struct LaunchConfig {
   const LaunchAttribute* attributes;
   unsigned num_attributes;
 };
+// What the blocks of the cast kernel do, to bf16 and towards zero.
+void Cast(const jax_bolt::cast::Table& table, unsigned blocks) {
+  constexpr int64_t kElements = jax_bolt::cast::kBlockElements;
+  for (unsigned block = 0; block < blocks; ++block) {
+    const int i = jax_bolt::cast::tensor_of(table, block);
+    const int64_t begin = (block - table.first_block[i]) * kElements;
+    const int64_t end = std::min(begin + kElements, table.count[i]);
+    for (int64_t at = begin; at < end; ++at) {
+      const auto* from = static_cast<const uint16_t*>(table.from[i]) + 2 * at;
+      static_cast<uint16_t*>(table.to[i])[at] = from[1];
+    }
+  }
+}
+
 API cuLaunchKernelEx(const LaunchConfig* config, void* kernel, void** arguments, void** extra) {
   FAIL_IF_ASKED();
   NEEDS_CONTEXT();
@@ -184,6 +206,11 @@ API cuLaunchKernelEx(const LaunchConfig* config, void* kernel, void** arguments,
   }
   const auto* bytes = static_cast<const unsigned char*>(arguments[0]);
   parameters.assign(bytes, bytes + static_cast<Kernel*>(kernel)->parameter_bytes);
+  if (static_cast<Kernel*>(kernel)->casts) {
+    ++casts;
+    Cast(*static_cast<const jax_bolt::cast::Table*>(arguments[0]), config->sizes[0]);
+    return 0;
+  }
   if (config->stream == nullptr) return 0;
   uintptr_t first = 0;
   std::memcpy(&first, bytes, sizeof(first));
@@ -225,7 +252,7 @@ API cuDeviceGetAttribute(int* value, int attribute, int device) {
       *value = 50 << 20;
       return 0;
     case 75:
-      *value = 9;
+      *value = std::getenv("FAKE_CUDA_AMPERE") != nullptr ? 8 : 9;
       return 0;
     case 76:
       *value = 0;

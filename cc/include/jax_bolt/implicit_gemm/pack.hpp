@@ -101,12 +101,11 @@ struct Pack {
 }  // namespace jax_bolt::implicit_gemm
 
 /// The kernel that a recipe's prologue launches.
-#define JAX_BOLT_PROLOGUE(...)                                               \
-  using JaxBoltPrologue = __VA_ARGS__;                                       \
-  extern "C" __global__ void __launch_bounds__(JaxBoltPrologue::kThreads)    \
-      jax_bolt_prologue(                                                     \
-          const __grid_constant__ jax_bolt::implicit_gemm::PackParams params) { \
-    JaxBoltPrologue::run(params);                                            \
+#define JAX_BOLT_PROLOGUE(...)                                                                \
+  using JaxBoltPrologue = __VA_ARGS__;                                                        \
+  extern "C" __global__ void __launch_bounds__(JaxBoltPrologue::kThreads)                     \
+      jax_bolt_prologue(const __grid_constant__ jax_bolt::implicit_gemm::PackParams params) { \
+    JaxBoltPrologue::run(params);                                                             \
   }
 
 #endif  // JAX_BOLT_IMPLICIT_GEMM_PACK_HPP_

@@ -61,7 +61,8 @@ struct Ring {
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kResident: the filter stages
 /// hold a whole filter, loaded once. kSplits: CTAs of a cluster that share a tile, each with its
-/// part of the chunks (split-K); a cluster has one tile then. kSteps: products of depth 16 in a chunk.
+/// part of the chunks (split-K); a cluster has one tile then. kSteps: products of depth 16 in a
+/// chunk.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule,
           bool kResident, int kPixelStages, int kFilterStages, int kStoreStages, int kSplits,
