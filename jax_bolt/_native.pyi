@@ -68,12 +68,6 @@ def handlers() -> dict[str, Any]:
 def host_handlers() -> dict[str, Any]:
     """The same for "cpu": without stream and device, for modules of host code."""
 
-def sequence_handlers() -> dict[str, Any]:
-    """As ``handlers``, for several kernels in one call (``sequence_launcher.h``)."""
-
-def host_sequence_handlers() -> dict[str, Any]:
-    """As ``host_handlers``, for several kernels in one call."""
-
 def set_resolver(resolver: Callable[[str], object] | None) -> None:
     """Sets what an executable calls for a digest that is not loaded yet.
 

@@ -3,8 +3,6 @@
 
 #include <cstdint>
 #include <exception>
-#include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,16 +12,13 @@
 #include "jax_bolt/abi.h"
 #include "kernel.h"
 #include "registry.h"
+#include "sequence_launcher.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_bolt::native {
 namespace {
 
 namespace ffi = xla::ffi;
-
-std::shared_mutex resolver_mutex;
-// Leaked, as the registry is.
-Resolver* const resolver = new Resolver();
 
 // The attributes of a call. Views into XLA's storage.
 struct Attributes {
@@ -45,6 +40,11 @@ ffi::Error Fail(ffi::ErrorCode code, const Attributes& attributes, std::string_v
 ffi::Error FailStatus(const Kernel& kernel, const Attributes& attributes, JaxBoltStatus status) {
   return Fail(ffi::ErrorCode::kInternal, attributes,
               kernel.ErrorString(status) + " (status " + std::to_string(status) + ")");
+}
+
+bool IsSequence(const ffi::Dictionary& dictionary) {
+  auto kind = dictionary.get<int64_t>("kind");
+  return kind.has_value() && *kind == kSequenceKind;
 }
 
 ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
@@ -80,24 +80,15 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
   return ffi::Error::Success();
 }
 
-std::string Resolve(const std::string& digest) {
-  Resolver function;
-  {
-    std::shared_lock<std::shared_mutex> lock(resolver_mutex);
-    function = *resolver;
-  }
-  if (!function) return "it is not loaded, and nothing is set to find it; import jax_bolt first";
-  return function(digest);
-}
-
 constexpr const char* kNoCastKernel = "it is not a kernel that casts";
 
 ffi::Error Instantiate(ffi::Dictionary dictionary) {
+  if (IsSequence(dictionary)) return InstantiateSequence(dictionary);
   Attributes attributes;
   if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
   try {
     std::string reason;
-    const Kernel* kernel = FindOrResolve(std::string(attributes.digest), &reason);
+    const Kernel* kernel = Registry::Get().FindOrResolve(std::string(attributes.digest), &reason);
     if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, attributes, reason);
     if (!attributes.cast) {
       reason = kernel->Check(attributes.problem);
@@ -209,24 +200,28 @@ ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::Remainin
   return ffi::Error::Success();
 }
 
-ffi::Error Execute(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   ffi::Dictionary dictionary) {
+ffi::Error LaunchAny(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
+                     const ffi::RemainingRets& rets, const ffi::Dictionary& dictionary) {
+  if (IsSequence(dictionary)) return LaunchSequence(stream, device, args, rets, dictionary);
   Attributes attributes;
   if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
+  return Launch(stream, device, args, rets, attributes);
+}
+
+ffi::Error Execute(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   ffi::Dictionary dictionary) {
   JaxBoltDevice device = {ordinal, 0};
   try {
     device.sm_count = SmCount(ordinal);
   } catch (const DriverError& error) {
-    return Fail(ffi::ErrorCode::kInternal, attributes, error.what());
+    return Fail(ffi::ErrorCode::kInternal, {}, error.what());
   }
-  return Launch(stream, device, args, rets, attributes);
+  return LaunchAny(stream, device, args, rets, dictionary);
 }
 
 ffi::Error HostExecute(ffi::RemainingArgs args, ffi::RemainingRets rets,
                        ffi::Dictionary dictionary) {
-  Attributes attributes;
-  if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
-  return Launch(/*stream=*/nullptr, JaxBoltDevice{0, 1}, args, rets, attributes);
+  return LaunchAny(/*stream=*/nullptr, JaxBoltDevice{0, 1}, args, rets, dictionary);
 }
 
 XLA_FFI_DEFINE_HANDLER(instantiate_handler, Instantiate, ffi::Ffi::BindInstantiate().Attrs());
@@ -248,23 +243,5 @@ XLA_FFI_DEFINE_HANDLER(host_execute_handler, HostExecute,
 XLA_FFI_Handler* const kInstantiateHandler = instantiate_handler;
 XLA_FFI_Handler* const kExecuteHandler = execute_handler;
 XLA_FFI_Handler* const kHostExecuteHandler = host_execute_handler;
-
-const Kernel* FindOrResolve(const std::string& digest, std::string* reason) {
-  const Kernel* kernel = Registry::Get().Find(digest);
-  if (kernel != nullptr) return kernel;
-  *reason = Resolve(digest);
-  kernel = Registry::Get().Find(digest);
-  if (kernel != nullptr) {
-    reason->clear();
-  } else if (reason->empty()) {
-    *reason = "it is neither loaded nor in the kernel cache";
-  }
-  return kernel;
-}
-
-void SetResolver(Resolver function) {
-  std::unique_lock<std::shared_mutex> lock(resolver_mutex);
-  *resolver = std::move(function);
-}
 
 }  // namespace jax_bolt::native

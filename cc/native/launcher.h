@@ -7,28 +7,19 @@
 // recipe.h; empty for a module) and site (string: the source site, for error messages).
 //
 // With kind kCastKind, which is no problem's, it casts any number of f32 operands to as many
-// results of a 16-bit type (cast.h); digest is then the only other attribute.
+// results of a 16-bit type (cast.h); digest is then the only other attribute. With kSequenceKind it
+// launches several kernels (sequence_launcher.h).
 #ifndef JAX_BOLT_NATIVE_LAUNCHER_H_
 #define JAX_BOLT_NATIVE_LAUNCHER_H_
 
 #include <cstdint>
-#include <functional>
-#include <string>
 
 #include "xla/ffi/api/c_api.h"
 
 namespace jax_bolt::native {
 
 inline constexpr int64_t kCastKind = 2;
-
-// Loads a digest that an executable needs and nobody has loaded, as when it comes from JAX's
-// compilation cache or an export. Returns the reason it could not, or "".
-using Resolver = std::function<std::string(const std::string& digest)>;
-void SetResolver(Resolver resolver);
-
-class Kernel;
-// The kernel, loaded by the resolver where nobody has; null with the reason.
-const Kernel* FindOrResolve(const std::string& digest, std::string* reason);
+inline constexpr int64_t kSequenceKind = 3;
 
 // Stage handlers. Instantiate makes sure the kernel is loaded and fits the problem; execute checks
 // the buffers and enqueues one launch: no allocation, synchronisation, file or Python.

@@ -18,7 +18,6 @@
 #include "launcher.h"
 #include "profiler.h"
 #include "registry.h"
-#include "sequence_launcher.h"
 #include "stopwatch.h"
 
 namespace jax_bolt::native {
@@ -96,7 +95,7 @@ void RunKernel(const std::string& digest, int64_t kind, const Dims& dims, const 
 
 void SetPythonResolver(const py::object& function) {
   if (function.is_none()) {
-    SetResolver(nullptr);
+    Registry::Get().SetResolver(nullptr);
     return;
   }
   // Copied and destroyed by threads that do not hold the GIL, so it owns its reference through a
@@ -105,7 +104,7 @@ void SetPythonResolver(const py::object& function) {
     py::gil_scoped_acquire gil;
     delete object;
   });
-  SetResolver([shared](const std::string& digest) -> std::string {
+  Registry::Get().SetResolver([shared](const std::string& digest) -> std::string {
     py::gil_scoped_acquire gil;
     try {
       (*shared)(digest);
@@ -122,9 +121,9 @@ py::capsule Capsule(XLA_FFI_Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler));
 }
 
-py::dict Handlers(XLA_FFI_Handler* instantiate, XLA_FFI_Handler* execute) {
+py::dict Handlers(XLA_FFI_Handler* execute) {
   py::dict handlers;
-  handlers["instantiate"] = Capsule(instantiate);
+  handlers["instantiate"] = Capsule(kInstantiateHandler);
   handlers["execute"] = Capsule(execute);
   return handlers;
 }
@@ -186,12 +185,8 @@ PYBIND11_MODULE(_native, m) {
         py::arg("ordinal") = 0, py::arg("sm_count") = py::none(), py::arg("recipe") = Dims(),
         Release());
 
-  m.def("handlers", [] { return Handlers(kInstantiateHandler, kExecuteHandler); });
-  m.def("host_handlers", [] { return Handlers(kInstantiateHandler, kHostExecuteHandler); });
-  m.def("sequence_handlers",
-        [] { return Handlers(kSequenceInstantiateHandler, kSequenceExecuteHandler); });
-  m.def("host_sequence_handlers",
-        [] { return Handlers(kSequenceInstantiateHandler, kSequenceHostExecuteHandler); });
+  m.def("handlers", [] { return Handlers(kExecuteHandler); });
+  m.def("host_handlers", [] { return Handlers(kHostExecuteHandler); });
   m.def("set_resolver", SetPythonResolver, py::arg("resolver").none(true));
 
   m.def("profile", ProfileKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"),

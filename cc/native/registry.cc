@@ -115,4 +115,27 @@ const Kernel* Registry::Find(std::string_view digest) const {
   return it == kernels_.end() ? nullptr : it->second.get();
 }
 
+const Kernel* Registry::FindOrResolve(const std::string& digest, std::string* reason) const {
+  if (const Kernel* kernel = Find(digest)) return kernel;
+  Resolver resolver;
+  {
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    resolver = resolver_;
+  }
+  *reason = resolver ? resolver(digest)
+                     : "it is not loaded, and nothing is set to find it; import jax_bolt first";
+  const Kernel* kernel = Find(digest);
+  if (kernel != nullptr) {
+    reason->clear();
+  } else if (reason->empty()) {
+    *reason = "it is neither loaded nor in the kernel cache";
+  }
+  return kernel;
+}
+
+void Registry::SetResolver(Resolver resolver) {
+  std::unique_lock<std::shared_mutex> lock(mutex_);
+  resolver_ = std::move(resolver);
+}
+
 }  // namespace jax_bolt::native

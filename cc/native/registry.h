@@ -3,6 +3,7 @@
 #ifndef JAX_BOLT_NATIVE_REGISTRY_H_
 #define JAX_BOLT_NATIVE_REGISTRY_H_
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,6 +14,10 @@
 #include "kernel.h"
 
 namespace jax_bolt::native {
+
+// Loads a digest that an executable needs and nobody has loaded, as when it comes from JAX's
+// compilation cache or an export. Returns the reason it could not, or "".
+using Resolver = std::function<std::string(const std::string& digest)>;
 
 // Thread-safe. Kernels are never unloaded: XLA executables and CUDA graphs may refer to their code
 // until the process ends.
@@ -28,12 +33,17 @@ class Registry {
   // Null when the digest is not loaded.
   const Kernel* Find(std::string_view digest) const;
 
+  // As Find, but asks the resolver first; null with the reason.
+  const Kernel* FindOrResolve(const std::string& digest, std::string* reason) const;
+  void SetResolver(Resolver resolver);
+
  private:
   Registry() = default;
 
   std::mutex load_mutex_;  // one load at a time; readers do not wait for a dlopen
   mutable std::shared_mutex mutex_;
   std::map<std::string, std::unique_ptr<const Kernel>, std::less<>> kernels_;
+  Resolver resolver_;
 };
 
 }  // namespace jax_bolt::native

@@ -8,10 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "driver.h"
 #include "jax_bolt/abi.h"
 #include "kernel.h"
-#include "launcher.h"
 #include "registry.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -77,7 +75,7 @@ class Reader {
 };
 
 ffi::Error Fail(ffi::ErrorCode code, const Step* step, const std::string& reason) {
-  std::string message = "jax_bolt.launch_sequence: ";
+  std::string message = "jax_bolt.launch: ";
   if (step != nullptr) ((message += "kernel ") += step->digest) += ": ";
   return ffi::Error(code, message + reason);
 }
@@ -127,23 +125,6 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, std::vector<Step>* steps) {
   return ffi::Error::Success();
 }
 
-ffi::Error Instantiate(ffi::Dictionary dictionary) {
-  std::vector<Step> steps;
-  if (ffi::Error error = Parse(dictionary, &steps); error.failure()) return error;
-  for (const Step& step : steps) {
-    try {
-      std::string reason;
-      const Kernel* kernel = FindOrResolve(std::string(step.digest), &reason);
-      if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, &step, reason);
-      reason = kernel->Check(step.problem);
-      if (!reason.empty()) return Fail(ffi::ErrorCode::kInvalidArgument, &step, reason);
-    } catch (const std::exception& error) {
-      return Fail(ffi::ErrorCode::kInternal, &step, error.what());
-    }
-  }
-  return ffi::Error::Success();
-}
-
 // The call's buffers; places that do not exist are the first one's reason.
 class Buffers {
  public:
@@ -180,8 +161,29 @@ class Buffers {
   bool missing_ = false;
 };
 
-ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
-                  const ffi::RemainingRets& rets, const std::vector<Step>& steps) {
+}  // namespace
+
+ffi::Error InstantiateSequence(const ffi::Dictionary& attributes) {
+  std::vector<Step> steps;
+  if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
+  for (const Step& step : steps) {
+    try {
+      std::string reason;
+      const Kernel* kernel = Registry::Get().FindOrResolve(std::string(step.digest), &reason);
+      if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, &step, reason);
+      reason = kernel->Check(step.problem);
+      if (!reason.empty()) return Fail(ffi::ErrorCode::kInvalidArgument, &step, reason);
+    } catch (const std::exception& error) {
+      return Fail(ffi::ErrorCode::kInternal, &step, error.what());
+    }
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
+                          const ffi::RemainingRets& rets, const ffi::Dictionary& attributes) {
+  std::vector<Step> steps;
+  if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
   Buffers given(args, rets);
   for (const Step& step : steps) {
     const Kernel* kernel = Registry::Get().Find(step.digest);
@@ -212,45 +214,5 @@ ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::Remainin
   }
   return ffi::Error::Success();
 }
-
-ffi::Error Execute(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   ffi::Dictionary dictionary) {
-  std::vector<Step> steps;
-  if (ffi::Error error = Parse(dictionary, &steps); error.failure()) return error;
-  JaxBoltDevice device = {ordinal, 0};
-  try {
-    device.sm_count = SmCount(ordinal);
-  } catch (const DriverError& error) {
-    return Fail(ffi::ErrorCode::kInternal, nullptr, error.what());
-  }
-  return Launch(stream, device, args, rets, steps);
-}
-
-ffi::Error HostExecute(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                       ffi::Dictionary dictionary) {
-  std::vector<Step> steps;
-  if (ffi::Error error = Parse(dictionary, &steps); error.failure()) return error;
-  return Launch(/*stream=*/nullptr, JaxBoltDevice{0, 1}, args, rets, steps);
-}
-
-XLA_FFI_DEFINE_HANDLER(instantiate_handler, Instantiate, ffi::Ffi::BindInstantiate().Attrs());
-
-XLA_FFI_DEFINE_HANDLER(execute_handler, Execute,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<void*>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs(),
-                       {ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER(host_execute_handler, HostExecute,
-                       ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
-
-}  // namespace
-
-XLA_FFI_Handler* const kSequenceInstantiateHandler = instantiate_handler;
-XLA_FFI_Handler* const kSequenceExecuteHandler = execute_handler;
-XLA_FFI_Handler* const kSequenceHostExecuteHandler = host_execute_handler;
 
 }  // namespace jax_bolt::native

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import forms
-from .invoke import JAX_DTYPES, Executable, abi_problem
+from .invoke import JAX_DTYPES, SEQUENCE, Executable, abi_problem
 from .jit import loader
 
 VERSION = 1
@@ -135,10 +135,11 @@ class Chain:
         outputs = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in results]
         if arena.bytes:
             outputs.append(jax.ShapeDtypeStruct((arena.bytes,), jnp.uint8))
-        call = jax.ffi.ffi_call(loader.sequence_target(), outputs)
-        arrays = [array for _, array in operands.values()]
-        made = call(
-            *arrays, digests=",".join(digests), program=np.asarray(program, np.int64)
+        made = jax.ffi.ffi_call(loader.ffi_target(), outputs)(
+            *(array for _, array in operands.values()),
+            kind=np.int64(SEQUENCE),
+            digests=",".join(digests),
+            program=np.asarray(program, np.int64),
         )
         return dict(zip(results, made, strict=False))
 

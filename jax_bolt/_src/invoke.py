@@ -15,7 +15,7 @@ from .forms import Form
 from .jit import loader
 
 GEMM, CONV_FPROP = 0, 1  # abi.h: JaxBoltProblemKind
-CAST = 2  # launcher.h: kCastKind
+CAST, SEQUENCE = 2, 3  # launcher.h: kCastKind, kSequenceKind
 JAX_DTYPES = {
     "bf16": jnp.bfloat16,
     "f16": jnp.float16,

@@ -245,7 +245,7 @@ def test_one_custom_call(cast_kernel):
     assert "(tensor<16x8xf32>, tensor<8x24xf32>)" in call
     assert "(tensor<16x8xbf16>, tensor<8x24xbf16>)" in call
     assert "stablehlo.convert" not in text
-    assert text.count("@jax_bolt.launch_sequence(") == 1
+    assert text.count("kind = 3") == 1
 
 
 def test_what_no_kernel_reads_xla_casts(cast_kernel, monkeypatch):
@@ -300,7 +300,7 @@ def test_failures(cast_kernel, fresh_warnings, monkeypatch, broken):  # noqa: F8
     else:
         text = cuda_text(model, X, W, V)
     assert calls(text) == [] and text.count("stablehlo.convert") == 2
-    assert text.count("@jax_bolt.launch_sequence(") == 1
+    assert text.count("kind = 3") == 1
 
 
 def test_partitioned_programs(cast_kernel):

@@ -136,7 +136,7 @@ def test_one_custom_call_for_a_sequence(kernel):  # noqa: F811
         return dense(y, w), y
 
     text = cuda_text(fun, SQUARE, SQUARE)
-    assert text.count(f"@{TARGET}_sequence(") == 1 and f"@{TARGET}(" not in text
+    assert text.count(f"@{TARGET}(") == text.count("kind = 3") == 1
     assert "stablehlo.dot" not in text
     assert text.count("d" * 64) == 1
     # Two results, and an arena: a result of 128 bytes, and workspaces of 128.
@@ -149,8 +149,7 @@ def host(build: Build) -> str:
     path: Path = build("kernel.cc", "kernel.so")
     _native.load("kernel", str(path))
     name = "jax_bolt_test.launch_sequence"
-    handlers = _native.host_sequence_handlers()
-    jax.ffi.register_ffi_target(name, handlers, platform="cpu")
+    jax.ffi.register_ffi_target(name, _native.host_handlers(), platform="cpu")
     return name
 
 
@@ -168,7 +167,7 @@ def rand(*dims: int) -> np.ndarray:
 
 
 def test_kernels_find_their_buffers(host, monkeypatch):
-    monkeypatch.setattr(loader, "sequence_target", lambda: host)
+    monkeypatch.setattr(loader, "ffi_target", lambda: host)
     x, w, v, u = rand(4, 5), rand(5, 6), rand(6, 6), rand(6, 3)
 
     def fun(x, w, v, u):
@@ -225,7 +224,8 @@ def test_nothing_in_the_arena_overlaps_what_is_alive():
 
 
 def call(host: str, program: list[int], **attributes: Any) -> Any:
-    given = {"digests": "kernel", "program": np.asarray(program, np.int64)} | attributes
+    given: dict[str, Any] = {"kind": np.int64(3), "digests": "kernel"}
+    given |= {"program": np.asarray(program, np.int64)} | attributes
     results = [jax.ShapeDtypeStruct((4, 3), jnp.float32)]
     fun = jax.jit(lambda *xs: jax.ffi.ffi_call(host, results)(*xs, **given))
     return fun(rand(4, 5), rand(5, 3))
@@ -267,7 +267,7 @@ def changed(index: int, value: int) -> list[int]:
     ],
 )
 def test_bad_programs(host, program, attributes, message):
-    with pytest.raises(Exception, match=r"jax_bolt.launch_sequence") as caught:
+    with pytest.raises(Exception, match=r"jax_bolt.launch") as caught:
         call(host, program, **attributes)
     assert message in str(caught.value)
 

@@ -15,7 +15,6 @@ from ..errors import CacheError, CompileError
 from . import store
 
 TARGET = "jax_bolt.launch"
-SEQUENCE_TARGET = "jax_bolt.launch_sequence"
 MARK_TARGET = "jax_bolt.mark"
 
 
@@ -46,18 +45,6 @@ def ffi_target() -> str:
         TARGET, module.handlers(), platform="CUDA", api_version=1
     )
     return TARGET
-
-
-@functools.cache
-def sequence_target() -> str:
-    """As ``ffi_target``, for several kernels in one call."""
-    module = native()
-    module.set_resolver(_resolve)
-    handlers = module.sequence_handlers()
-    jax.ffi.register_ffi_target(
-        SEQUENCE_TARGET, handlers, platform="CUDA", api_version=1
-    )
-    return SEQUENCE_TARGET
 
 
 @functools.cache
