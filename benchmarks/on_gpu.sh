@@ -2,21 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one call: builds and installs the package into the
 # current Python, then the model and the kernel benchmark, the second-process check,
-# tests/gpu and, over the ragged cases, compute-sanitizer.
+# tests/gpu and, over the ragged cases, three tools of compute-sanitizer.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
-# Stages: install, models, kernels, second, tests, memcheck. Each one's output is kept in
-# DIR/<stage>.log; a stage that fails does not stop the later ones, except install. Uses
-# no network: JAX with CUDA, flax, pytest, pybind11, scikit-build-core and
-# nvidia-cutlass must be there. PYTHON names the interpreter (default: python3).
+# Stages: install, models, kernels, second, tests, memcheck, racecheck, synccheck. Each
+# one's output is kept in DIR/<stage>.log; a stage that fails does not stop the later
+# ones, except install. Uses no network: JAX with CUDA, flax, pytest, pybind11,
+# scikit-build-core and nvidia-cutlass must be there. PYTHON names the interpreter
+# (default: python3).
 set -uo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="$root/benchmarks/results"
 skip=""
-usage() { sed -n '3,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -29,7 +30,7 @@ while [ $# -gt 0 ]; do
 done
 for stage in ${skip//,/ }; do
   case "$stage" in
-    install|models|kernels|second|tests|memcheck) ;;
+    install|models|kernels|second|tests|memcheck|racecheck|synccheck) ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
   esac
 done
@@ -61,8 +62,10 @@ run kernels "$python" benchmarks/bench_kernels.py --out "$out"
 run second "$python" benchmarks/second_process.py --fill --out "$out/second_process.json"
 run tests env JAX_BOLT_REQUIRE=gpu,nvcc "$python" -P -m pytest -ra tests/gpu
 # An allocation of its own for every buffer, so that a read past one's end is seen.
-run memcheck env XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck \
-  --error-exitcode 1 "$python" -P tests/gpu/sanitize.py
+for tool in memcheck racecheck synccheck; do
+  run "$tool" env XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool "$tool" \
+    --error-exitcode 1 "$python" -P tests/gpu/sanitize.py
+done
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
