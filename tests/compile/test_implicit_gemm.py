@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from jax_bolt._src import arch, ir, options
 from jax_bolt._src.jit import codegen, compiler, toolchain
 from jax_bolt._src.kernels import implicit_gemm_sm90 as family
+from jax_bolt._src.kernels import implicit_gemm_tiles as tiles
+from jax_bolt._src.kernels.geometry import Image
 
 HOPPER = arch.from_name("sm_90a")
 
@@ -30,12 +33,12 @@ def bias_silu(sides: int, dtype: ir.DType) -> ir.Epilogue:
     )
 
 
-def largest(region: ir.Region, **wanted: object) -> family.Tile:
+def largest(region: ir.Region, **wanted: object) -> tiles.Tile:
     """Of the tiles with these traits, the one with the most accumulators."""
-    image = family.Image.of(region.problem)
+    image = Image.of(region.problem)
     found = [
         tile
-        for tile in family._tiles(image, region.epilogue, HOPPER)
+        for tile in tiles.tiles_of(image, region.epilogue, HOPPER)
         if all(getattr(tile, name) == value for name, value in wanted.items())
     ]
     return max(found, key=lambda t: t.blocks * t.channel_blocks * t.pixels)
@@ -61,11 +64,51 @@ def test_the_largest_tiles_neither_spill_nor_serialise(
     )
     problem = dataclasses.replace(problem, filter_layout=layout)
     region = ir.Region(problem=problem, epilogue=bias_silu(sides, dtype))
-    tile = largest(region, **traits)
+    log = compiled(region, largest(region, **traits), tmp_path)
+    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", log), log
+    assert "C751" not in log, log
+
+
+def compiled(region: ir.Region, tile: tiles.Tile, folder: Path) -> str:
+    """The compiler's log."""
     source = codegen.source(region, family, tile.config(), HOPPER)
     found = toolchain.find(options.current())
-    binary = compiler.compile(found, source, HOPPER, tmp_path)
+    binary = compiler.compile(found, source, HOPPER, folder)
     assert binary.suffix == ".cubin"
-    log = (tmp_path / compiler.LOG).read_text()
-    assert re.search(r"0 bytes spill stores, 0 bytes spill loads", log), log
+    return (folder / compiler.LOG).read_text()
+
+
+FEW_TILES = ir.ConvProblem(
+    n=1, h=7, w=7, c=512, k=512, r=3, s=3, padding=(1, 1, 1, 1), dtype="bf16"
+)
+STEM = ir.ConvProblem(
+    n=32,
+    h=224,
+    w=224,
+    c=3,
+    k=64,
+    r=7,
+    s=7,
+    stride=(2, 2),
+    padding=(3, 3, 3, 3),
+    dtype="bf16",
+)
+
+
+@pytest.mark.parametrize(
+    ("problem", "traits", "out_dtype"),
+    [
+        (FEW_TILES, {"splits": 8, "warpgroups": 2}, "bf16"),
+        (FEW_TILES, {"splits": 4, "warpgroups": 1}, "f32"),
+        (STEM, {"resident": 1}, "bf16"),
+    ],
+)
+def test_split_packed_and_wide(tmp_path, problem, traits, out_dtype):
+    problem = dataclasses.replace(problem, filter_layout="hwio")
+    sides = 0 if problem.c == 3 else 1
+    epilogue = dataclasses.replace(bias_silu(sides, "bf16"), out_dtype=out_dtype)
+    region = ir.Region(problem=problem, epilogue=epilogue)
+    log = compiled(region, largest(region, **traits), tmp_path)
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2 - sides, log
+    assert ("jax_bolt_prologue" in log) == (problem.c == 3)
     assert "C751" not in log, log

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from jax_bolt._src import arch, evaluate, ir
 from jax_bolt._src.jit import codegen
-from jax_bolt._src.kernels import geometry, implicit_gemm_sm90
+from jax_bolt._src.kernels import geometry, implicit_gemm_sm90, implicit_gemm_tiles
 from jax_bolt._src.kernels.config import Config
 from jax_bolt._src.kernels.geometry import Image
-from jax_bolt._src.kernels.implicit_gemm_sm90 import Tile
+from jax_bolt._src.kernels.implicit_gemm_tiles import Tile
 
 HOPPER = arch.from_name("sm_90a")
 # Few SMs: persistent CTAs have many tiles each, and resident filters a real use.
@@ -220,7 +220,7 @@ def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
 def sample(taken: ir.Region, gpu: arch.GpuArch, count: int) -> list[Config]:
     """Some of all tiles, ranked or not."""
     image = Image.of(taken.problem)
-    tiles = list(implicit_gemm_sm90._tiles(image, taken.epilogue, gpu))
+    tiles = list(implicit_gemm_tiles.tiles_of(image, taken.epilogue, gpu))
     chosen = random.Random(taken.text).sample(tiles, min(count, len(tiles)))
     return [tile.config() for tile in chosen]
 
@@ -284,16 +284,16 @@ def test_the_problems_cover_every_kind_of_tile():
     kinds, blocks, resident = set(), set(), set()
     for problem in PROBLEMS[::3]:
         image = Image.of(problem)
-        for tile in implicit_gemm_sm90._tiles(image, PLAIN, SMALL):
+        for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, SMALL):
             layout = tile.layout(image)
             shape = (tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n)
             kinds.add((*shape, tile.schedule))
             resident.add(tile.resident)
             blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
-    assert kinds == set(implicit_gemm_sm90._SHAPES)
+    assert kinds == set(implicit_gemm_tiles._SHAPES)
     assert resident == {0, 1}
     deep = Image.of(gemm(40, 72, 1000))
-    splits = {t.splits for t in implicit_gemm_sm90._tiles(deep, PLAIN, HOPPER)}
+    splits = {t.splits for t in implicit_gemm_tiles.tiles_of(deep, PLAIN, HOPPER)}
     assert splits == {1, 2, 3, 4, 6, 8}
     assert blocks == {
         *((whole, rows, False) for whole in (True, False) for rows in (True, False)),
@@ -311,15 +311,15 @@ def test_configs(problem):
     assert 1 <= len(found) <= implicit_gemm_sm90._CANDIDATES
     assert len({config.text for config in found}) == len(found)
     geometry.axes.cache_clear()
-    implicit_gemm_sm90._blocks.cache_clear()
+    implicit_gemm_tiles._blocks.cache_clear()
     assert implicit_gemm_sm90.configs(taken, HOPPER) == found
     image = Image.of(problem)
     costs = [
-        implicit_gemm_sm90.cycles(Tile.of(config), image, taken, HOPPER)
+        implicit_gemm_tiles.cycles(Tile.of(config), image, taken, HOPPER)
         for config in found
     ]
     assert costs == sorted(costs)
-    for tile in implicit_gemm_sm90._tiles(image, SIDE, HOPPER):
+    for tile in implicit_gemm_tiles.tiles_of(image, SIDE, HOPPER):
         assert Tile.of(tile.config()) == tile
         # Only numbers and words: what the database's text can carry.
         fields = dict(part.split("=") for part in tile.config().text.split(" "))
@@ -337,7 +337,7 @@ def test_the_source_says_no_sizes(epilogue):
     ]
     for one, other in pairs:
         tiles = [
-            set(implicit_gemm_sm90._tiles(Image.of(p), epilogue, HOPPER))
+            set(implicit_gemm_tiles.tiles_of(Image.of(p), epilogue, HOPPER))
             for p in (one, other)
         ]
         shared = tiles[0] & tiles[1]
@@ -427,7 +427,7 @@ def _moved(recipe, field: str, by: int):
 )
 def test_the_emulator_sees_a_wrong_number(field, by, monkeypatch):
     taken = region(CONVS[7])
-    tiles = implicit_gemm_sm90._tiles(Image.of(taken.problem), PLAIN, HOPPER)
+    tiles = implicit_gemm_tiles.tiles_of(Image.of(taken.problem), PLAIN, HOPPER)
     # Two blocks, of two rows each, that are stored row by row.
     block = geometry.Block(1, 2, 7)
     tile = next(t for t in tiles if t.blocks * t.warps_n == 2 and t.block == block)

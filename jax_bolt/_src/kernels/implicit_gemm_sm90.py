@@ -1,130 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convs and products on Hopper by one lean kernel: TMA boxes that all taps share,
 wgmma with the operands swapped (``jax_bolt/implicit_gemm/sm90.hpp``).
-
-Tiles are cut to the problem: any multiple of 8 pixels, whole rows or whole images
-where they fit, so that the grid fills the SMs in as few waves as it can.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from collections.abc import Iterator
 
 from .. import ir
 from ..arch import GpuArch
-from . import hoist
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
-from .geometry import (
-    CHUNK,
-    MAX_PHASES,
-    MAX_TAPS,
-    Block,
-    Image,
-    Layout,
-    cols_of,
-    round_up,
-    rows_of,
+from .geometry import MAX_PHASES, MAX_TAPS, Image, cols_of, rows_of
+from .implicit_gemm_tiles import (
+    NAME,
+    Tile,
+    cycles,
+    grid,
+    shared_bytes,
+    slot_tiles_of,
+    tiles_of,
 )
 from .recipe import Recipe
 from .template import Artifact
 
-name = "implicit_gemm_sm90"
+name = NAME
 header = "jax_bolt/implicit_gemm/sm90.hpp"
 artifact: Artifact = "cubin"
 
 _CANDIDATES = 8
-_FILTER_BLOCK = CHUNK * CHUNK * 2  # bytes
 _MAX_EXTENT = 2**31 - 1 - 65536  # the kernel counts pixels and tiles in 32 bits
-
-# Cycles of an SM, fitted to 23 problems by 20 candidates each on an H200: the first
-# pick was 4 % off the best of them on average, the best of the first eight 0.5 %.
-_START = 6000  # from launch to the first product, and the last store
-_FINISH = 2500  # a block's epilogue and store, nothing overlapping
-_TURN = 500  # from one tile to the next
-_EXCHANGE = 2500  # of sums and results between the CTAs of a split tile
-_LOAD_RATE = 48.0  # bytes a cycle from L2 into shared memory
-_CLOCK = 1.7e9
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tile:
-    """One candidate: the kernel's template arguments, and the block of outputs.
-
-    ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
-    and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
-    pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels.
-    """
-
-    pixels: int
-    blocks: int
-    channel_blocks: int
-    warps_m: int
-    warps_n: int
-    schedule: str
-    resident: int
-    block: Block
-    pixel_stages: int = 0
-    filter_stages: int = 0
-    store_stages: int = 0
-    splits: int = 1
-
-    @property
-    def filter_blocks(self) -> int:
-        return self.channel_blocks * self.warps_m
-
-    @property
-    def warpgroups(self) -> int:
-        return 2 if self.schedule == "pingpong" else self.warps_m * self.warps_n
-
-    @property
-    def ctas(self) -> int:
-        """CTAs that share an SM."""
-        return 2 if self.warpgroups == 1 else 1
-
-    def layout(self, image: Image) -> Layout:
-        return Layout(image, self.block, self.blocks * self.warps_n, self.pixels)
-
-    def config(self) -> Config:
-        b = self.block
-        return Config.of(
-            name,
-            pixels=self.pixels,
-            blocks=f"{self.blocks}x{self.channel_blocks}",
-            warpgroups=f"{self.warps_m}x{self.warps_n}",
-            schedule=self.schedule,
-            resident=self.resident,
-            block=f"{b.images}x{b.rows}x{b.cols}",
-            stages=f"{self.pixel_stages}x{self.filter_stages}x{self.store_stages}",
-            splits=self.splits,
-        )
-
-    @staticmethod
-    def of(config: Config) -> Tile:
-        def split(key: str) -> list[int]:
-            return [int(n) for n in str(config[key]).split("x")]
-
-        blocks, channel_blocks = split("blocks")
-        warps_m, warps_n = split("warpgroups")
-        images, rows, cols = split("block")
-        pixel_stages, filter_stages, store_stages = split("stages")
-        return Tile(
-            pixels=int(config["pixels"]),
-            blocks=blocks,
-            channel_blocks=channel_blocks,
-            warps_m=warps_m,
-            warps_n=warps_n,
-            schedule=str(config["schedule"]),
-            resident=int(config["resident"]),
-            block=Block(images, rows, cols),
-            pixel_stages=pixel_stages,
-            filter_stages=filter_stages,
-            store_stages=store_stages,
-            splits=int(config["splits"]),
-        )
 
 
 def supports(region: ir.Region, arch: GpuArch) -> str | None:
@@ -159,7 +64,7 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return f"strides {image.stride}"
     if max(image.n, image.h * image.w, image.k, problem.rows) > _MAX_EXTENT:
         return f"an extent above {_MAX_EXTENT}"
-    if next(_tiles(image, region.epilogue, arch), None) is None:
+    if next(tiles_of(image, region.epilogue, arch), None) is None:
         return "no tile fits shared memory"
     return None
 
@@ -169,7 +74,7 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first."""
     image = Image.of(region.problem)
     found = sorted(
-        _tiles(image, region.epilogue, arch),
+        tiles_of(image, region.epilogue, arch),
         key=lambda tile: cycles(tile, image, region, arch),
     )
     # Tiles that differ in one trait only are near-ties: few of a kind.
@@ -218,9 +123,9 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
-        grid=_grid(tile, image, arch),
+        grid=grid(tile, image, arch),
         cluster=tile.splits,
-        smem_bytes=_shared_bytes(tile, layout, _slot_tiles(epilogue)),
+        smem_bytes=shared_bytes(tile, layout, slot_tiles_of(epilogue)),
         programmatic=True,
         maps=layout.maps(tile.filter_blocks, sides, epilogue.out_dtype),
         pointers=vectors or (recipes.NULL,),
@@ -228,256 +133,3 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
         workspace_bytes=image.packing.workspace_bytes if image.packing else 0,
         prologue=image.packing.recipe() if image.packing else None,
     )
-
-
-# Candidates -------------------------------------------------------------------------
-
-
-def _tiles(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]:
-    columns = len(hoist.columns(epilogue))
-    for block, pixels in _blocks(image):
-        for shape in _SHAPES:
-            blocks, channel_blocks, warps_m, warps_n, schedule = shape
-            if blocks * channel_blocks * pixels // 2 > _accumulators(shape, columns):
-                continue
-            if (channel_blocks * warps_m - 1) * CHUNK >= image.k:
-                continue  # blocks of channels that do not exist
-            base = Tile(
-                pixels, blocks, channel_blocks, warps_m, warps_n, schedule, 0, block
-            )
-            layout = base.layout(image)
-            if layout.problem() is not None:
-                continue
-            if blocks * warps_n > 1 and _idle_blocks(layout):
-                continue
-            variants = [base, dataclasses.replace(base, resident=1)]
-            variants += [
-                dataclasses.replace(base, splits=splits)
-                for splits in _splits(base, image, arch)
-            ]
-            for variant in variants:
-                tile = _staged(variant, layout, epilogue, arch)
-                if tile is not None:
-                    yield tile
-
-
-# blocks, channel blocks, warpgroups along channels and pixels, schedule
-_SHAPES = (
-    (1, 1, 2, 1, "cooperative"),
-    (1, 1, 1, 2, "cooperative"),
-    (2, 1, 2, 1, "cooperative"),
-    (2, 1, 1, 2, "cooperative"),
-    (1, 2, 1, 2, "cooperative"),
-    (1, 2, 2, 1, "cooperative"),
-    (1, 1, 1, 1, "pingpong"),
-    (1, 2, 1, 1, "pingpong"),
-    (1, 1, 1, 1, "cooperative"),
-    (1, 2, 1, 1, "cooperative"),
-)
-
-
-def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
-    """CTAs that may share a tile: where one each would leave half of the SMs idle."""
-    if tile.schedule == "pingpong" or tile.blocks * tile.channel_blocks > 1:
-        return []
-    room = arch.sm_count * tile.ctas // _count(tile, image)
-    return [n for n in (2, 3, 4, 6, 8) if n <= min(room, image.chunks)]
-
-
-def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
-    """Registers of a thread that accumulators may take beside ``columns`` per channel.
-
-    Of 240, or 128 where two CTAs share an SM; addresses, the hoisted columns of two
-    channels and what one step of the epilogue holds need the others.
-    """
-    _, channel_blocks, warps_m, warps_n, schedule = shape
-    alone = schedule == "pingpong" or warps_m * warps_n > 1
-    return (192 if alone else 80) - 2 * channel_blocks * columns
-
-
-@functools.lru_cache(maxsize=512)
-def _blocks(image: Image) -> tuple[tuple[Block, int], ...]:
-    """Blocks of outputs worth an accumulator, with its pixels."""
-    found: list[tuple[Block, int]] = []
-    if image.is_line:
-        # As few as there are, for small batches; then what divides the work well.
-        sizes = {n for n in (16, 32, 64, 96, 128, 160, 192, 208, 224, 256)}
-        sizes |= {round_up(-(-image.q // n), 8) for n in (1, 2, 3, 4, 8)}
-        return tuple((Block(1, 1, n), n) for n in sorted(sizes) if 8 <= n <= 256)
-
-    def add(block: Block) -> None:
-        used = Layout(image, block, 1, 256).used
-        if 0 < used <= 256:
-            found.append((block, round_up(used, 8)))
-
-    for images in (1, 2, 4):
-        if images <= image.n:
-            add(Block(images, image.p, image.q))
-    for rows in range(1, min(image.p - 1, 32) + 1):
-        add(Block(1, rows, image.q))
-    for parts in range(2, 1 + -(-image.q // 7)):
-        cols = -(-image.q // parts)
-        if cols < 7 or image.q - cols * (parts - 1) <= 0:
-            continue
-        for rows in (2, 3, 4, 5, 6, 7, 8, 12, 14, 16):
-            if rows <= image.p:
-                add(Block(1, rows, cols))
-    # A block of the same pixels counts once.
-    return tuple(dict.fromkeys(found))
-
-
-def _idle_blocks(layout: Layout) -> bool:
-    """Whether a tile's last block never has an output."""
-    image, count = layout.image, layout.count
-    if image.is_line:
-        return (count - 1) * layout.pixels >= image.q
-    if layout.whole_images:
-        return (count - 1) * layout.block.images >= image.n
-    return (count - 1) * layout.block.rows >= image.p
-
-
-def _slot_tiles(epilogue: ir.Epilogue) -> int:
-    """Tiles of a slot: side inputs lie where the result goes, unless that is wider."""
-    wide = ir.ITEM_BYTES[epilogue.out_dtype] // 2
-    return max(1, len(epilogue.sides) + (wide if wide > 1 else 0))
-
-
-def _staged(
-    tile: Tile, layout: Layout, epilogue: ir.Epilogue, arch: GpuArch
-) -> Tile | None:
-    """``tile`` with as many stages as shared memory holds, or None."""
-    sides, slot_tiles = len(epilogue.sides), _slot_tiles(epilogue)
-    image = layout.image
-    steps, boxes = _steps(tile, layout)
-    per_sm = (
-        arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
-    )
-    slots = 1 if tile.schedule == "cooperative" and not sides else 2
-    fixed = 2048  # barriers, and alignment
-    if tile.resident:
-        if steps > 64 or image.filters > 1:
-            return None
-        if _grid(tile, image, arch) % image.channel_tiles(tile.filter_blocks):
-            return None
-
-    def left(*stages: int) -> int:
-        return per_sm - fixed - _ring_bytes(tile, layout, slot_tiles, *stages)
-
-    filters = steps if tile.resident else min(4, max(2, steps))
-    pixels = 2
-    if left(pixels, filters, slots) < 0:
-        return None
-    # Deeper rings where there is room: the one that is refilled most often first.
-    more = True
-    while more:
-        more = False
-        if (
-            pixels < min(8, max(2, 3 * boxes))
-            and pixels * len(layout.taps) <= 2 * filters
-            and left(pixels + 1, filters, slots) >= 0
-        ):
-            pixels, more = pixels + 1, True
-        if (
-            not tile.resident
-            and filters < min(12, max(4, 2 * steps))
-            and left(pixels, filters + 1, slots) >= 0
-        ):
-            filters, more = filters + 1, True
-        if (
-            slots < (8 if sides else 2)
-            and slots <= pixels + 1
-            and left(pixels, filters, slots + 1) >= 0
-        ):
-            slots, more = slots + 1, True
-    return dataclasses.replace(
-        tile, pixel_stages=pixels, filter_stages=filters, store_stages=slots
-    )
-
-
-def _ring_bytes(
-    tile: Tile,
-    layout: Layout,
-    slot_tiles: int,
-    pixel_stages: int,
-    filter_stages: int,
-    store_stages: int,
-) -> int:
-    return (
-        pixel_stages * layout.stage_bytes
-        + filter_stages * _FILTER_BLOCK * tile.filter_blocks
-        + store_stages * tile.warpgroups * slot_tiles * layout.slot_bytes
-        + _partial_bytes(tile)
-    )
-
-
-def _partial_bytes(tile: Tile) -> int:
-    """Sums that a CTA of a split tile gets from the others."""
-    groups = -(-(tile.pixels // 8) // tile.splits)
-    return tile.warpgroups * (tile.splits - 1) * groups * 8 * CHUNK * 4
-
-
-def _shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
-    stages = (tile.pixel_stages, tile.filter_stages, tile.store_stages)
-    barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
-    barriers += 2 * tile.warpgroups * (tile.store_stages + 1)
-    return _ring_bytes(tile, layout, slot_tiles, *stages) + barriers * 8
-
-
-def _count(tile: Tile, image: Image) -> int:
-    channel_tiles = image.channel_tiles(tile.filter_blocks)
-    return math.prod(tile.layout(image).tiles) * channel_tiles
-
-
-def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
-    """Filter and pixel stages that a CTA reads for a tile."""
-    chunks = -(-layout.image.chunks // tile.splits)
-    return chunks * len(layout.taps), chunks * len(layout.phases)
-
-
-def _grid(tile: Tile, image: Image, arch: GpuArch) -> int:
-    if tile.splits > 1:
-        return _count(tile, image) * tile.splits  # a cluster has one tile
-    most = min(_count(tile, image), arch.sm_count * tile.ctas)
-    channel_tiles = image.channel_tiles(tile.filter_blocks)
-    if tile.resident and most >= channel_tiles:
-        # A CTA keeps its channels: tiles go around in steps of the grid.
-        return most // channel_tiles * channel_tiles
-    return most
-
-
-# Rank -------------------------------------------------------------------------------
-
-
-def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
-    """Estimated time of a launch, in an SM's cycles.
-
-    The busiest SM's products or loads, whichever is longer, and what neither hides; or
-    device memory's time, if that is longer still.
-    """
-    layout = tile.layout(image)
-    steps, boxes = _steps(tile, layout)
-    grid = _grid(tile, image, arch)
-    turns = -(-_count(tile, image) * tile.splits // grid)
-    # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
-    one = max(tile.pixels / 2, 16 + tile.pixels / 4)
-    sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
-    products = image.k_steps * steps * tile.blocks * tile.channel_blocks * sharing * one
-    loads = boxes * layout.loads * layout.load_bytes
-    if not tile.resident:
-        loads += steps * _FILTER_BLOCK * tile.filter_blocks
-    outputs = tile.blocks * tile.channel_blocks * sharing
-    epilogue = region.epilogue
-    moved = ir.ITEM_BYTES[epilogue.out_dtype] // 2 + len(epilogue.sides)
-    moved *= outputs * layout.slot_bytes
-    busy = tile.ctas if grid > arch.sm_count else 1
-    main = busy * max(products, (loads + moved) / _LOAD_RATE) + _TURN
-    finish = _FINISH / 2 * tile.blocks * tile.channel_blocks
-    if tile.schedule == "pingpong" or busy > 1:
-        own = turns * main + finish
-    else:
-        own = turns * (main + finish)
-    if tile.splits > 1:
-        own += _EXCHANGE + _partial_bytes(tile) / _LOAD_RATE
-    first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
-    memory = region.bytes_moved / arch.bandwidth / 0.92 * _CLOCK
-    return _START + first + max(own, memory) + 0.05 * min(own, memory)
