@@ -31,7 +31,8 @@ class Options:
     on_error: what to do at a site whose kernel cannot be used.
     budget_s: seconds one tuning run may take; None is no bound.
     jobs: compilers run at once; None is one per CPU.
-    disable: names of kernel templates that are never used; "cast" is one too.
+    disable: names of kernel templates that are never used. "cast" keeps the casts of
+        parameters apart, and "sequence" the launches of consecutive kernels.
     dump_dir: where every traced program is written, as it came, as it was rewritten,
         and its regions; None writes nothing.
     """
