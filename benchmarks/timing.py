@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One timer for every benchmark: wall time, and GPU kernel times from the profiler.
 
-Wall times of small models move by tens of per cent with the host; sums of kernel
-times do not, so both are reported and the second is the one to compare.
+Wall times of small models move by tens of per cent with the host; the times in which
+kernels run do not, so both are reported.
 """
 
 from __future__ import annotations

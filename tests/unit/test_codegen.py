@@ -114,6 +114,23 @@ def test_a_tu_is_short_and_has_no_control_flow():
             assert text.count("#include") == text.count("JAX_BOLT_KERNEL") == 1
 
 
+@pytest.mark.parametrize(
+    ("divisor", "expression"),
+    [
+        (6.0, "acc * 0x1.555556p-3f"),
+        (-4.0, "acc * (-0x1p-2f)"),
+        (0.0, "jax_bolt::math::div(acc, 0x0p+0f)"),
+        (float("inf"), "jax_bolt::math::div(acc, jax_bolt::math::inf())"),
+        (2.0**127, "jax_bolt::math::div(acc, 0x1p+127f)"),
+        (2.0**-127, "jax_bolt::math::div(acc, 0x1p-127f)"),
+    ],
+)
+def test_a_constant_divisor_becomes_a_factor(divisor, expression):
+    ops = (ir.Op("acc"), ir.Op("const", (), divisor), ir.Op("div", (0, 1)))
+    text = codegen.functor(ir.Epilogue(ops, 2, "bf16"))
+    assert f"float const x2 = {expression};" in text
+
+
 def test_problems_that_differ_in_size_share_a_kernel():
     smaller = dataclasses.replace(CONV, n=1, h=20, w=30, c=72, stride=(2, 1))
     region = dataclasses.replace(REGION, problem=smaller)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from .. import ir
@@ -30,7 +30,6 @@ _INFIX = {
     "add": "+",
     "sub": "-",
     "mul": "*",
-    "div": "/",
     "eq": "==",
     "ne": "!=",
     "lt": "<",
@@ -156,9 +155,26 @@ def _body(
             names[i] = literal(0.0 if op.attr is None else float(op.attr))
         else:
             names[i] = f"x{i}"
-            expression = _expression(op, [names[a] for a in op.args])
+            inverse = _reciprocal(op, epilogue.ops)
+            if inverse is not None:
+                expression = f"{names[op.args[0]]} * {inverse}"
+            else:
+                expression = _expression(op, [names[a] for a in op.args])
             lines.append(f"    {kinds[i]} const x{i} = {expression};")
     return lines, names
+
+
+def _reciprocal(op: ir.Op, ops: Sequence[ir.Op]) -> str | None:
+    """Of a constant divisor: a product takes a tenth of a quotient's time.
+
+    XLA does the same. None where the reciprocal is not a normal number.
+    """
+    if op.name != "div" or ops[op.args[1]].name != "const":
+        return None
+    divisor = ctypes.c_float(float(ops[op.args[1]].attr or 0.0)).value
+    if not 2.0**-126 < abs(divisor) < 2.0**126:
+        return None
+    return literal(1.0 / divisor)
 
 
 def _expression(op: ir.Op, args: list[str]) -> str:

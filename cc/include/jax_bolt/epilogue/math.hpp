@@ -55,7 +55,16 @@ JAX_BOLT_HOST_DEVICE float square(float x) { return x * x; }
 JAX_BOLT_HOST_DEVICE float add(float a, float b) { return a + b; }
 JAX_BOLT_HOST_DEVICE float sub(float a, float b) { return a - b; }
 JAX_BOLT_HOST_DEVICE float mul(float a, float b) { return a * b; }
-JAX_BOLT_HOST_DEVICE float div(float a, float b) { return a / b; }
+/// On a device within 2 ulp: the rounded quotient takes some twenty instructions and a branch.
+JAX_BOLT_HOST_DEVICE float div(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return a / b;
+#endif
+}
 /// The remainder with the sign of `a`.
 JAX_BOLT_HOST_DEVICE float rem(float a, float b) { return ::fmodf(a, b); }
 /// Zeros keep their sign and NaN stays NaN.
