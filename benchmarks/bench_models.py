@@ -5,12 +5,12 @@ Run by path, so that an installed jax_bolt comes before the source tree:
 
     python benchmarks/bench_models.py --models resnet50 --batch 32
 
-Writes ``models-<device>-<date>.json`` and prints a table of ratios of ``queued_ms``: the
-device's time from one call to the next while the host is ahead, gaps between kernels
-included. Sums of kernel times (``kernels_ms``) mislead where a kernel starts before the
-one ahead of it has ended: it counts while it waits. ``busy_ms`` is the time in which at
-least one kernel ran. A model that fails is recorded with its error, the run goes on, and
-the exit code is 1.
+Writes ``models-<device>-<date>.json`` and prints a table of ratios of ``queued_ms``:
+the device's time from one call to the next while the host is ahead, gaps between
+kernels included. Sums of kernel times (``kernels_ms``) mislead where a kernel starts
+before the one ahead of it has ended: it counts while it waits. ``busy_ms`` is the time
+in which at least one kernel ran. A model that fails is recorded with its error, the run
+goes on, and the exit code is 1.
 """
 
 from __future__ import annotations
