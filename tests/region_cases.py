@@ -117,6 +117,14 @@ def _wide(case: Case) -> Case:
     return Case(f"{case.name}-to-f32", fun, case.args)
 
 
+def _wide_side() -> Case:
+    def fun(x, w, narrow, wide):
+        return (x @ w).astype(F32) * narrow.astype(F32) + wide
+
+    sides = (shape(90, 72), shape(90, 72, dtype=F32))
+    return Case("f32-side", fun, (shape(90, 136), shape(136, 72), *sides))
+
+
 def _two_sides() -> Case:
     def fun(x, w, a, b, keep, temperature):
         y = jax.nn.silu(x @ w + a) * b
@@ -155,6 +163,7 @@ GEMMS = [
     _plain("bkm,bnk->bmn", (3, 24, 72), (3, 40, 24)),
     _plain("mk,kn->mn", (70, 24), (24, 48), F32),
     _two_sides(),
+    _wide_side(),
     _masked(),
     # Deep products on few tiles: split over the CTAs of a cluster.
     *_dense(40, 1000, 136),

@@ -20,8 +20,8 @@ import numpy as np
 
 from jax_bolt._src.kernels.recipe import Recipe, TensorMap
 
-CHUNK, ROW, ITEM = 64, 128, 2
-FILTER_BLOCK = CHUNK * ROW
+BLOCK, ROW, ITEM = 64, 128, 2
+FILTER_BLOCK = BLOCK * ROW
 # Bytes of shared memory that a CTA may have, by how many share an SM of 228 KiB, of
 # which each takes 1 KiB more.
 SHARED_BYTES = {1: 232448, 2: 115712}
@@ -211,10 +211,10 @@ def _take(memory: np.ndarray, at: int, rows: int) -> np.ndarray:
     return memory[at // ROW : at // ROW + rows]
 
 
-def _nothing(size: int) -> np.ndarray:
-    """Undefined shared memory: whole lines of the swizzle's pattern."""
+def _nothing(size: int, width: int) -> np.ndarray:
+    """Undefined shared memory: lines of the swizzle, of ``width`` elements."""
     assert size > 0 and size % 1024 == 0
-    return np.full((size // ROW, CHUNK), np.nan, np.float32)
+    return np.full((size // ROW, width), np.nan, np.float32)
 
 
 def pack(recipe: Recipe, instance: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -312,6 +312,7 @@ class Launch:
         self.vectors = [operands[i] for i in recipe.pointers if i >= 0]
         assert len(self.vectors) == len(vectors)
         self.taps = sum(self.g.phase_taps[: self.g.phases])
+        self.chunk = ROW // pixels.item  # input channels
         self._check(recipe)
 
     def _check(self, recipe: Recipe) -> None:
@@ -344,13 +345,14 @@ class Launch:
         assert self.pixels.bytes == g.load_bytes
         assert self.filters.bytes == (t.filter_stage if t.krsc else FILTER_BLOCK)
         assert all(side.bytes == g.side_bytes for side in self.sides)
-        tiles = len(self.sides) + (2 if self.to.item == 4 else 0)
-        slots = t.warpgroups * t.store_stages * max(1, tiles)
+        result, *sides = (x.item // 2 for x in (self.to, *self.sides))
+        tiles = sum(sides) + (0 if sides and sides[0] == result else result)
+        slots = t.warpgroups * t.store_stages * tiles
         barriers = 2 * t.pixel_stages + 2 * t.filter_stages
         barriers += 2 * t.warpgroups * (t.store_stages + 1)
         used = t.pixel_stages * g.stage_bytes + t.filter_stages * t.filter_stage
         groups = -(-(t.pixels // 8) // t.splits)
-        used += t.warpgroups * (t.splits - 1) * groups * 8 * CHUNK * 4
+        used += t.warpgroups * (t.splits - 1) * groups * 8 * BLOCK * 4
         used += slots * g.slot_bytes + 8 * barriers
         assert used <= recipe.smem_bytes <= SHARED_BYTES[t.ctas]
 
@@ -381,8 +383,8 @@ class Launch:
             for nb in range(self.t.warps_n * self.t.blocks):
                 for mb in range(self.t.filter_blocks):
                     self._finish(
-                        accumulators[nb][:, mb * CHUNK : (mb + 1) * CHUNK],
-                        channel + mb * CHUNK,
+                        accumulators[nb][:, mb * BLOCK : (mb + 1) * BLOCK],
+                        channel + mb * BLOCK,
                         col + nb * g.block_cols,
                         row + nb * g.block_rows,
                         image + nb * g.block_images,
@@ -395,14 +397,14 @@ class Launch:
         strip, col = divmod(pixels, g.col_tiles)
         group, row = divmod(strip, g.row_tiles)
         return (
-            channel * CHUNK * self.t.filter_blocks,
+            channel * BLOCK * self.t.filter_blocks,
             group * g.tile_images,
             row * g.tile_rows,
             col * g.tile_cols,
         )
 
     def _filters(self, channel: int, batch: int) -> list[list[np.ndarray]]:
-        """By chunk and tap: a stage as [64 input, all output channels]."""
+        """By chunk and tap: a stage as [input, all output channels]."""
         g, t = self.g, self.t
         steps = []
         for chunk in range(g.chunks):
@@ -410,14 +412,15 @@ class Launch:
             for tap in range(self.taps):
                 at = g.tap_filter[tap]
                 if t.krsc:
-                    box = self.filters.load(chunk * CHUNK, at, channel, batch).T
+                    box = self.filters.load(chunk * self.chunk, at, channel, batch).T
                 else:
-                    first = [channel + i * CHUNK for i in range(t.filter_blocks)]
+                    first = [channel + i * BLOCK for i in range(t.filter_blocks)]
                     boxes = [
-                        self.filters.load(k, chunk * CHUNK, at, batch) for k in first
+                        self.filters.load(k, chunk * self.chunk, at, batch)
+                        for k in first
                     ]
                     box = np.concatenate(boxes, axis=1)
-                assert box.shape == (CHUNK, CHUNK * t.filter_blocks)
+                assert box.shape == (self.chunk, BLOCK * t.filter_blocks)
                 steps[-1].append(box)
         return steps
 
@@ -426,7 +429,7 @@ class Launch:
     ) -> list[np.ndarray]:
         """By pixel block: accumulators [pixels, all output channels]."""
         g, t = self.g, self.t
-        width = CHUNK * t.filter_blocks
+        width = BLOCK * t.filter_blocks
         accumulators = [
             np.zeros((t.pixels, width), np.float32) for _ in range(t.warps_n * t.blocks)
         ]
@@ -438,7 +441,7 @@ class Launch:
                     for nb, accumulator in enumerate(accumulators):
                         at = g.tap_offset[tap] + nb * g.block_bytes
                         found = _take(stage, at, t.pixels)
-                        depth = t.steps * 16
+                        depth = t.steps * 32 // self.pixels.item
                         accumulator += found[:, :depth] @ filters[chunk][tap][:depth]
                     tap += 1
         return accumulators
@@ -447,11 +450,11 @@ class Launch:
         self, chunk: int, phase: int, image: int, row: int, col: int
     ) -> np.ndarray:
         g = self.g
-        stage = _nothing(g.stage_bytes)
+        stage = _nothing(g.stage_bytes, self.chunk)
         stage[g.loads * g.load_bytes // ROW :] = 0  # clear_tails
         for i in range(g.loads):
             box = self.pixels.load(
-                chunk * CHUNK + g.phase_channel[phase],
+                chunk * self.chunk + g.phase_channel[phase],
                 col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
                 g.phase_parity[phase],
                 row * g.step_rows + g.phase_row[phase],
@@ -467,16 +470,21 @@ class Launch:
         g, t = self.g, self.t
         sides = []
         for side in self.sides:
-            slot = _nothing(g.slot_bytes)
-            for i in range(g.stores):
-                _put(slot, i * g.store_bytes, side.load(channel, col, row + i, image))
-            sides.append(_take(slot, 0, t.pixels))
-        channels = np.minimum(channel + np.arange(CHUNK), g.channels - 1)
+            width = ROW // side.item  # channels in a tile
+            tiles = []
+            for first in range(0, BLOCK, width):
+                slot = _nothing(g.slot_bytes, width)
+                for i in range(g.stores):
+                    box = side.load(channel + first, col, row + i, image)
+                    _put(slot, i * g.store_bytes, box)
+                tiles.append(_take(slot, 0, t.pixels))
+            sides.append(np.concatenate(tiles, axis=1))
+        channels = np.minimum(channel + np.arange(BLOCK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]
         results = self.apply(accumulators, vectors, sides)
         width = ROW // self.to.item  # channels in a tile
-        for first in range(0, CHUNK, width):
-            slot = _nothing(g.slot_bytes)[:, :width]
+        for first in range(0, BLOCK, width):
+            slot = _nothing(g.slot_bytes, width)
             _put(slot, 0, results[:, first : first + width])
             for i in range(g.stores):
                 box = _take(slot, i * g.store_bytes, self.to.bytes // ROW)

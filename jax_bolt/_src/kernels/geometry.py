@@ -20,8 +20,9 @@ from . import recipe
 from .packing import Packing
 from .recipe import TensorMap
 
-CHUNK = 64  # channels of a pixel in shared memory: 128 bytes, the widest swizzle
-ROW = 128  # bytes of that
+BLOCK = 64  # output channels of a wgmma
+ROW = 128  # bytes of a pixel's input channels in shared memory: the widest swizzle
+STEP = 32  # bytes of them that one wgmma takes
 MAX_BOX = 256  # TMA's limit on a box's extents
 MAX_PHASES = 16
 MAX_TAPS = 64
@@ -93,18 +94,30 @@ class Image:
         """
         c = self.s * self.c
         narrow = self.s * self.chunks
-        if self.stride[1] != 1 or self.dilation[1] != 1 or -(-c // CHUNK) >= narrow:
+        if self.stride[1] != 1 or self.dilation[1] != 1:
+            return self
+        if -(-c // self.chunk) >= narrow:
             return self
         return dataclasses.replace(self, w=self.q, c=c, s=1)
 
     @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return ir.ITEM_BYTES[self.dtype]
+
+    @property
+    def chunk(self) -> int:
+        """Input channels of a pixel in shared memory."""
+        return ROW // self.item
+
+    @property
     def chunks(self) -> int:
-        return -(-self.c // CHUNK)
+        return -(-self.c // self.chunk)
 
     @property
     def k_steps(self) -> int:
-        """Products of depth 16 in a chunk, those of zeros alone left out."""
-        return CHUNK // 16 if self.chunks > 1 else -(-self.c // 16)
+        """Products in a chunk, those of zeros alone left out."""
+        return -(-min(ROW, self.c * self.item) // STEP)
 
     @property
     def is_line(self) -> bool:
@@ -119,7 +132,7 @@ class Image:
         """
         return (
             self.stride != (1, 1)
-            and self.c % CHUNK == 0
+            and self.c % self.chunk == 0
             and self.h % self.stride[0] == 0
             and self.w % self.stride[1] == 0
         )
@@ -131,7 +144,7 @@ class Image:
 
     def channel_tiles(self, filter_blocks: int) -> int:
         """Tiles of ``filter_blocks`` times 64 output channels."""
-        return -(-self.k // (CHUNK * filter_blocks))
+        return -(-self.k // (BLOCK * filter_blocks))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -412,13 +425,11 @@ class Layout:
         numbers += _filled([at for _, _, at in taps], MAX_TAPS)
         return tuple(numbers)
 
-    def maps(
-        self, filter_blocks: int, sides: int, out_dtype: ir.DType
-    ) -> tuple[TensorMap, ...]:
+    def maps(self, filter_blocks: int, epilogue: ir.Epilogue) -> tuple[TensorMap, ...]:
         """Pixels, filters, output and (at least one) side input."""
         i = self.image
         dtype = recipe.DTYPES.index(i.dtype)
-        item = 2
+        item = i.item
         a, b, filter_offset = recipe.A, recipe.B, 0
         if i.packing is not None:
             a = b = recipe.WORKSPACE
@@ -432,29 +443,28 @@ class Layout:
             dtype=dtype,
             dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
             strides=(sw * i.pixel * item, row, sh * row, i.h * row),
-            box=(CHUNK, cols, 1, rows, images),
+            box=(i.chunk, cols, 1, rows, images),
             steps=(1, right, 1, down, 1),
             swizzle=128,
         )
         taps = i.r * i.s
         if i.k_outer:
             sizes = (i.c, taps, i.k, i.filters)
-            box = (CHUNK, 1, CHUNK * filter_blocks, 1)
+            box = (i.chunk, 1, BLOCK * filter_blocks, 1)
         else:
             sizes = (i.k, i.c, taps, i.filters)
-            box = (CHUNK, CHUNK, 1, 1)
+            box = (BLOCK, i.chunk, 1, 1)
         filters = _contiguous(b, dtype, sizes, box, filter_offset)
         images, rows, cols = self.store_box
         out = (i.k, i.q, i.p, i.n)
-        wide = (CHUNK, cols, rows, images)
-        result = (ROW // ir.ITEM_BYTES[out_dtype], cols, rows, images)
-        full = [
-            _contiguous(recipe.D, recipe.DTYPES.index(out_dtype), out, result),
-            *(_contiguous(recipe.side(i), dtype, out, wide) for i in range(sides)),
-        ]
-        if not sides:
-            full.append(full[0])
-        return (pixels, filters, *full)
+
+        def full(operand: int, dtype: ir.DType) -> TensorMap:
+            tile = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
+            return _contiguous(operand, recipe.DTYPES.index(dtype), out, tile)
+
+        result = full(recipe.D, epilogue.out_dtype)
+        sides = [full(recipe.side(n), dtype) for n, dtype in enumerate(epilogue.sides)]
+        return (pixels, filters, result, *(sides or [result]))
 
 
 def _contiguous(

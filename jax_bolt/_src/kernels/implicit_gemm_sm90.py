@@ -39,11 +39,9 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return f"needs sm_90a, not {arch.name}"
     if problem.dtype not in ("bf16", "f16"):
         return f"takes 2-byte operands, not {problem.dtype}"
-    for dtype in epilogue.sides:
-        if dtype not in ("bf16", "f16"):
-            return f"takes 2-byte side inputs, not {dtype}"
-    if epilogue.out_dtype not in ("bf16", "f16", "f32"):
-        return f"no outputs of {epilogue.out_dtype}"
+    for dtype in (epilogue.out_dtype, *epilogue.sides):
+        if dtype not in ("bf16", "f16", "f32"):
+            return f"takes no tensors of {dtype}"
     if too_many := epilogue_limit(epilogue):
         return too_many
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
@@ -53,10 +51,15 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:
         return "an empty filter or negative padding"
-    if image.pixel % 8 or image.k % 8:
+    narrowest = min(
+        ir.ITEM_BYTES[dtype] for dtype in (epilogue.out_dtype, *epilogue.sides)
+    )
+    if not image.k_outer:
+        narrowest = min(narrowest, image.item)
+    if image.pixel * image.item % 16 or image.k * narrowest % 16:
         return (
-            f"{image.pixel} input or {image.k} output channels are not a multiple of "
-            "8: TMA needs rows of a multiple of 16 bytes"
+            f"{image.pixel} input or {image.k} output channels: TMA needs rows of a "
+            "multiple of 16 bytes"
         )
     if image.r * image.s > MAX_TAPS:
         return f"a filter of {image.r}x{image.s}, more than {MAX_TAPS} taps"
@@ -119,7 +122,6 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     tile, image = Tile.of(config), Image.of(region.problem)
     layout = tile.layout(image)
     epilogue = region.epilogue
-    sides = len(epilogue.sides)
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
@@ -127,7 +129,7 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
         cluster=tile.splits,
         smem_bytes=shared_bytes(tile, layout, slot_tiles_of(epilogue)),
         programmatic=True,
-        maps=layout.maps(tile.filter_blocks, sides, epilogue.out_dtype),
+        maps=layout.maps(tile.filter_blocks, epilogue),
         pointers=vectors or (recipes.NULL,),
         ints=layout.integers(tile.filter_blocks),
         workspace_bytes=image.packing.workspace_bytes if image.packing else 0,

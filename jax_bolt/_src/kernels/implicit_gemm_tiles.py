@@ -16,11 +16,11 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config
-from .geometry import CHUNK, Block, Image, Layout, round_up
+from .geometry import BLOCK, ROW, Block, Image, Layout, round_up
 
 NAME = "implicit_gemm_sm90"
 
-_FILTER_BLOCK = CHUNK * CHUNK * 2  # bytes
+_FILTER_BLOCK = BLOCK * ROW  # bytes
 
 # Cycles of an SM, fitted to 23 problems by 20 candidates each on an H200: the first
 # pick was 4 % off the best of them on average, the best of the first eight 0.5 %.
@@ -119,7 +119,7 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
             blocks, channel_blocks, warps_m, warps_n, schedule = shape
             if blocks * channel_blocks * pixels // 2 > _accumulators(shape, columns):
                 continue
-            if (channel_blocks * warps_m - 1) * CHUNK >= image.k:
+            if (channel_blocks * warps_m - 1) * BLOCK >= image.k:
                 continue  # blocks of channels that do not exist
             base = Tile(
                 pixels, blocks, channel_blocks, warps_m, warps_n, schedule, 0, block
@@ -216,9 +216,13 @@ def _idle_blocks(layout: Layout) -> bool:
 
 
 def slot_tiles_of(epilogue: ir.Epilogue) -> int:
-    """Tiles of a slot: side inputs lie where the result goes, unless that is wider."""
-    wide = ir.ITEM_BYTES[epilogue.out_dtype] // 2
-    return max(1, len(epilogue.sides) + (wide if wide > 1 else 0))
+    """Tiles of 128 bytes a pixel in a slot: the first side input lies in the result's
+    place where it is as wide."""
+    result, *sides = (
+        ir.ITEM_BYTES[dtype] // 2 for dtype in (epilogue.out_dtype, *epilogue.sides)
+    )
+    in_place = bool(sides) and sides[0] == result
+    return sum(sides) + (0 if in_place else result)
 
 
 def _staged(
@@ -292,7 +296,7 @@ def _ring_bytes(
 def _partial_bytes(tile: Tile) -> int:
     """Sums that a CTA of a split tile gets from the others."""
     groups = -(-(tile.pixels // 8) // tile.splits)
-    return tile.warpgroups * (tile.splits - 1) * groups * 8 * CHUNK * 4
+    return tile.warpgroups * (tile.splits - 1) * groups * 8 * BLOCK * 4
 
 
 def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
@@ -346,7 +350,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
         loads += steps * _FILTER_BLOCK * tile.filter_blocks
     outputs = tile.blocks * tile.channel_blocks * sharing
     epilogue = region.epilogue
-    moved = ir.ITEM_BYTES[epilogue.out_dtype] // 2 + len(epilogue.sides)
+    moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
     moved *= outputs * layout.slot_bytes
     busy = tile.ctas if ctas > arch.sm_count else 1
     main = busy * max(products, (loads + moved) / _LOAD_RATE) + _TURN

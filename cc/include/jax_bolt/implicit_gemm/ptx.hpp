@@ -223,6 +223,11 @@ __device__ __forceinline__ void store_transposed(std::uint32_t to, std::uint32_t
                : "memory");
 }
 
+__device__ __forceinline__ float load_float(std::uint32_t from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(from) : "memory");
+  return value;
+}
 __device__ __forceinline__ void store(std::uint32_t to, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }

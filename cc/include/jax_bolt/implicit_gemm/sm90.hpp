@@ -89,15 +89,30 @@ struct Sm90 {
   static_assert(kSplits == 1 || (!kPingPong && !kResident && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
 
-  static constexpr int kChunk = 64;          // channels: 128 bytes, the widest swizzle
-  static constexpr int kFilterBlock = 8192;  // 64 output by 64 input channels
+  static constexpr int kBlock = 64;  // output channels
+  static constexpr int kChunk = 64;  // input channels: 128 bytes, the widest swizzle
+  static constexpr int kFilterBlock = kBlock * 128;
   static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
   static constexpr int kFilterStage = kFilterBlocks * kFilterBlock;
-  // A slot holds a block's results in tiles of 128 bytes a pixel, and its side inputs: in place,
-  // or, where results are wider, after them.
+  // A slot holds a block in tiles of 128 bytes a pixel: the results, and the side inputs. The first
+  // of these lies in the results' place where it is as wide.
   static constexpr int kOutputTiles = sizeof(Output) / 2;
-  static constexpr int kFirstSide = kOutputTiles == 1 ? 0 : kOutputTiles;
-  static constexpr int kSlotTiles = kFirstSide + kSides > 1 ? kFirstSide + kSides : 1;
+  template <int kSide>
+  __device__ static constexpr int side_tiles() {
+    return sizeof(TypeAt<kSide, typename Epilogue::Sides>) / 2;
+  }
+  /// The first tile of side input kSide; of kSides, the number of all tiles.
+  template <int kSide>
+  __device__ static constexpr int side_tile() {
+    if constexpr (kSides == 0) {
+      return kOutputTiles;
+    } else if constexpr (kSide == 0) {
+      return side_tiles<0>() == kOutputTiles ? 0 : kOutputTiles;
+    } else {
+      return side_tile<kSide - 1>() + side_tiles<kSide - 1>();
+    }
+  }
+  static constexpr int kSlotTiles = side_tile<kSides>();
   // One K step of 16: along a row of a K-major filter, 16 rows down an M-major one.
   static constexpr int kFilterStep = kFilters == Filters::kKrsc ? 32 : 2048;
   static constexpr auto kMajorA = kFilters == Filters::kKrsc ? gmma::Major::K : gmma::Major::MN;
@@ -150,7 +165,7 @@ struct Sm90 {
 
     __device__ __forceinline__ Tile(Geometry const& g, int index) {
       int const pixels = index / g.channel_tiles;
-      channel = (index - pixels * g.channel_tiles) * kChunk * kFilterBlocks;
+      channel = (index - pixels * g.channel_tiles) * kBlock * kFilterBlocks;
       int const strip = pixels / g.col_tiles;
       col = (pixels - strip * g.col_tiles) * g.tile_cols;
       int const group = strip / g.row_tiles;
@@ -160,7 +175,7 @@ struct Sm90 {
     /// Pixel block `pixel` and channel block `channel_block` of this tile.
     __device__ __forceinline__ Tile block(Geometry const& g, int pixel, int channel_block) const {
       Tile moved = *this;
-      moved.channel += channel_block * kChunk;
+      moved.channel += channel_block * kBlock;
       moved.image += pixel * g.block_images;
       moved.row += pixel * g.block_rows;
       moved.col += pixel * g.block_cols;
@@ -251,7 +266,7 @@ struct Sm90 {
             ptx::load(p.filters, full, to, chunk * kChunk, at, tile.channel, batch);
           } else {
             for (int i = 0; i < kFilterBlocks; ++i) {
-              ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kChunk,
+              ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kBlock,
                         chunk * kChunk, at, batch);
             }
           }
@@ -275,15 +290,20 @@ struct Sm90 {
         Tile const block = part(g, tile, warpgroup, unit / kChannelBlocks, unit % kChannelBlocks);
         ptx::Barrier& full = barriers.sides_full[warpgroup][ring.stage];
         barriers.sides_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
-        full.arrive_and_expect(kSides * g.stores * g.side_bytes);
+        constexpr int kTiles = kSlotTiles - side_tile<0>();
+        full.arrive_and_expect(kTiles * g.stores * g.side_bytes);
         std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
-        for (int side = 0; side < kSides; ++side) {
-          for (int i = 0; i < g.stores; ++i) {
-            std::uint32_t const to = slot + (kFirstSide + side) * g.slot_bytes;
-            ptx::load(p.sides[side], full, to + i * g.store_bytes, block.channel, block.col,
-                      block.row + i, block.image);
+        for_each_index<kSides>([&](auto index) {
+          constexpr int side = decltype(index)::value;
+          for (int tile = 0; tile < side_tiles<side>(); ++tile) {
+            std::uint32_t const to = slot + (side_tile<side>() + tile) * g.slot_bytes;
+            int const channel = block.channel + tile * (kBlock / side_tiles<side>());
+            for (int i = 0; i < g.stores; ++i) {
+              ptx::load(p.sides[side], full, to + i * g.store_bytes, channel, block.col,
+                        block.row + i, block.image);
+            }
           }
-        }
+        });
         ring.advance();
       }
     }
@@ -389,13 +409,13 @@ struct Sm90 {
                                                       int warpgroup, Columns& columns) {
     if constexpr (kColumns > 0) {
       int const thread = threadIdx.x & 127;
-      int const first = tile.channel + warpgroup_m(warpgroup) * kChannelBlocks * kChunk +
+      int const first = tile.channel + warpgroup_m(warpgroup) * kChannelBlocks * kBlock +
                         thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
       for (int mb = 0; mb < kChannelBlocks; ++mb) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          int const channel = min(first + mb * kChunk + half * 8, p.geometry.channels - 1);
+          int const channel = min(first + mb * kBlock + half * 8, p.geometry.channels - 1);
           float values[array_size(kVectors)] = {};
           for_each_index<kVectors>([&](auto index) {
             constexpr int i = decltype(index)::value;
@@ -409,6 +429,16 @@ struct Sm90 {
     }
   }
 
+  /// Where a thread's 4-byte value lies: in matrix `i` (of four, as in `finish`) of those that
+  /// begin at `first`, of the left or right one of its two pixels. A tile has 32 channels.
+  __device__ static __forceinline__ std::uint32_t wide_at(std::uint32_t first, int slot_bytes,
+                                                          int i, int right) {
+    int const lane = threadIdx.x & 31, warp = (threadIdx.x & 127) / 32;
+    int const channel = warp * 16 + lane / 4 + (i & 1) * 8, pixel = lane % 4 * 2 + right;
+    return first + channel / 32 * slot_bytes + (i / 2 * 8 + pixel) * 128 +
+           ((channel % 32 / 4 ^ pixel) << 4) + channel % 4 * 4;
+  }
+
   /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and into
   /// the slot. `at` is this lane's row of a matrix there, `first` the first pixel.
   template <int kCount>
@@ -417,18 +447,26 @@ struct Sm90 {
                                                 std::uint32_t at, std::uint32_t first,
                                                 int slot_bytes) {
     std::uint32_t sides[array_size(kSides)][kCount], results[kCount];
-#pragma unroll
-    for (int side = 0; side < kSides; ++side) {
-      ptx::load_transposed(at + (kFirstSide + side) * slot_bytes, sides[side]);
-    }
+    for_each_index<kSides>([&](auto index) {
+      constexpr int side = decltype(index)::value;
+      if constexpr (side_tiles<side>() == 1) {
+        ptx::load_transposed(at + side_tile<side>() * slot_bytes, sides[side]);
+      }
+    });
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       float low[array_size(kSides)] = {}, high[array_size(kSides)] = {};
       for_each_index<kSides>([&](auto index) {
         constexpr int side = decltype(index)::value;
-        using Side = ptx::Pair<TypeAt<side, typename Epilogue::Sides>>;
-        low[side] = Side::low(sides[side][i]);
-        high[side] = Side::high(sides[side][i]);
+        using Type = TypeAt<side, typename Epilogue::Sides>;
+        if constexpr (side_tiles<side>() == 1) {
+          low[side] = ptx::Pair<Type>::low(sides[side][i]);
+          high[side] = ptx::Pair<Type>::high(sides[side][i]);
+        } else {
+          std::uint32_t const from = first + side_tile<side>() * slot_bytes;
+          low[side] = ptx::load_float(wide_at(from, slot_bytes, i, 0));
+          high[side] = ptx::load_float(wide_at(from, slot_bytes, i, 1));
+        }
       });
       // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
       float const left = Epilogue::apply(accumulators[2 * i], columns[i & 1], low);
@@ -436,14 +474,8 @@ struct Sm90 {
       if constexpr (kOutputTiles == 1) {
         results[i] = ptx::Pair<Output>::pack(left, right);
       } else {
-        // A tile has 32 channels. Two pixels are two rows, whose places in the pattern differ.
-        int const lane = threadIdx.x & 31, warp = (threadIdx.x & 127) / 32;
-        int const channel = warp * 16 + lane / 4 + (i & 1) * 8, pixel = lane % 4 * 2;
-        std::uint32_t const to =
-            first + channel / 32 * slot_bytes + (i / 2 * 8 + pixel) * 128 + channel % 4 * 4;
-        int const sixteenth = channel % 32 / 4;
-        ptx::store(to + ((sixteenth ^ pixel) << 4), left);
-        ptx::store(to + 128 + ((sixteenth ^ (pixel + 1)) << 4), right);
+        ptx::store(wide_at(first, slot_bytes, i, 0), left);
+        ptx::store(wide_at(first, slot_bytes, i, 1), right);
       }
     }
     if constexpr (kOutputTiles == 1) ptx::store_transposed(at, results);
@@ -547,7 +579,7 @@ struct Sm90 {
     if (thread == 0 && gather(memory, warpgroup, slot, g.slot_bytes)) {
       for (int tile = 0; tile < kOutputTiles; ++tile) {
         std::uint32_t const from = slot + tile * g.slot_bytes;
-        int const channel = block.channel + tile * (kChunk / kOutputTiles);
+        int const channel = block.channel + tile * (kBlock / kOutputTiles);
         for (int i = 0; i < g.stores; ++i) {
           ptx::store(p.output, from + i * g.store_bytes, channel, block.col, block.row + i,
                      block.image);
