@@ -165,7 +165,7 @@ GEMMS = [
     _two_sides(),
     _wide_side(),
     _masked(),
-    # Deep products on few tiles: split over the CTAs of a cluster.
+    # Long sums on few tiles, which may be split over the CTAs of a cluster.
     *_dense(40, 1000, 136),
     _wide(_dense(70, 520, 72)[0]),
     _wide(_dense(300, 72, 200)[1]),

@@ -22,7 +22,7 @@ inline constexpr int64_t kCastKind = 2;
 inline constexpr int64_t kSequenceKind = 3;
 
 // Stage handlers. Instantiate makes sure the kernel is loaded and fits the problem; execute checks
-// the buffers and enqueues one launch: no allocation, synchronisation, file or Python.
+// the buffers and enqueues the launches: no device memory, synchronisation, file or Python.
 extern XLA_FFI_Handler* const kInstantiateHandler;
 extern XLA_FFI_Handler* const kExecuteHandler;
 

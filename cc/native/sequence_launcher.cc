@@ -143,7 +143,6 @@ class Buffers {
   void* At(const Place& place, int64_t bytes = 0) {
     const auto index = static_cast<size_t>(place.value);
     void* found = nullptr;
-    if (place.space == kNowhere) return nullptr;
     if (place.space == kOperand && index < operands_.size()) found = operands_[index];
     if (place.space == kResult && index < results_.size()) found = results_[index];
     if (place.space == kArena && !results_.empty() && place.value <= arena_bytes_ &&
@@ -199,7 +198,9 @@ ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::
     buffers.a = given.At(step.a);
     buffers.b = given.At(step.b);
     buffers.d = given.At(step.d);
-    buffers.workspace = given.At(step.workspace, step.workspace_bytes);
+    if (step.workspace.space != kNowhere) {
+      buffers.workspace = given.At(step.workspace, step.workspace_bytes);
+    }
     for (size_t i = 0; i < step.sides.size(); ++i) buffers.sides[i] = given.At(step.sides[i]);
     for (size_t i = 0; i < step.vectors.size(); ++i) buffers.vectors[i] = given.At(step.vectors[i]);
     if (given.missing()) {

@@ -62,8 +62,8 @@ class Chain:
     def __init__(self) -> None:
         self._steps: list[_Step] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._steps)
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def takes(self, kernel: Executable, lhs: Value, rhs: Value) -> bool:
         """Whether the kernel can read what is only promised.

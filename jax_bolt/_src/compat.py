@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 from jax._src import source_info_util as _source_info
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
 from jax.extend import core as _core
 from jax.extend.core import (
@@ -38,6 +39,7 @@ __all__ = [
     "call_equation",
     "closed",
     "cuda_device",
+    "dce_rules",
     "device_count",
     "fresh_vars",
     "is_drop",
@@ -52,7 +54,11 @@ __all__ = [
     "rebuilt",
     "source_line",
     "sub_jaxprs",
+    "without_unused",
 ]
+
+# primitive -> (which results are used, equation) -> (which operands are, equation)
+dce_rules: dict[Primitive, Any] = _partial_eval.dce_rules
 
 # From JAX 0.12 on another name of Jaxpr, which then has its constants with it.
 ClosedJaxpr: TypeAlias = _core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
@@ -176,6 +182,14 @@ def new_equation(
     return new_jaxpr_eqn(
         list(invars), list(outvars), primitive, params, set(), source, ctx
     )
+
+
+def without_unused(
+    program: ClosedJaxpr, used: Sequence[bool]
+) -> tuple[ClosedJaxpr, list[bool]]:
+    """``program`` with only the ``used`` results, and which operands these need."""
+    jaxpr, read = _partial_eval.dce_jaxpr(program.jaxpr, list(used))
+    return ClosedJaxpr(jaxpr, list(program.consts)), list(read)
 
 
 def name_stack(eqn: JaxprEqn) -> str:

@@ -41,12 +41,12 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
         if _wants_k_major(_as_gemm(problem)):
             names.append("pixels_k_major")
     else:
-        if (problem.r, problem.s, *problem.padding) == (1, 1, 0, 0, 0, 0):
-            names.append("strided_pixels")
         if _fits_space_to_depth(problem):
             names.append("space_to_depth")
         if problem.k % _unit(problem) == 0:
             names.append("hwio")
+        if (problem.r, problem.s, *problem.padding) == (1, 1, 0, 0, 0, 0):
+            names.append("strided_pixels")
         names.append("krsc")
     return tuple(
         Form(name, dataclasses.replace(region, problem=_FORMS[name][0](problem)))

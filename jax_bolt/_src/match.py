@@ -82,6 +82,8 @@ def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
             continue
         name = site_name(eqn)
         try:
+            if any(isinstance(v, Literal) for v in eqn.invars):
+                raise Refused("an operand is a literal of the program")
             root = read_root(eqn)
         except Refused as refused:
             line = source_line(eqn)
@@ -361,7 +363,8 @@ class _Emission:
             return False
         if not self.growth._is_per_channel(eqn.outvars[0]):
             return False
-        inside = self.inside | self.absorbed
+        # The root reads its operands as tensors, whatever else they are.
+        inside = (self.inside | self.absorbed) - {self.growth.root}
         return self.graph.used_only_in(eqn.outvars[0], inside) and all(
             (isinstance(v, Literal) and not aval_of(v).shape)
             or (isinstance(v, Var) and self.growth._is_input(v))

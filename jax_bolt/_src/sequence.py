@@ -9,6 +9,7 @@ a CUDA device the equation is its calls, one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +17,29 @@ import jax
 
 from .compat import (
     ClosedJaxpr,
+    Jaxpr,
     JaxprEqn,
     Literal,
     Primitive,
     Var,
     ad,
+    aval_of,
     batching,
-    is_drop,
+    dce_rules,
     jaxpr_as_fun,
     mlir,
     new_equation,
     part_of_jaxpr,
     rebuilt,
+    without_unused,
 )
 from .options import Options
 from .primitive import Family, bolt_call_p
 
 NAME = "sequence"  # in the option ``disable``
+# Of results that wait for a sequence, where the program as written has each when it is
+# read: weights that are dequantised layer by layer, say.
+MAX_EARLY_BYTES = 64 << 20
 
 bolt_sequence_p = Primitive("bolt_sequence")
 bolt_sequence_p.multiple_results = True
@@ -42,22 +49,31 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
     """Puts runs of ``family``'s calls together; bodies are left alone.
 
     What does not read a run's results may come before it, so a run ends where something
-    else reads one of them. A single call stays as it is.
+    else reads one of them; and where too much would have to be kept for it. Calls that
+    nothing reads are dropped. A single call stays as it is.
     """
     jaxpr = program.jaxpr
     # Equations in their new order; a run of calls is one list.
     units: list[list[JaxprEqn]] = []
     run: list[JaxprEqn] = []
     results: set[Var] = set()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is bolt_call_p and eqn.params["family"] is family:
+    early: dict[Var, int] = {}  # bytes of what moved ahead of the run
+    for eqn in _live(jaxpr, family):
+        read = _variables(eqn)
+        ours = _is_call(eqn, family)
+        if ours:
+            kept = sum(early.values()) if early.keys() & read else 0
+            full = kept > MAX_EARLY_BYTES or (run and run[0].ctx != eqn.ctx)
+        if full if ours else results.intersection(read):
+            units.append(run)
+            run, results, early = [], set(), {}
+        if ours:
             run.append(eqn)
             results.update(eqn.outvars)
-            continue
-        if results.intersection(_variables(eqn)):
-            units.append(run)
-            run, results = [], set()
-        units.append([eqn])
+        else:
+            units.append([eqn])
+            if run:
+                early.update({v: _bytes(v) for v in eqn.outvars})
     units.append(run)
 
     readers = _readers(units, jaxpr.outvars)
@@ -66,7 +82,7 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
         if len(unit) < 2:
             eqns += unit
             continue
-        made = dict.fromkeys(v for eqn in unit for v in eqn.outvars if not is_drop(v))
+        made = dict.fromkeys(v for eqn in unit for v in eqn.outvars)
         read = dict.fromkeys(v for eqn in unit for v in _variables(eqn))
         operands = [v for v in read if v not in made]
         outputs = [v for v in made if readers.get(v, set()) - {index}]
@@ -76,6 +92,26 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
             new_equation(operands, outputs, bolt_sequence_p, params, unit[0].ctx)
         )
     return rebuilt(program, eqns)
+
+
+def _is_call(eqn: JaxprEqn, family: Family) -> bool:
+    return eqn.primitive is bolt_call_p and eqn.params["family"] is family
+
+
+def _live(jaxpr: Jaxpr, family: Family) -> list[JaxprEqn]:
+    """The equations but for calls whose results nobody needs."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    kept: list[JaxprEqn] = []
+    for eqn in reversed(jaxpr.eqns):
+        if not _is_call(eqn, family) or needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed.update(_variables(eqn))
+    return kept[::-1]
+
+
+def _bytes(var: Var) -> int:
+    aval = aval_of(var)
+    return math.prod(aval.shape) * aval.dtype.itemsize
 
 
 def _variables(eqn: JaxprEqn) -> list[Var]:
@@ -148,7 +184,22 @@ def _transpose(cotangents, *args, calls, **_):
     return [found.get(i) for i in range(len(args))]
 
 
+def _drop_unused(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], Any]:
+    """What remains when only some results are read: jaxpr's dead code elimination."""
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    calls, read = without_unused(eqn.params["calls"], used)
+    return read, new_equation(
+        [v for v, keep in zip(eqn.invars, read, strict=True) if keep],
+        [v for v, keep in zip(eqn.outvars, used, strict=True) if keep],
+        bolt_sequence_p,
+        {**eqn.params, "calls": calls},
+        eqn.ctx,
+    )
+
+
 batching.primitive_batchers[bolt_sequence_p] = _batch
+dce_rules[bolt_sequence_p] = _drop_unused
 ad.primitive_jvps[bolt_sequence_p] = _jvp
 ad.primitive_transposes[bolt_sequence_p] = _transpose
 

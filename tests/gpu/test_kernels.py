@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ import region_cases as cases
 
 from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
 from jax_bolt._src.errors import CompileError
+from jax_bolt._src.kernels import implicit_gemm_sm90
+from jax_bolt._src.kernels.geometry import Image
+from jax_bolt._src.kernels.implicit_gemm_tiles import tiles_of
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import measure, search
 
@@ -29,12 +34,29 @@ def chosen(case, candidates):
         key = (candidate.template.name, candidate.form.name)
         groups.setdefault(key, []).append(candidate)
     turn = len(case.name)
-    return [group[turn % len(group)] for group in groups.values()]
+    found = [group[turn % len(group)] for group in groups.values()]
+    return found + (splits(candidates) if is_deep(case) else [])
 
 
-def deep(case):
-    """Whether its sums may be split over CTAs, or its operands are packed."""
-    return any(text in case.name for text in ("1000x136", "7x7x320", "33x31x3-64"))
+def splits(candidates):
+    """One candidate for every number of CTAs that can share a tile, with something to
+    finish for each of them and without."""
+    found = {}
+    for candidate in candidates:
+        if candidate.template is not implicit_gemm_sm90:
+            continue
+        region = candidate.form.region
+        image = Image.of(region.problem)
+        for tile in tiles_of(image, region.epilogue, candidate.arch):
+            if tile.splits > 1:
+                split = dataclasses.replace(candidate, config=tile.config())
+                found.setdefault((tile.splits, tile.pixels < 8 * tile.splits), split)
+    return list(found.values())
+
+
+def is_deep(case):
+    """Whether its sums are long and its tiles few."""
+    return any(text in case.name for text in ("1000x136", "7x7x320", "7x7x256"))
 
 
 @functools.cache
@@ -103,17 +125,19 @@ def test_every_template_ran():
     if target().arch.sm == 90:
         expected |= {"gemm_sm90", "implicit_gemm_sm90"}
     assert ran == expected
+    texts = {c.config.text for group in all_candidates()[0].values() for c in group}
+    seen = {int(n) for text in texts for n in re.findall(r"splits=(\d+)", text)}
+    assert seen == ({1, 2, 3, 4, 6, 8} if target().arch.sm == 90 else set())
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        cases.GEMMS[0],
-        cases.CONVS[0],
-        *(c for c in (*cases.GEMMS, *cases.CONVS) if deep(c)),
-    ],
-    ids=str,
-)
+REPEATED = [
+    case
+    for case in (*cases.GEMMS, *cases.CONVS)
+    if is_deep(case) or "33x31x3-64" in case.name
+]
+
+
+@pytest.mark.parametrize("case", [cases.GEMMS[0], cases.CONVS[0], *REPEATED], ids=str)
 def test_results_are_bitwise_equal_over_runs(case):
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1).sets[0]

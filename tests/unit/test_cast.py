@@ -115,6 +115,15 @@ def weak(x, w, v):
     return jax.nn.relu(x @ half(w)) @ half(v)
 
 
+def sharded_cast(x, w, v):
+    def half(a):
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        params = {"new_dtype": jnp.dtype(BF16), "weak_type": False}
+        return lax.convert_element_type_p.bind(a, sharding=sharding, **params)
+
+    return jax.nn.relu(x @ half(w)) @ half(v)
+
+
 def returned(x, w, v):
     half = v.astype(BF16)
     return jax.nn.relu(x @ w.astype(BF16)) @ half, half
@@ -135,12 +144,15 @@ def also_summed(x, w, v):
         (lambda x, w, v: model(x, w, v.astype(F16)), (X, W, V)),
         (scanned, (X, W, shape(8, 16))),
         (weak, (X, W, V)),
+        (model, (X, *(shape(*a.shape, dtype=F16) for a in (W, V)))),
+        (sharded_cast, (X, W, V)),
         (closed_over, (X, W, V)),
         (model, (X, shape(16, 0), shape(0, 24))),
         (model, (X, shape(16, 2**18 + 8), shape(2**18 + 8, 24))),
     ],
     ids=[
         *("alone", "a result", "summed", "no argument", "twice", "body", "weak"),
+        *("from f16", "sharded"),
         *("constant", "empty", "large"),
     ],
 )

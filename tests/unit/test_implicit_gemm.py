@@ -21,6 +21,7 @@ from jax_bolt._src.kernels import geometry, implicit_gemm_sm90, implicit_gemm_ti
 from jax_bolt._src.kernels.config import Config
 from jax_bolt._src.kernels.geometry import Image
 from jax_bolt._src.kernels.implicit_gemm_tiles import Tile
+from jax_bolt._src.kernels.packing import Packing
 
 HOPPER = arch.from_name("sm_90a")
 # Few SMs: persistent CTAs have many tiles each, and resident filters a real use.
@@ -403,6 +404,24 @@ def test_operands_of_a_recipe():
 )
 def test_refused_with_a_reason(refused, reason):
     assert reason in (implicit_gemm_sm90.supports(refused, HOPPER) or "taken")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dilation": (2, 2), "padding": (2, 2, 2, 2)},
+        {"filter_layout": "krsc"},
+        {"stride": (2, 1)},
+        {"c": 24},
+        {"c": 70},
+        {"padding": (-1, 1, 1, 1)},
+    ],
+    ids=str,
+)
+def test_what_the_prologue_does_not_pack(changes):
+    packed = hwio(conv(1, 12, 12, 12, 16))
+    assert Packing.of(packed) is not None
+    assert Packing.of(dataclasses.replace(packed, **changes)) is None
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_89", "sm_100a"])

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -299,3 +300,31 @@ def test_f64_is_refused():
     with jax.enable_x64(True):
         _, refused = find(jnp.dot, *(shape(4, 4, dtype=jnp.float64),) * 2)
     assert "float64" in refused[0].reason
+
+
+def test_a_value_that_is_both_operand_and_vector_stays_outside():
+    """With one row, the next root's input is per channel, too."""
+
+    def fun(x, w, v):
+        y = jax.nn.relu(x @ w)
+        return jax.nn.relu(y @ v + y)
+
+    for rows in (1, 2):
+        found, refused = find(fun, shape(rows, 8), shape(8, 8), shape(8, 8))
+        assert not refused
+        first, second = found
+        assert second.inputs[0] is first.output and not second.absorbed
+
+
+def test_roots_of_literals_are_refused():
+    w = np.ones((8, 8), np.float32)
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    try:
+        found, refused = find(lambda x: x @ w, shape(4, 8, dtype=F32))
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+    assert not found
+    assert [refusal.reason for refusal in refused] == [
+        "an operand is a literal of the program"
+    ]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_lower import TARGET, cuda_text, kernel, shape  # noqa: F401
 
 import jax_bolt
 from jax_bolt import _native
-from jax_bolt._src import chain, ir, options, rewrite
+from jax_bolt._src import chain, ir, options, rewrite, sequence
 from jax_bolt._src.chain import Chain, Promise
 from jax_bolt._src.forms import Form
 from jax_bolt._src.invoke import Executable
@@ -73,6 +74,47 @@ def test_only_results_that_others_read_leave():
     (eqn,) = done.jaxpr.eqns
     assert eqn.primitive.name == "bolt_sequence" and len(eqn.outvars) == 2
     assert len(eqn.invars) == 2
+
+
+def test_what_would_wait_too_long_ends_the_sequence(monkeypatch):
+    """Weights that are made layer by layer must not all be alive at once."""
+
+    def fun(x, *packed):
+        for w in packed:
+            x = dense(x, w.astype(jnp.bfloat16) * 2)
+        return x
+
+    packed = [shape(64, 64, dtype=jnp.int8)] * 6
+    one = 2 * 2 * 64 * 64  # a cast weight, and that times two
+    for limit, calls in ((6 * one, 1), (2 * one, 2)):
+        monkeypatch.setattr(sequence, "MAX_EARLY_BYTES", limit)
+        assert names(fun, shape(4, 64), *packed).count("bolt_sequence") == calls
+    monkeypatch.setattr(sequence, "MAX_EARLY_BYTES", 0)
+    assert "bolt_sequence" not in names(fun, shape(4, 64), *packed)
+
+
+def test_calls_that_nothing_reads_are_dropped():
+    def fun(x, w):
+        y = dense(x, w)
+        dense(dense(y, w), w)
+        return dense(y, w)
+
+    program = jax.make_jaxpr(fun)(SQUARE, SQUARE)
+    done = rewrite.rewrite(program, options.Options()).program
+    (eqn,) = done.jaxpr.eqns
+    assert len(eqn.params["calls"].jaxpr.eqns) == 2
+
+
+def test_results_that_nothing_reads_cost_no_launch(kernel):  # noqa: F811
+    def fun(x, w, v):
+        y = dense(dense(x, w), w)
+        return y, dense(dense(y, v), v)
+
+    optimized = jax_bolt.optimize(fun)
+    text = cuda_text(lambda *args: optimized(*args)[0], SQUARE, SQUARE, SQUARE)
+    assert launches(text) == [2]
+    text = cuda_text(lambda *args: optimized(*args)[1], SQUARE, SQUARE, SQUARE)
+    assert launches(text) == [4]
 
 
 def test_bodies_have_sequences_of_their_own():
@@ -143,6 +185,43 @@ def test_one_custom_call_for_a_sequence(kernel):  # noqa: F811
     assert "(tensor<8x8xbf16>, tensor<8x8xbf16>, tensor<512xui8>)" in text
 
 
+def launches(text: str) -> list[int]:
+    """How many kernels every custom call launches."""
+    programs = re.findall(r"program = dense<\[1, (\d+),", text)
+    return [int(count) for count in programs] + [1] * text.count("sides = ")
+
+
+def padded(x, f, g):
+    """Two convs; XLA pads the operands of both where channels are too few."""
+    return conv(conv(x, f), g)
+
+
+def conv(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+IMAGE = shape(1, 6, 6, 20)
+PADDED = (IMAGE, shape(3, 3, 20, 20), shape(3, 3, 20, 20))
+
+
+def test_a_result_that_xla_rearranges_ends_the_call(kernel):  # noqa: F811
+    assert names(padded, *PADDED) == ["bolt_sequence"]
+    assert launches(cuda_text(padded, *PADDED)) == [1, 1]
+    text = cuda_text(padded, IMAGE, shape(3, 3, 20, 24), shape(3, 3, 24, 8))
+    assert launches(text) == [2]
+
+
+def test_a_result_that_is_a_filter_ends_the_call(kernel):  # noqa: F811
+    def fun(x, w):
+        y = dense(x, w)
+        return dense(w, y), y @ y.T
+
+    assert names(fun, SQUARE, SQUARE)[0] == "bolt_sequence"
+    assert launches(cuda_text(fun, SQUARE, SQUARE))[0] == 1
+
+
 @pytest.fixture(scope="session")
 def host(build: Build) -> str:
     """Sequences of kernels of host code, on the CPU."""
@@ -177,7 +256,7 @@ def test_kernels_find_their_buffers(host, monkeypatch):
         third = calls.add(product(4, 6, 6, 1), second, v, [first], [], (4, 6))
         last = calls.add(product(4, 3, 6), third, u, [], [], (4, 3))
         made = calls.launch([last, second])
-        assert not calls and list(made) == [last, second]
+        assert not len(calls) and list(made) == [last, second]
         return list(made.values())
 
     last, second = jax.jit(fun)(x, w, v, u)
@@ -204,6 +283,15 @@ def test_the_arena_is_used_again():
     arena = chain._Arena(found, {found[-1].promise: 0})
     assert arena.bytes == 2048
     assert [arena.results[i] for i in range(5)] == [0, 1024, 0, 1024, 0]
+
+
+def test_a_place_inside_a_larger_one_is_taken():
+    """The largest result is alive throughout; small ones must not lie inside it."""
+    kernels = [product(m, 16, 16) for m in (64, 4, 4, 4)]
+    found = steps(kernels, [[], [0], [1, 0], [2, 0]])
+    arena = chain._Arena(found, {})
+    assert arena.results[0] == 0
+    assert all(arena.results[i] >= 64 * 16 * 4 for i in (1, 2, 3))
 
 
 def test_nothing_in_the_arena_overlaps_what_is_alive():

@@ -156,7 +156,7 @@ _SHAPES = (
 
 
 def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
-    """CTAs that may share a tile: where one each would leave half of the SMs idle."""
+    """CTAs that may share a tile: where all of them fit on the GPU at once."""
     if tile.schedule == "pingpong" or tile.blocks * tile.channel_blocks > 1:
         return []
     room = arch.sm_count * tile.ctas // _count(tile, image)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// How an implicit GEMM lies over a problem: plain integers that kernels/implicit_gemm_sm90.py
-// computes, in the order in which it lists them. Nothing here depends on a shape at compile time,
-// so one binary serves every problem its tile suits.
+// How an implicit GEMM lies over a problem: plain integers that Layout.integers of
+// kernels/geometry.py computes, in the order in which it lists them. Nothing here depends on a
+// shape at compile time, so one binary serves every problem its tile suits.
 //
 // Names: an output pixel is (image, row, column). A GEMM is one image, or one per batch entry, of
 // one row. A chunk is 64 input channels. A phase is one box of input pixels: all taps whose offset

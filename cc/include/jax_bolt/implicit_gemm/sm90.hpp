@@ -490,6 +490,7 @@ struct Sm90 {
         memory.partials + warpgroup * (kPartials / kWarpgroups) + thread * 16;
     ptx::Barrier& full = memory.barriers->partials_full[warpgroup];
     // Every CTA's barriers are set up.
+    __syncwarp();
     ptx::wait_cluster();
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -642,6 +643,7 @@ struct Sm90 {
     // Shared memory must outlive the stores that read it, and the copies between CTAs.
     if ((threadIdx.x & 127) == 0) ptx::wait_for_stores<0>();
     if constexpr (kSplits > 1) {
+      __syncwarp();
       ptx::arrive_cluster();
       ptx::wait_cluster();
     }
