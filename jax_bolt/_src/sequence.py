@@ -63,8 +63,10 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
         ours = _is_call(eqn, family)
         if ours:
             kept = sum(early.values()) if early.keys() & read else 0
-            full = kept > MAX_EARLY_BYTES or (run and run[0].ctx != eqn.ctx)
-        if full if ours else results.intersection(read):
+            ends = kept > MAX_EARLY_BYTES or (run and run[0].ctx != eqn.ctx)
+        else:
+            ends = not results.isdisjoint(read)
+        if ends:
             units.append(run)
             run, results, early = [], set(), {}
         if ours:

@@ -318,12 +318,13 @@ def test_a_value_that_is_both_operand_and_vector_stays_outside():
 
 def test_roots_of_literals_are_refused():
     w = np.ones((8, 8), np.float32)
-    before = jax.config.jax_use_simplified_jaxpr_constants
-    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    flag = "jax_use_simplified_jaxpr_constants"
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, True)
     try:
         found, refused = find(lambda x: x @ w, shape(4, 8, dtype=F32))
     finally:
-        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+        jax.config.update(flag, before)
     assert not found
     assert [refusal.reason for refusal in refused] == [
         "an operand is a literal of the program"
