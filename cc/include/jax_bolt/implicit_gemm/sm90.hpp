@@ -8,7 +8,8 @@
 // A persistent CTA has one or two warpgroups that multiply and, last, one that loads: warp 0 the
 // pixels, warp 1 the filters, warps 2 and 3 the side inputs of a warpgroup each. Rings of stages in
 // shared memory, each with a full and an empty barrier, connect them. From load to store:
-// load_pixels, load_filters, load_sides; then multiply, finish, store.
+// load_pixels, load_filters, load_sides; then multiply, finish, store. The CTAs of a cluster may
+// share a tile, each with some of the input channels: combine and gather connect them.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 
