@@ -11,7 +11,7 @@ cuBLASLt, or a Triton kernel where XLA timed that faster (the file says which). 
 are packed beforehand, for it and for our kernels. "XLA region" is XLA's own lowering of
 the whole region, from the user's operands; "in prog" is ours, measured like that.
 
-Writes ``kernels-<device>-<date>.json`` after every problem and prints a table.
+Writes ``kernels-<device>-<date>[-<label>].json`` after every problem and a table.
 ``--plan`` lists problems and candidates and needs no GPU. Exits with 1 where a part of
 a problem failed, with 2 where nothing can be measured.
 """
@@ -74,7 +74,7 @@ def run(problems: Sequence[Problem], target: search.Target, args: Any) -> int:
     print(f"{len(problems)} problems, {sum(map(len, found))} candidates", flush=True)
     built = kernel_times.build([c for group in found for c in group], target, clock)
     document = _document(args, ceilings)
-    path = args.out / _file_name(document["environment"])
+    path = args.out / _file_name(document["environment"], args.label)
     args.out.mkdir(parents=True, exist_ok=True)
     results = document["problems"]
     print(kernel_table.header(templates), flush=True)
@@ -159,6 +159,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="list only; needs no GPU")
     parser.add_argument("--arch", default="sm_90a", help="of --plan")
     parser.add_argument(
+        "--label", default="", metavar="TEXT", help="at the end of the file's name"
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
     )
     return parser.parse_args(argv)
@@ -180,9 +183,10 @@ def _document(args: argparse.Namespace, ceilings: floor.Ceilings) -> dict[str, A
     }
 
 
-def _file_name(described: dict[str, Any]) -> str:
+def _file_name(described: dict[str, Any], label: str) -> str:
     slug = environment.slug(described["device"])
-    return f"kernels-{slug}-{described['date'][:10]}.json"
+    end = f"-{label}" if label else ""
+    return f"kernels-{slug}-{described['date'][:10]}{end}.json"
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
