@@ -13,7 +13,7 @@ from jax_bolt._src import arch, ir, options
 from jax_bolt._src.jit import codegen, compiler, toolchain
 from jax_bolt._src.kernels import implicit_gemm_sm90 as family
 from jax_bolt._src.kernels import implicit_gemm_tiles as tiles
-from jax_bolt._src.kernels.geometry import Image
+from jax_bolt._src.kernels.image import Image
 
 HOPPER = arch.from_name("sm_90a")
 

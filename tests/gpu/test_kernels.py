@@ -16,7 +16,7 @@ import region_cases as cases
 from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.kernels import implicit_gemm_sm90
-from jax_bolt._src.kernels.geometry import Image
+from jax_bolt._src.kernels.image import Image
 from jax_bolt._src.kernels.implicit_gemm_tiles import tiles_of
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import measure, search

@@ -19,7 +19,7 @@ from jax_bolt._src import arch, evaluate, ir
 from jax_bolt._src.jit import codegen
 from jax_bolt._src.kernels import geometry, implicit_gemm_sm90, implicit_gemm_tiles
 from jax_bolt._src.kernels.config import Config
-from jax_bolt._src.kernels.geometry import Image
+from jax_bolt._src.kernels.image import Image, axes
 from jax_bolt._src.kernels.implicit_gemm_tiles import Tile
 from jax_bolt._src.kernels.packing import Packing
 
@@ -319,7 +319,7 @@ def test_configs(problem):
     found = implicit_gemm_sm90.configs(taken, HOPPER)
     assert 1 <= len(found) <= implicit_gemm_sm90._CANDIDATES
     assert len({config.text for config in found}) == len(found)
-    geometry.axes.cache_clear()
+    axes.cache_clear()
     implicit_gemm_tiles._blocks.cache_clear()
     assert implicit_gemm_sm90.configs(taken, HOPPER) == found
     image = Image.of(problem)

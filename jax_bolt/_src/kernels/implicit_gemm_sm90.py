@@ -11,7 +11,8 @@ from .. import ir
 from ..arch import GpuArch
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
-from .geometry import MAX_PHASES, MAX_TAPS, Image, cols_of, rows_of
+from .geometry import MAX_PHASES, MAX_TAPS
+from .image import Image, cols_of, rows_of
 from .implicit_gemm_tiles import (
     NAME,
     Tile,

@@ -16,7 +16,8 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config
-from .geometry import BLOCK, ROW, Block, Image, Layout, round_up
+from .geometry import Block, Layout, round_up
+from .image import BLOCK, ROW, Image
 
 NAME = "implicit_gemm_sm90"
 

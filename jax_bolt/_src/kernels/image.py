@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A problem as the Hopper implicit GEMM sees it: an image, and the phases of its taps.
+
+All taps whose offset has the same remainder by the stride are one *phase*: they read
+the same pixels of a tile, each from another start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from .. import ir
+from .packing import Packing
+
+BLOCK = 64  # output channels of a wgmma
+ROW = 128  # bytes of a pixel's input channels in shared memory: the widest swizzle
+STEP = 32  # bytes of them that one wgmma takes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Image:
+    """A problem as a conv: a product is a 1x1 conv over one row of M pixels.
+
+    ``pixel`` and ``row`` are elements from one input pixel or row to the next.
+    ``k_outer``: the filter has its output channels outermost (KRSC), not innermost.
+    With ``packing`` it is the conv that a prologue leaves, its operands a workspace.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    p: int
+    q: int
+    pixel: int
+    row: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # top, left
+    dilation: tuple[int, int]
+    k_outer: bool
+    filters: int  # 1, or one for every image
+    dtype: ir.DType
+    packing: Packing | None = None
+
+    @staticmethod
+    def of(problem: ir.Problem) -> Image:
+        if isinstance(problem, ir.GemmProblem):
+            g = problem
+            return Image(
+                *(g.batch, 1, g.m, g.k, g.n, 1, 1, 1, g.m, g.k, g.m * g.k),
+                stride=(1, 1),
+                padding=(0, 0),
+                dilation=(1, 1),
+                k_outer=g.b_layout == "col",
+                filters=g.batch,
+                dtype=g.dtype,
+            )
+        packing = Packing.of(problem)
+        p = problem if packing is None else packing.packed
+        image = Image(
+            *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q, p.c, p.w * p.c),
+            stride=p.stride,
+            padding=(p.padding[0], p.padding[2]),
+            dilation=p.dilation,
+            k_outer=p.filter_layout == "krsc",
+            filters=1,
+            dtype=p.dtype,
+            packing=packing,
+        )
+        return image.with_wide_pixels if p.padding[2:] == (0, 0) else image
+
+    @property
+    def with_wide_pixels(self) -> Image:
+        """A filter's row as channels of one wide pixel, where that saves chunks.
+
+        Neighbours overlap in memory, which a tensor map's strides can say. So a stem in
+        its space-to-depth form has a full chunk in each of 4 taps instead of one, three
+        quarters of it zeros, in each of 16. For images that are not padded in width: a
+        box's zeros are whole pixels.
+        """
+        c = self.s * self.c
+        narrow = self.s * self.chunks
+        if self.stride[1] != 1 or self.dilation[1] != 1:
+            return self
+        if -(-c // self.chunk) >= narrow:
+            return self
+        return dataclasses.replace(self, w=self.q, c=c, s=1)
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return ir.ITEM_BYTES[self.dtype]
+
+    @property
+    def chunk(self) -> int:
+        """Input channels of a pixel in shared memory."""
+        return ROW // self.item
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.c // self.chunk)
+
+    @property
+    def k_steps(self) -> int:
+        """Products in a chunk, those of zeros alone left out."""
+        return -(-min(ROW, self.c * self.item) // STEP)
+
+    @property
+    def is_line(self) -> bool:
+        """One tap, one row: any run of pixels is a tile, and no image is in sight."""
+        return (self.r, self.s, self.h, self.p) == (1, 1, 1, 1) and self.stride[1] == 1
+
+    @property
+    def folds(self) -> bool:
+        """Whether strides become a view's dimensions, so that a box is contiguous.
+
+        Else TMA's element steps skip what lies between.
+        """
+        return (
+            self.stride != (1, 1)
+            and self.c % self.chunk == 0
+            and self.h % self.stride[0] == 0
+            and self.w % self.stride[1] == 0
+        )
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Pixels of the map between two that a box takes, down and right."""
+        return (1, 1) if self.folds else self.stride
+
+    def channel_tiles(self, filter_blocks: int) -> int:
+        """Tiles of ``filter_blocks`` times 64 output channels."""
+        return -(-self.k // (BLOCK * filter_blocks))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Axis:
+    """One spatial axis of the taps that a phase has: its remainder and its offsets.
+
+    Output ``o`` reads the phase's pixel ``o + base + offset``; ``size`` pixels exist.
+    """
+
+    remainder: int
+    size: int
+    base: int
+    taps: tuple[tuple[int, int], ...]  # (filter position, offset)
+
+    @property
+    def reach(self) -> int:
+        return max(offset for _, offset in self.taps)
+
+    def pitch(self, outputs: int) -> int:
+        """Pixels from one line to the next: enough that a tap beyond the end of a line
+        finds zeros, where it should and nowhere else."""
+        apart = outputs + self.reach
+        shared = max(self.size - self.base, apart + self.base, outputs)
+        return min(apart, shared)
+
+
+@functools.lru_cache(maxsize=1024)
+def axes(
+    size: int, taps: int, stride: int, dilation: int, padding: int
+) -> tuple[Axis, ...]:
+    """The phases of one axis."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for tap in range(taps):
+        whole, remainder = divmod(tap * dilation - padding, stride)
+        found.setdefault(remainder, []).append((tap, whole))
+    result = []
+    for remainder, group in sorted(found.items()):
+        base = min(whole for _, whole in group)
+        result.append(
+            Axis(
+                remainder,
+                -(-(size - remainder) // stride),
+                base,
+                tuple((tap, whole - base) for tap, whole in group),
+            )
+        )
+    return tuple(result)
+
+
+def rows_of(image: Image) -> tuple[Axis, ...]:
+    return axes(image.h, image.r, image.stride[0], image.dilation[0], image.padding[0])
+
+
+def cols_of(image: Image) -> tuple[Axis, ...]:
+    return axes(image.w, image.s, image.stride[1], image.dilation[1], image.padding[1])
