@@ -39,7 +39,6 @@ __all__ = [
     "call_equation",
     "closed",
     "cuda_device",
-    "dce_rules",
     "device_count",
     "fresh_vars",
     "is_drop",
@@ -52,13 +51,11 @@ __all__ = [
     "part_of_jaxpr",
     "prefixed",
     "rebuilt",
+    "register_dce",
     "source_line",
     "sub_jaxprs",
     "without_unused",
 ]
-
-# primitive -> (which results are used, equation) -> (which operands are, equation)
-dce_rules: dict[Primitive, Any] = _partial_eval.dce_rules
 
 # From JAX 0.12 on another name of Jaxpr, which then has its constants with it.
 ClosedJaxpr: TypeAlias = _core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
@@ -182,6 +179,15 @@ def new_equation(
     return new_jaxpr_eqn(
         list(invars), list(outvars), primitive, params, set(), source, ctx
     )
+
+
+def register_dce(
+    primitive: Primitive,
+    rule: Callable[[list[bool], JaxprEqn], tuple[list[bool], JaxprEqn | None]],
+) -> None:
+    """``rule`` gets which results are used, and says which operands then are."""
+    # From JAX 0.12 on, which references are live comes between the two.
+    _partial_eval.dce_rules[primitive] = lambda used, *rest: rule(used, rest[-1])
 
 
 def without_unused(

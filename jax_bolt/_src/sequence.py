@@ -25,12 +25,12 @@ from .compat import (
     ad,
     aval_of,
     batching,
-    dce_rules,
     jaxpr_as_fun,
     mlir,
     new_equation,
     part_of_jaxpr,
     rebuilt,
+    register_dce,
     without_unused,
 )
 from .options import Options
@@ -201,7 +201,7 @@ def _drop_unused(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], Any]:
 
 
 batching.primitive_batchers[bolt_sequence_p] = _batch
-dce_rules[bolt_sequence_p] = _drop_unused
+register_dce(bolt_sequence_p, _drop_unused)
 ad.primitive_jvps[bolt_sequence_p] = _jvp
 ad.primitive_transposes[bolt_sequence_p] = _transpose
 
