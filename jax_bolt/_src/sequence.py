@@ -57,7 +57,7 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
     units: list[list[JaxprEqn]] = []
     run: list[JaxprEqn] = []
     results: set[Var] = set()
-    early: dict[Var, int] = {}  # bytes of what moved ahead of the run
+    early: dict[Var, float] = {}  # bytes of what moved ahead of the run
     for eqn in _live(jaxpr, family):
         read = _variables(eqn)
         ours = _is_call(eqn, family)
@@ -111,8 +111,11 @@ def _live(jaxpr: Jaxpr, family: Family) -> list[JaxprEqn]:
     return kept[::-1]
 
 
-def _bytes(var: Var) -> int:
+def _bytes(var: Var) -> float:
+    """Unbounded where the shape is symbolic: such sizes cannot be compared."""
     aval = aval_of(var)
+    if not all(isinstance(d, int) for d in aval.shape):
+        return math.inf
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import Build
+from jax import export
 from test_lower import TARGET, cuda_text, kernel, shape  # noqa: F401
 
 import jax_bolt
@@ -91,6 +92,21 @@ def test_what_would_wait_too_long_ends_the_sequence(monkeypatch):
         assert names(fun, shape(4, 64), *packed).count("bolt_sequence") == calls
     monkeypatch.setattr(sequence, "MAX_EARLY_BYTES", 0)
     assert "bolt_sequence" not in names(fun, shape(4, 64), *packed)
+
+
+def test_symbolic_sizes_can_wait_for_no_sequence():
+    def fun(x, w, y):
+        return dense(dense(x, w), w + 1), jnp.sin(y)
+
+    def other(x, w, y):
+        first = dense(x, w)
+        sine = jnp.sin(y)
+        return dense(first, w + 1), sine
+
+    (batch,) = export.symbolic_shape("b")
+    args = (SQUARE, SQUARE, shape(batch, 8))
+    assert names(fun, *args).count("bolt_sequence") == 1
+    assert "bolt_sequence" not in names(other, *args)
 
 
 def test_calls_that_nothing_reads_are_dropped():
