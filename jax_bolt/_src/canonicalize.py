@@ -15,13 +15,13 @@ from .compat import (
     ClosedJaxpr,
     Jaxpr,
     JaxprEqn,
-    Literal,
     Var,
     closed,
     fresh_vars,
     is_drop,
     prefixed,
     rebuilt,
+    substituted,
 )
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
@@ -35,7 +35,7 @@ def inline_calls(program: ClosedJaxpr, *, lift_constants: bool = True) -> Closed
     """
     inliner = _Inliner(program, lift_constants)
     inliner.emit(program.jaxpr, None, env := {})
-    outvars = [_read(env, v) for v in program.jaxpr.outvars]
+    outvars = [substituted(env, v) for v in program.jaxpr.outvars]
     return rebuilt(
         program,
         inliner.eqns,
@@ -58,7 +58,7 @@ class _Inliner:
     def emit(self, jaxpr: Jaxpr, outer: JaxprEqn | None, env: dict[Var, Any]) -> None:
         """Appends ``jaxpr``'s equations; ``outer`` is the call they are inlined for."""
         for eqn in jaxpr.eqns:
-            invars = [_read(env, v) for v in eqn.invars]
+            invars = [substituted(env, v) for v in eqn.invars]
             if outer is not None:
                 eqn = eqn.replace(source_info=prefixed(eqn, outer))
             if self._inlines(eqn):
@@ -80,7 +80,7 @@ class _Inliner:
             self.consts.append(value)
         self.emit(body.jaxpr, eqn, inner)
         for out, result in zip(eqn.outvars, body.jaxpr.outvars, strict=True):
-            env[out] = _read(inner, result)
+            env[out] = substituted(inner, result)
 
     def _inlines(self, eqn: JaxprEqn) -> bool:
         return _may_inline(eqn) and (self._lift or not _body(eqn).consts)
@@ -88,10 +88,6 @@ class _Inliner:
 
 def _body(eqn: JaxprEqn) -> ClosedJaxpr:
     return closed(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
-
-
-def _read(env: dict[Var, Any], atom: Any) -> Any:
-    return atom if isinstance(atom, Literal) else env.get(atom, atom)
 
 
 def _may_inline(eqn: JaxprEqn) -> bool:

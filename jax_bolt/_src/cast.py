@@ -19,7 +19,6 @@ from .compat import (
     ClosedJaxpr,
     Jaxpr,
     JaxprEqn,
-    Literal,
     Primitive,
     Var,
     ad,
@@ -27,9 +26,11 @@ from .compat import (
     mlir,
     new_equation,
     rebuilt,
+    substituted,
+    variables,
 )
 from .options import Options
-from .primitive import Family, SiteInfo, bolt_call_p
+from .primitive import Family, SiteInfo, is_call
 
 NAME = "cast"  # in the option ``disable``
 # Beside the time of a larger one a launch does not count, and a gathered result is
@@ -78,7 +79,7 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
         results = [same[0] for same in casts.values()]
         gathered.append(new_equation(list(casts), results, bolt_cast_p, params, ctx))
     kept = [
-        eqn.replace(invars=[_read(renamed, v) for v in eqn.invars])
+        eqn.replace(invars=[substituted(renamed, v) for v in eqn.invars])
         for eqn in jaxpr.eqns
         if not any(v in renamed for v in eqn.outvars)
     ]
@@ -90,23 +91,17 @@ def _ends(eqn: JaxprEqn) -> tuple[Any, Any]:
     return eqn.invars[0], eqn.outvars[0]
 
 
-def _read(renamed: dict[Var, Var], atom: Any) -> Any:
-    return atom if isinstance(atom, Literal) else renamed.get(atom, atom)
-
-
 def _readers(jaxpr: Jaxpr, family: Family) -> dict[Var, list[SiteInfo]]:
     """The regions that read each variable; none where something else does too."""
     readers: dict[Var, list[SiteInfo]] = {}
-    others = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    others = set(variables(jaxpr.outvars))
     for eqn in jaxpr.eqns:
-        ours = eqn.primitive is bolt_call_p and eqn.params["family"] is family
-        for var in eqn.invars:
-            if isinstance(var, Literal):
-                continue
-            if ours:
-                readers.setdefault(var, []).append(eqn.params["site"])
-            else:
-                others.add(var)
+        read = variables(eqn.invars)
+        if not is_call(eqn, family):
+            others.update(read)
+            continue
+        for var in read:
+            readers.setdefault(var, []).append(eqn.params["site"])
     return {v: sites for v, sites in readers.items() if v not in others}
 
 
@@ -129,13 +124,9 @@ def _cast_aval(aval: Any, dtype: Any) -> Any:
     return aval.update(dtype=dtype, weak_type=False)
 
 
-def cast_one(x: Any, dtype: Any) -> Any:
-    return lax.convert_element_type(x, dtype)
-
-
 @bolt_cast_p.def_impl
 def _impl(*args: Any, dtype: Any, **_: Any) -> list[Any]:
-    return [cast_one(x, dtype) for x in args]
+    return [lax.convert_element_type(x, dtype) for x in args]
 
 
 @bolt_cast_p.def_abstract_eval
@@ -144,13 +135,15 @@ def _abstract_eval(*avals: Any, dtype: Any, **_: Any) -> list[Any]:
 
 
 def _batch(args, dims, *, dtype, **_):
-    return [cast_one(x, dtype) for x in args], dims
+    return [lax.convert_element_type(x, dtype) for x in args], dims
 
 
 def _jvp(primals, tangents, *, dtype, **_):
-    results = [cast_one(x, dtype) for x in primals]
+    results = [lax.convert_element_type(x, dtype) for x in primals]
     moved = [
-        ad.Zero(jax.typeof(y)) if isinstance(t, ad.Zero) else cast_one(t, dtype)
+        ad.Zero(jax.typeof(y))
+        if isinstance(t, ad.Zero)
+        else lax.convert_element_type(t, dtype)
         for y, t in zip(results, tangents, strict=True)
     ]
     return results, moved
@@ -162,7 +155,7 @@ def _transpose(cotangents, *args, **_):
             return None
         if isinstance(cotangent, ad.Zero):
             return ad.Zero(arg.aval)
-        return cast_one(cotangent, arg.aval.dtype)
+        return lax.convert_element_type(cotangent, arg.aval.dtype)
 
     return [one(c, a) for c, a in zip(cotangents, args, strict=True)]
 

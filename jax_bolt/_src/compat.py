@@ -6,7 +6,7 @@ No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -44,6 +44,7 @@ __all__ = [
     "is_drop",
     "jaxpr_as_fun",
     "like_body",
+    "live_equations",
     "make_jaxpr",
     "mlir",
     "name_stack",
@@ -54,6 +55,8 @@ __all__ = [
     "register_dce",
     "source_line",
     "sub_jaxprs",
+    "substituted",
+    "variables",
     "without_unused",
 ]
 
@@ -105,6 +108,32 @@ def closed(body: Any) -> ClosedJaxpr:
 def aval_of(atom: Any) -> Any:
     """The shaped abstract value of a variable or literal."""
     return atom.aval
+
+
+def variables(atoms: Sequence[Any]) -> list[Var]:
+    """Those that are no literals."""
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+def substituted(env: Mapping[Var, Any], atom: Any) -> Any:
+    """What ``env`` has for a variable, or else the atom itself."""
+    return atom if isinstance(atom, Literal) else env.get(atom, atom)
+
+
+def live_equations(
+    eqns: Sequence[JaxprEqn],
+    outvars: Sequence[Any],
+    may_drop: Callable[[JaxprEqn], bool],
+) -> list[JaxprEqn]:
+    """``eqns`` without those that ``may_drop`` names and nothing reads."""
+    needed = set(variables(outvars))
+    kept: list[JaxprEqn] = []
+    for eqn in reversed(eqns):
+        if needed.isdisjoint(eqn.outvars) and may_drop(eqn):
+            continue
+        kept.append(eqn)
+        needed.update(variables(eqn.invars))
+    return kept[::-1]
 
 
 def is_drop(var: Any) -> bool:

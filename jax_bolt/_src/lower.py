@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax import lax
 
 from . import cast, compat, invoke, resolve
 from .chain import Chain, Promise
@@ -175,7 +176,7 @@ def _lower_cast_cuda(
             launched = invoke.cast(digest, [values[i] for i in ours], dtype)
         results = dict(zip(ours, launched, strict=True))
         return [
-            results[i] if i in results else cast.cast_one(value, dtype)
+            results[i] if i in results else lax.convert_element_type(value, dtype)
             for i, value in enumerate(values)
         ]
 

@@ -82,8 +82,6 @@ def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
             continue
         name = site_name(eqn)
         try:
-            if any(isinstance(v, Literal) for v in eqn.invars):
-                raise Refused("an operand is a literal of the program")
             root = read_root(eqn)
         except Refused as refused:
             line = source_line(eqn)

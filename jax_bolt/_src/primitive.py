@@ -11,12 +11,21 @@ function the region is plain JAX again; ``optimize(grad(f))`` keeps its kernels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from . import ir
-from .compat import ClosedJaxpr, Primitive, ad, batching, jaxpr_as_fun, mlir
+from .compat import (
+    ClosedJaxpr,
+    JaxprEqn,
+    Primitive,
+    ad,
+    batching,
+    jaxpr_as_fun,
+    mlir,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -77,48 +86,58 @@ def _abstract_eval(*_avals: Any, reference: ClosedJaxpr, **_: Any) -> Any:
     return reference.out_avals[0]
 
 
+def is_call(eqn: JaxprEqn, family: Family) -> bool:
+    """Whether ``eqn`` is a region of ``family``."""
+    return eqn.primitive is bolt_call_p and eqn.params["family"] is family
+
+
 def _batch(args, dims, *, reference, **_):
     out = jax.vmap(reference_fun(reference), in_axes=tuple(dims))(*args)
     return out, 0
 
 
-def _jvp(primals, tangents, *, reference, **_):
-    """Forward mode through the reference; operands with zero tangents stay fixed."""
+def jvp(fun: Callable, primals: Any, tangents: Any) -> Any:
+    """Forward mode through ``fun``; operands with zero tangents stay fixed."""
     moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_moving(*values):
-        args = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            args[i] = value
-        return reference_fun(reference)(*args)
-
     return jax.jvp(
-        of_moving,
+        _of_some(fun, moving, primals),
         tuple(primals[i] for i in moving),
         tuple(tangents[i] for i in moving),
     )
 
 
-def _transpose(cotangent, *args, reference, **_):
-    """Reverse mode of a region that is linear in its undefined operands."""
+def transpose(fun: Callable, cotangents: Any, args: Any) -> list[Any]:
+    """Reverse mode of a ``fun`` that is linear in its undefined operands."""
     linear = [i for i, a in enumerate(args) if ad.is_undefined_primal(a)]
-    if isinstance(cotangent, ad.Zero):
-        return [
-            ad.Zero(args[i].aval) if i in linear else None for i in range(len(args))
-        ]
-
-    def of_linear(*values):
-        operands = list(args)
-        for i, value in zip(linear, values, strict=True):
-            operands[i] = value
-        return reference_fun(reference)(*operands)
-
     avals = [args[i].aval for i in linear]
     transposed = jax.linear_transpose(
-        of_linear, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
+        _of_some(fun, linear, args),
+        *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals),
     )
-    results = dict(zip(linear, transposed(cotangent), strict=True))
+    results = dict(zip(linear, transposed(cotangents), strict=True))
     return [results.get(i) for i in range(len(args))]
+
+
+def _of_some(fun: Callable, positions: Sequence[int], args: Any) -> Callable:
+    """``fun`` as a function of the operands at ``positions``; the others are given."""
+
+    def of_some(*values: Any) -> Any:
+        operands = list(args)
+        for i, value in zip(positions, values, strict=True):
+            operands[i] = value
+        return fun(*operands)
+
+    return of_some
+
+
+def _jvp(primals, tangents, *, reference, **_):
+    return jvp(reference_fun(reference), primals, tangents)
+
+
+def _transpose(cotangent, *args, reference, **_):
+    if isinstance(cotangent, ad.Zero):
+        return [ad.Zero(a.aval) if ad.is_undefined_primal(a) else None for a in args]
+    return transpose(reference_fun(reference), cotangent, args)
 
 
 batching.primitive_batchers[bolt_call_p] = _batch

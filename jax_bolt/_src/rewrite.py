@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation.
 
-The casts of arguments that regions read become one ``bolt_cast`` equation.
+The casts of arguments that regions read become one ``bolt_cast`` equation, and calls
+that follow each other one ``bolt_sequence``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
     JaxprEqn,
-    Literal,
-    Var,
     call_equation,
     closed,
     like_body,
+    live_equations,
     part_of_jaxpr,
     rebuilt,
     source_line,
@@ -82,16 +82,15 @@ class _Pass:
             calls[root.eqns[-1]] = self._call(jaxpr, root)
             replaced.update(root.eqns)
         eqns: list[JaxprEqn] = []
-        origin: list[int | None] = []
         for index, eqn in enumerate(jaxpr.eqns):
             if index in calls:
                 eqns.append(calls[index])
-                origin.append(None)
             elif index not in replaced:
                 eqns.append(self._with_bodies(eqn))
-                origin.append(index)
-        absorbed = {i for match in matches for i in match.absorbed}
-        return rebuilt(program, _without_unused(eqns, origin, absorbed, jaxpr.outvars))
+        # Per-channel arithmetic that only regions read is in their kernels.
+        absorbed = {id(jaxpr.eqns[i]) for match in matches for i in match.absorbed}
+        live = live_equations(eqns, jaxpr.outvars, lambda eqn: id(eqn) in absorbed)
+        return rebuilt(program, live)
 
     def gathered(self, program: ClosedJaxpr) -> ClosedJaxpr:
         """``program`` with consecutive calls as sequences."""
@@ -144,20 +143,3 @@ class _Pass:
         new = self.program(inline_calls(closed(body), lift_constants=False))
         new = self.gathered(new)
         return body if len(self.family.sites) == found else like_body(new, body)
-
-
-def _without_unused(
-    eqns: list[JaxprEqn],
-    origin: list[int | None],
-    candidates: set[int],
-    outvars: list[Any],
-) -> list[JaxprEqn]:
-    """Drops absorbed per-channel equations that nothing reads any more."""
-    used: set[Var] = {v for v in outvars if isinstance(v, Var)}
-    kept: list[JaxprEqn] = []
-    for eqn, index in zip(reversed(eqns), reversed(origin), strict=True):
-        if index in candidates and not any(v in used for v in eqn.outvars):
-            continue
-        kept.append(eqn)
-        used.update(v for v in eqn.invars if not isinstance(v, Literal))
-    return kept[::-1]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import ir
-from .compat import JaxprEqn, aval_of
+from .compat import JaxprEqn, Literal, aval_of
 
 ROOTS = ("conv_general_dilated", "dot_general")
 _FLOATS: dict[str, ir.DType] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -47,6 +47,8 @@ def read_root(eqn: JaxprEqn) -> Root:
     where = getattr(eqn.ctx, "compute_type", None)
     if where:
         raise Refused(f"placed by compute_on({where!r})")
+    if any(isinstance(v, Literal) for v in eqn.invars):
+        raise Refused("an operand is a literal of the program")
     dtype = _operand_dtype(eqn)
     shapes = [tuple(aval_of(v).shape) for v in (*eqn.invars, *eqn.outvars)]
     if not all(isinstance(d, int) for shape in shapes for d in shape):

@@ -17,24 +17,24 @@ import jax
 
 from .compat import (
     ClosedJaxpr,
-    Jaxpr,
     JaxprEqn,
-    Literal,
     Primitive,
     Var,
     ad,
     aval_of,
     batching,
     jaxpr_as_fun,
+    live_equations,
     mlir,
     new_equation,
     part_of_jaxpr,
     rebuilt,
     register_dce,
+    variables,
     without_unused,
 )
 from .options import Options
-from .primitive import Family, bolt_call_p
+from .primitive import Family, is_call, jvp, transpose
 
 NAME = "sequence"  # in the option ``disable``
 # Of results that wait for a sequence, where the program as written has each when it is
@@ -58,9 +58,10 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
     run: list[JaxprEqn] = []
     results: set[Var] = set()
     early: dict[Var, float] = {}  # bytes of what moved ahead of the run
-    for eqn in _live(jaxpr, family):
-        read = _variables(eqn)
-        ours = _is_call(eqn, family)
+    live = live_equations(jaxpr.eqns, jaxpr.outvars, lambda eqn: is_call(eqn, family))
+    for eqn in live:
+        read = variables(eqn.invars)
+        ours = is_call(eqn, family)
         if ours:
             kept = sum(early.values()) if early.keys() & read else 0
             ends = kept > MAX_EARLY_BYTES or (run and run[0].ctx != eqn.ctx)
@@ -85,7 +86,7 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
             eqns += unit
             continue
         made = dict.fromkeys(v for eqn in unit for v in eqn.outvars)
-        read = dict.fromkeys(v for eqn in unit for v in _variables(eqn))
+        read = dict.fromkeys(v for eqn in unit for v in variables(eqn.invars))
         operands = [v for v in read if v not in made]
         outputs = [v for v in made if readers.get(v, set()) - {index}]
         calls = part_of_jaxpr(jaxpr, unit, operands, outputs)
@@ -96,21 +97,6 @@ def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxp
     return rebuilt(program, eqns)
 
 
-def _is_call(eqn: JaxprEqn, family: Family) -> bool:
-    return eqn.primitive is bolt_call_p and eqn.params["family"] is family
-
-
-def _live(jaxpr: Jaxpr, family: Family) -> list[JaxprEqn]:
-    """The equations but for calls whose results nobody needs."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-    kept: list[JaxprEqn] = []
-    for eqn in reversed(jaxpr.eqns):
-        if not _is_call(eqn, family) or needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed.update(_variables(eqn))
-    return kept[::-1]
-
-
 def _bytes(var: Var) -> float:
     """Unbounded where the shape is symbolic: such sizes cannot be compared."""
     aval = aval_of(var)
@@ -119,21 +105,16 @@ def _bytes(var: Var) -> float:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-def _variables(eqn: JaxprEqn) -> list[Var]:
-    return [v for v in eqn.invars if not isinstance(v, Literal)]
-
-
 def _readers(
     units: Sequence[Sequence[JaxprEqn]], outvars: Sequence[Any]
 ) -> dict[Var, set[int]]:
     """The units that read each variable; -1 stands for the program's results."""
     readers: dict[Var, set[int]] = {}
-    for var in outvars:
-        if not isinstance(var, Literal):
-            readers.setdefault(var, set()).add(-1)
+    for var in variables(outvars):
+        readers.setdefault(var, set()).add(-1)
     for index, unit in enumerate(units):
         for eqn in unit:
-            for var in _variables(eqn):
+            for var in variables(eqn.invars):
                 readers.setdefault(var, set()).add(index)
     return readers
 
@@ -154,39 +135,12 @@ def _batch(args, dims, *, calls, **_):
 
 
 def _jvp(primals, tangents, *, calls, **_):
-    """Forward mode through the calls; operands with zero tangents stay fixed."""
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-    def of_moving(*values):
-        args = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            args[i] = value
-        return jaxpr_as_fun(calls)(*args)
-
-    return jax.jvp(
-        of_moving,
-        tuple(primals[i] for i in moving),
-        tuple(tangents[i] for i in moving),
-    )
+    return jvp(jaxpr_as_fun(calls), primals, tangents)
 
 
 def _transpose(cotangents, *args, calls, **_):
-    """Reverse mode of calls that are linear in their undefined operands."""
-    linear = [i for i, a in enumerate(args) if ad.is_undefined_primal(a)]
-
-    def of_linear(*values):
-        operands = list(args)
-        for i, value in zip(linear, values, strict=True):
-            operands[i] = value
-        return jaxpr_as_fun(calls)(*operands)
-
-    avals = [args[i].aval for i in linear]
-    transposed = jax.linear_transpose(
-        of_linear, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
-    )
-    results = transposed([ad.instantiate_zeros(c) for c in cotangents])
-    found = dict(zip(linear, results, strict=True))
-    return [found.get(i) for i in range(len(args))]
+    given = [ad.instantiate_zeros(c) for c in cotangents]
+    return transpose(jaxpr_as_fun(calls), given, args)
 
 
 def _drop_unused(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], Any]:
