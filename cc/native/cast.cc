@@ -17,19 +17,10 @@ void Casts::Add(const void* from, void* to, int64_t count) {
   blocks += static_cast<uint32_t>((count - 1) / cast::kBlockElements + 1);
 }
 
-CastKernel::CastKernel(const std::string& path) : driver_(Driver::Get()) {
-  // Never unloaded, as no kernel is; see Registry.
-  CuLibrary library = nullptr;
-  driver_.Check(
-      driver_.LibraryLoadFromFile(&library, path.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-      "cuLibraryLoadFromFile");
-  driver_.Check(driver_.LibraryGetKernel(&kernel_, library, "jax_bolt_cast"),
-                "cuLibraryGetKernel of jax_bolt_cast");
-  if (driver_.KernelGetParamInfo == nullptr) return;
-  size_t offset = 0;
-  size_t bytes = 0;
-  driver_.Check(driver_.KernelGetParamInfo(kernel_, 0, &offset, &bytes), "cuKernelGetParamInfo");
-  if (bytes != sizeof(cast::Table)) {
+CastKernel::CastKernel(const std::string& path)
+    : driver_(Driver::Get()), loaded_(LoadKernel(driver_, path, "jax_bolt_cast")) {
+  const size_t bytes = loaded_.parameter_bytes;
+  if (bytes != 0 && bytes != sizeof(cast::Table)) {
     throw DriverError("jax_bolt_cast takes " + std::to_string(bytes) + " bytes, not " +
                       std::to_string(sizeof(cast::Table)));
   }
@@ -53,7 +44,8 @@ JaxBoltStatus CastKernel::Cast(const Casts& casts, const JaxBoltDevice& device,
       {casts.blocks, 1, 1},          {cast::kThreads, 1, 1}, 0,
       static_cast<CuStream>(stream), &programmatic,          major >= 9 ? 1u : 0u};
   void* arguments[] = {const_cast<cast::Table*>(&casts.table)};
-  return driver_.LaunchKernelEx(&config, reinterpret_cast<CuFunction>(kernel_), arguments, nullptr);
+  return driver_.LaunchKernelEx(&config, reinterpret_cast<CuFunction>(loaded_.kernel), arguments,
+                                nullptr);
 }
 
 std::string CastKernel::ErrorString(JaxBoltStatus status) const {

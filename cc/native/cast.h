@@ -26,7 +26,7 @@ struct Casts {
 
 class CastKernel final : public Kernel {
  public:
-  // Loads into no context, as CubinKernel. Throws DriverError.
+  // As LoadKernel. Throws DriverError.
   explicit CastKernel(const std::string& path);
 
   // Enqueues one launch; none where there is no work.
@@ -43,7 +43,7 @@ class CastKernel final : public Kernel {
 
  private:
   const Driver& driver_;
-  CuKernel kernel_ = nullptr;
+  const LoadedKernel loaded_;
 };
 
 }  // namespace jax_bolt::native

@@ -88,18 +88,8 @@ bool CubinKernel::Less::operator()(const KeyView& a, const Key& b) const {
   return std::lexicographical_compare(a.second.data, end, b.second.begin(), b.second.end());
 }
 
-CubinKernel::CubinKernel(const std::string& path) : driver_(Driver::Get()) {
-  // Never unloaded, as no kernel is; see Registry.
-  driver_.Check(driver_.LibraryLoadFromFile(&library_, path.c_str(), nullptr, nullptr, 0, nullptr,
-                                            nullptr, 0),
-                "cuLibraryLoadFromFile");
-  driver_.Check(driver_.LibraryGetKernel(&kernel_, library_, kSymbol),
-                "cuLibraryGetKernel of jax_bolt_kernel");
-  if (driver_.KernelGetParamInfo == nullptr) return;
-  size_t offset = 0;
-  driver_.Check(driver_.KernelGetParamInfo(kernel_, 0, &offset, &parameter_bytes_),
-                "cuKernelGetParamInfo");
-}
+CubinKernel::CubinKernel(const std::string& path)
+    : driver_(Driver::Get()), loaded_(LoadKernel(driver_, path, kSymbol)) {}
 
 CubinKernel::~CubinKernel() = default;
 
@@ -107,11 +97,12 @@ std::string CubinKernel::Check(const Problem& problem) const {
   if (problem.recipe.size == 0) return "it is a cubin, and the call has no launch recipe";
   Recipe recipe;
   if (std::string reason = ParseRecipe(problem.recipe, &recipe); !reason.empty()) return reason;
-  if (parameter_bytes_ == 0) return "";
+  if (loaded_.parameter_bytes == 0) return "";
   // A struct that holds tensor maps is padded to their alignment.
   const size_t bytes = recipe.ParameterBytes();
-  if (parameter_bytes_ >= bytes && parameter_bytes_ - bytes < alignof(CuTensorMap)) return "";
-  return "its parameters take " + std::to_string(parameter_bytes_) +
+  if (loaded_.parameter_bytes >= bytes && loaded_.parameter_bytes - bytes < alignof(CuTensorMap))
+    return "";
+  return "its parameters take " + std::to_string(loaded_.parameter_bytes) +
          " bytes, and the launch recipe has " + std::to_string(bytes);
 }
 
@@ -175,12 +166,12 @@ const CubinKernel::Prepared* CubinKernel::Prepare(const KeyView& key, const JaxB
   auto made = std::make_unique<Prepared>();
   if (recipe.prologue != nullptr) {
     CuKernel prologue = nullptr;
-    *status = driver_.LibraryGetKernel(&prologue, library_, kPrologueSymbol);
+    *status = driver_.LibraryGetKernel(&prologue, loaded_.library, kPrologueSymbol);
     if (*status != JAX_BOLT_OK) return nullptr;
     made->steps.push_back(PrepareStep(prologue, *recipe.prologue, buffers, status));
     if (*status != JAX_BOLT_OK) return nullptr;
   }
-  made->steps.push_back(PrepareStep(kernel_, recipe, buffers, status));
+  made->steps.push_back(PrepareStep(loaded_.kernel, recipe, buffers, status));
   if (*status != JAX_BOLT_OK) return nullptr;
 
   std::unique_lock<std::shared_mutex> lock(mutex_);
@@ -239,8 +230,8 @@ JaxBoltStatus CubinKernel::AllowSharedBytes(int ordinal, unsigned bytes) const {
   CuDevice device;
   CuResult result = driver_.DeviceGet(&device, ordinal);
   if (result != kCuSuccess) return result;
-  result = driver_.KernelSetAttribute(kCuMaxDynamicSharedBytes, static_cast<int>(bytes), kernel_,
-                                      device);
+  result = driver_.KernelSetAttribute(kCuMaxDynamicSharedBytes, static_cast<int>(bytes),
+                                      loaded_.kernel, device);
   if (result == kCuSuccess) allowed = bytes;
   return result;
 }

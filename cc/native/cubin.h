@@ -26,7 +26,7 @@ namespace jax_bolt::native {
 
 class CubinKernel final : public Kernel {
  public:
-  // Loads into no context: the driver does that at a context's first launch. Throws DriverError.
+  // As LoadKernel. Throws DriverError.
   explicit CubinKernel(const std::string& path);
   ~CubinKernel() override;
 
@@ -60,9 +60,7 @@ class CubinKernel final : public Kernel {
   JaxBoltStatus AllowSharedBytes(int ordinal, unsigned bytes) const;  // under mutex_
 
   const Driver& driver_;
-  CuLibrary library_ = nullptr;
-  CuKernel kernel_ = nullptr;
-  size_t parameter_bytes_ = 0;  // 0: the driver is too old to say
+  const LoadedKernel loaded_;
   mutable std::shared_mutex mutex_;
   // Entries are never removed, so one that was found stays valid without the lock.
   mutable std::map<Key, std::unique_ptr<const Prepared>, Less> prepared_;

@@ -94,6 +94,20 @@ ScopedContext::~ScopedContext() {
   driver_.DevicePrimaryCtxRelease(device_);
 }
 
+LoadedKernel LoadKernel(const Driver& driver, const std::string& path, const char* symbol) {
+  LoadedKernel loaded;
+  driver.Check(driver.LibraryLoadFromFile(&loaded.library, path.c_str(), nullptr, nullptr, 0,
+                                          nullptr, nullptr, 0),
+               "cuLibraryLoadFromFile");
+  const std::string what = std::string("cuLibraryGetKernel of ") + symbol;
+  driver.Check(driver.LibraryGetKernel(&loaded.kernel, loaded.library, symbol), what.c_str());
+  if (driver.KernelGetParamInfo == nullptr) return loaded;
+  size_t offset = 0;
+  driver.Check(driver.KernelGetParamInfo(loaded.kernel, 0, &offset, &loaded.parameter_bytes),
+               "cuKernelGetParamInfo");
+  return loaded;
+}
+
 DeviceInfo QueryDevice(int ordinal) {
   const Driver& driver = Driver::Get();
   CuDevice device = driver.Device(ordinal);

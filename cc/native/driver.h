@@ -185,6 +185,16 @@ struct DeviceInfo {
   int64_t free_bytes;  // -1 when the device has no context yet: asking would create one
 };
 
+// A cubin's kernel. Loads into no context: the driver does that at a context's first launch.
+struct LoadedKernel {
+  CuLibrary library = nullptr;  // never unloaded, as no kernel is; see Registry
+  CuKernel kernel = nullptr;
+  size_t parameter_bytes = 0;  // of its one parameter; 0: the driver is too old to say
+};
+
+// Loads the kernel `symbol` of the cubin at `path`. Throws DriverError.
+LoadedKernel LoadKernel(const Driver& driver, const std::string& path, const char* symbol);
+
 // Creates no context. Throws DriverError.
 DeviceInfo QueryDevice(int ordinal);
 

@@ -2,15 +2,14 @@
 #include "launcher.h"
 
 #include <cstdint>
-#include <exception>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "cast.h"
 #include "driver.h"
 #include "jax_bolt/abi.h"
 #include "kernel.h"
+#include "kernel_call.h"
 #include "registry.h"
 #include "sequence_launcher.h"
 #include "xla/ffi/api/ffi.h"
@@ -20,27 +19,10 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The attributes of a call. Views into XLA's storage.
-struct Attributes {
-  std::string_view digest;
-  std::string_view site;
+struct Attributes : KernelCall {
   bool cast = false;
   int64_t sides = 0;
-  Problem problem = {};
 };
-
-ffi::Error Fail(ffi::ErrorCode code, const Attributes& attributes, std::string_view reason) {
-  std::string message = "jax_bolt.launch: kernel ";
-  message += attributes.digest;
-  if (!attributes.site.empty()) (message += " at ") += attributes.site;
-  (message += ": ") += reason;
-  return ffi::Error(code, std::move(message));
-}
-
-ffi::Error FailStatus(const Kernel& kernel, const Attributes& attributes, JaxBoltStatus status) {
-  return Fail(ffi::ErrorCode::kInternal, attributes,
-              kernel.ErrorString(status) + " (status " + std::to_string(status) + ")");
-}
 
 bool IsSequence(const ffi::Dictionary& dictionary) {
   auto kind = dictionary.get<int64_t>("kind");
@@ -82,24 +64,15 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
 
 constexpr const char* kNoCastKernel = "it is not a kernel that casts";
 
+std::string CheckCasts(const Kernel& kernel, const Problem&) {
+  return dynamic_cast<const CastKernel*>(&kernel) == nullptr ? kNoCastKernel : "";
+}
+
 ffi::Error Instantiate(ffi::Dictionary dictionary) {
   if (IsSequence(dictionary)) return InstantiateSequence(dictionary);
   Attributes attributes;
   if (ffi::Error error = Parse(dictionary, &attributes); error.failure()) return error;
-  try {
-    std::string reason;
-    const Kernel* kernel = Registry::Get().FindOrResolve(std::string(attributes.digest), &reason);
-    if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, attributes, reason);
-    if (!attributes.cast) {
-      reason = kernel->Check(attributes.problem);
-    } else if (dynamic_cast<const CastKernel*>(kernel) == nullptr) {
-      reason = kNoCastKernel;
-    }
-    return reason.empty() ? ffi::Error::Success()
-                          : Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
-  } catch (const std::exception& error) {
-    return Fail(ffi::ErrorCode::kInternal, attributes, error.what());
-  }
+  return InstantiateKernel(attributes, attributes.cast ? CheckCasts : CheckProblem);
 }
 
 // Operand pointers into `buffers`; null unless the counts and types are right.
@@ -181,23 +154,7 @@ ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::Remainin
   if (const char* reason = Bind(args, rets, attributes.sides, &buffers, &have)) {
     return Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
   }
-  const Kernel* kernel = Registry::Get().Find(attributes.digest);
-  if (kernel == nullptr) {
-    return Fail(ffi::ErrorCode::kNotFound, attributes, "it is not loaded");
-  }
-  // The size depends on the device, and an executable may run on one with more SMs than the one it
-  // was lowered for.
-  const int64_t need = kernel->WorkspaceBytes(attributes.problem, device);
-  if (need > have) {
-    return Fail(ffi::ErrorCode::kFailedPrecondition, attributes,
-                "it needs " + std::to_string(need) + " bytes of workspace on device " +
-                    std::to_string(device.ordinal) + " and was given " + std::to_string(have));
-  }
-  // XLA has made the stream's context current on this thread, as it does for every handler.
-  const JaxBoltStatus status = kernel->Launch(attributes.problem, buffers, device, stream);
-  if (status != JAX_BOLT_OK) return FailStatus(*kernel, attributes, status);
-  kernel->launches.fetch_add(1, std::memory_order_relaxed);
-  return ffi::Error::Success();
+  return LaunchKernel(attributes, buffers, have, device, stream);
 }
 
 ffi::Error LaunchAny(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
@@ -214,7 +171,7 @@ ffi::Error Execute(void* stream, int32_t ordinal, ffi::RemainingArgs args, ffi::
   try {
     device.sm_count = SmCount(ordinal);
   } catch (const DriverError& error) {
-    return Fail(ffi::ErrorCode::kInternal, {}, error.what());
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string("jax_bolt.launch: ") + error.what());
   }
   return LaunchAny(stream, device, args, rets, dictionary);
 }

@@ -2,15 +2,13 @@
 #include "sequence_launcher.h"
 
 #include <cstdint>
-#include <exception>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "jax_bolt/abi.h"
 #include "kernel.h"
-#include "registry.h"
+#include "kernel_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_bolt::native {
@@ -27,10 +25,7 @@ struct Place {
   int64_t value = 0;
 };
 
-// Views into XLA's storage.
-struct Step {
-  std::string_view digest;
-  Problem problem = {};
+struct Step : KernelCall {
   Place a, b, d, workspace;
   std::vector<Place> sides, vectors;
   int64_t workspace_bytes = 0;
@@ -74,10 +69,8 @@ class Reader {
   std::string reason_;
 };
 
-ffi::Error Fail(ffi::ErrorCode code, const Step* step, const std::string& reason) {
-  std::string message = "jax_bolt.launch: ";
-  if (step != nullptr) ((message += "kernel ") += step->digest) += ": ";
-  return ffi::Error(code, message + reason);
+ffi::Error BadProgram(const std::string& reason) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "jax_bolt.launch: " + reason);
 }
 
 std::vector<std::string_view> Split(std::string_view text) {
@@ -99,7 +92,7 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, std::vector<Step>* steps) {
   const std::vector<std::string_view> kernels = Split(*digests);  // at least one
   Reader reader(program->begin(), program->size());
   if (reader.Take() != kVersion) {
-    return Fail(ffi::ErrorCode::kInvalidArgument, nullptr, "the program has another version");
+    return BadProgram("the program has another version");
   }
   steps->resize(static_cast<size_t>(reader.Take(static_cast<int64_t>(program->size()))));
   for (Step& step : *steps) {
@@ -114,18 +107,17 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, std::vector<Step>* steps) {
     step.workspace_bytes = reader.Take();
     if (!reader.reason().empty()) break;
     if (const char* reason = MakeProblem(kind, dims.data, dims.size, &step.problem)) {
-      return Fail(ffi::ErrorCode::kInvalidArgument, &step, reason);
+      return Fail(ffi::ErrorCode::kInvalidArgument, step, reason);
     }
   }
   if (!reader.reason().empty() || !reader.done()) {
     const std::string& reason = reader.reason();
-    return Fail(ffi::ErrorCode::kInvalidArgument, nullptr,
-                reason.empty() ? "the program is longer than it says" : reason);
+    return BadProgram(reason.empty() ? "the program is longer than it says" : reason);
   }
   return ffi::Error::Success();
 }
 
-// The call's buffers; places that do not exist are the first one's reason.
+// The call's buffers. `missing` says whether a place that was asked for is not there.
 class Buffers {
  public:
   Buffers(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
@@ -166,15 +158,7 @@ ffi::Error InstantiateSequence(const ffi::Dictionary& attributes) {
   std::vector<Step> steps;
   if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
   for (const Step& step : steps) {
-    try {
-      std::string reason;
-      const Kernel* kernel = Registry::Get().FindOrResolve(std::string(step.digest), &reason);
-      if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, &step, reason);
-      reason = kernel->Check(step.problem);
-      if (!reason.empty()) return Fail(ffi::ErrorCode::kInvalidArgument, &step, reason);
-    } catch (const std::exception& error) {
-      return Fail(ffi::ErrorCode::kInternal, &step, error.what());
-    }
+    if (ffi::Error error = InstantiateKernel(step, CheckProblem); error.failure()) return error;
   }
   return ffi::Error::Success();
 }
@@ -185,15 +169,6 @@ ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::
   if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
   Buffers given(args, rets);
   for (const Step& step : steps) {
-    const Kernel* kernel = Registry::Get().Find(step.digest);
-    if (kernel == nullptr) return Fail(ffi::ErrorCode::kNotFound, &step, "it is not loaded");
-    const int64_t need = kernel->WorkspaceBytes(step.problem, device);
-    if (need > step.workspace_bytes) {
-      return Fail(ffi::ErrorCode::kFailedPrecondition, &step,
-                  "it needs " + std::to_string(need) + " bytes of workspace on device " +
-                      std::to_string(device.ordinal) + " and was given " +
-                      std::to_string(step.workspace_bytes));
-    }
     JaxBoltBuffers buffers = {};
     buffers.a = given.At(step.a);
     buffers.b = given.At(step.b);
@@ -204,14 +179,10 @@ ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::
     for (size_t i = 0; i < step.sides.size(); ++i) buffers.sides[i] = given.At(step.sides[i]);
     for (size_t i = 0; i < step.vectors.size(); ++i) buffers.vectors[i] = given.At(step.vectors[i]);
     if (given.missing()) {
-      return Fail(ffi::ErrorCode::kInvalidArgument, &step, "a buffer is not there");
+      return Fail(ffi::ErrorCode::kInvalidArgument, step, "a buffer is not there");
     }
-    const JaxBoltStatus status = kernel->Launch(step.problem, buffers, device, stream);
-    if (status != JAX_BOLT_OK) {
-      return Fail(ffi::ErrorCode::kInternal, &step,
-                  kernel->ErrorString(status) + " (status " + std::to_string(status) + ")");
-    }
-    kernel->launches.fetch_add(1, std::memory_order_relaxed);
+    ffi::Error error = LaunchKernel(step, buffers, step.workspace_bytes, device, stream);
+    if (error.failure()) return error;
   }
   return ffi::Error::Success();
 }
