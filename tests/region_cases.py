@@ -155,6 +155,7 @@ GEMMS = [
     *_dense(65, 33, 51),
     *_dense(130, 36, 70),
     *_dense(100, 28, 60, F32),
+    *_dense(300, 200, 264, F32),
     *_dense(2050, 200, 520),
     *_dense(4100, 264, 776),
     _plain("mk,nk->mn", (150, 72), (40, 72)),
@@ -167,6 +168,7 @@ GEMMS = [
     _masked(),
     # Long sums on few tiles, which may be split over the CTAs of a cluster.
     *_dense(40, 1000, 136),
+    _dense(40, 1000, 136, F32)[0],
     _wide(_dense(70, 520, 72)[0]),
     _wide(_dense(300, 72, 200)[1]),
 ]
@@ -183,6 +185,8 @@ CONVS = [
     _conv(1, 8, 8, 32, 64, 1, 1, stride=2),
     _conv(2, 7, 7, 24, 40, 1, 1),
     _conv(2, 10, 10, 12, 20, 3, 3, F32),
+    _conv(2, 15, 13, 64, 72, 3, 3, F32, stride=2),
+    _conv(2, 33, 31, 3, 48, 3, 3, F32, stride=2),
     _conv(2, 6, 6, 64, 64, 3, 3, bare=True, padding="VALID"),
     # What the Hopper family cuts differently: whole images, columns, folded strides,
     # stepped strides, padding wider than the filter's reach.

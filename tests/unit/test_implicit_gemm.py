@@ -181,8 +181,18 @@ GEMMS = [
     gemm(520, 64, 64, batch=2),
     gemm(40, 72, 1000),
 ]
+SINGLES = [
+    conv(2, 9, 13, 32, 64, dtype="f32"),
+    conv(1, 7, 7, 96, 136, dtype="f32"),
+    conv(2, 14, 14, 12, 24, 5, stride=(2, 2), dtype="f32"),
+    conv(2, 12, 16, 64, 40, stride=(1, 2), padding=(1, 0, 0, 1), dtype="f32"),
+    conv(2, 20, 23, 12, 64, 4, padding=(2, 1, 0, 0), dtype="f32"),
+    gemm(129, 136, 100, b_layout="col", dtype="f32"),
+    gemm(70, 24, 516, batch=3, b_layout="col", dtype="f32"),
+]
 PROBLEMS: list[ir.Problem] = [
     *CONVS,
+    *SINGLES,
     *(hwio(problem) for problem in CONVS[::3]),
     *GEMMS,
 ]
@@ -377,8 +387,8 @@ def test_operands_of_a_recipe():
         (region(conv(1, 8, 8, 12, 64)), "12 input or 64 output channels: TMA needs"),
         (region(conv(1, 8, 8, 64, 20)), "64 input or 20 output channels"),
         (region(gemm(64, 60, 64)), "64 input or 60 output channels"),
-        (region(conv(1, 8, 8, 64, 64, dtype="f32")), "2-byte operands, not f32"),
-        (region(gemm(64, 64, 64, dtype="f32")), "2-byte operands, not f32"),
+        (region(hwio(conv(1, 8, 8, 64, 64, dtype="f32"))), "channels innermost only"),
+        (region(gemm(64, 64, 64, dtype="f32")), "channels innermost only"),
         (
             region(CONVS[0], dataclasses.replace(PLAIN, out_dtype="bool")),
             "takes no tensors of bool",

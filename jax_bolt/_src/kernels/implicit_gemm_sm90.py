@@ -38,8 +38,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     problem, epilogue = region.problem, region.epilogue
     if arch.sm != 90:
         return f"needs sm_90a, not {arch.name}"
-    if problem.dtype not in ("bf16", "f16"):
-        return f"takes 2-byte operands, not {problem.dtype}"
+    if problem.dtype not in ("bf16", "f16", "f32"):
+        return f"no tensor-core path for {problem.dtype} operands"
     for dtype in (epilogue.out_dtype, *epilogue.sides):
         if dtype not in ("bf16", "f16", "f32"):
             return f"takes no tensors of {dtype}"
@@ -48,6 +48,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
     image = Image.of(problem)
+    if problem.dtype == "f32" and not image.k_outer:
+        return "TF32 tensor cores take filters with their input channels innermost only"
     if min(image.n, image.h, image.w, image.c, image.k, image.p, image.q) < 1:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:

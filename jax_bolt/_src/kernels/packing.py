@@ -36,6 +36,8 @@ class Packing:
         fold = p.stride[0]
         if p.c % _UNIT == 0 or p.filter_layout != "hwio" or p.dilation != (1, 1):
             return None
+        if p.dtype == "f32":  # TF32 does not take filters as the prologue packs them
+            return None
         if p.stride[1] != fold or fold * fold * p.c > _MOST_CHANNELS:
             return None
         if min(p.padding[0], p.padding[2]) < 0:

@@ -62,8 +62,8 @@ struct Ring {
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kResident: the filter stages
 /// hold a whole filter, loaded once. kSplits: CTAs of a cluster that share a tile, each with its
-/// part of the chunks (split-K); a cluster has one tile then. kSteps: products of depth 16 in a
-/// chunk.
+/// part of the chunks (split-K); a cluster has one tile then. kSteps: products in a chunk, of 32
+/// bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule,
           bool kResident, int kPixelStages, int kFilterStages, int kStoreStages, int kSplits,
@@ -81,7 +81,9 @@ struct Sm90 {
   static constexpr int kSides = Epilogue::kSides;
   static constexpr int kColumns = Epilogue::kColumns;
   static constexpr int kVectors = Epilogue::kVectors;
-  static_assert(sizeof(Element) == 2 && (sizeof(Output) == 2 || sizeof(Output) == 4));
+  static_assert(sizeof(Element) == 2 || (sizeof(Element) == 4 && kFilters == Filters::kKrsc),
+                "TF32 tensor cores take K-major operands only");
+  static_assert(sizeof(Output) == 2 || sizeof(Output) == 4);
   static_assert(kWarpgroups <= 2, "named barriers and side producers are for two");
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
   static_assert(kSides == 0 || kStoreStages >= 2,
@@ -90,8 +92,8 @@ struct Sm90 {
   static_assert(kSplits == 1 || (!kPingPong && !kResident && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
 
-  static constexpr int kBlock = 64;  // output channels
-  static constexpr int kChunk = 64;  // input channels: 128 bytes, the widest swizzle
+  static constexpr int kBlock = 64;                     // output channels
+  static constexpr int kChunk = 128 / sizeof(Element);  // input channels: the widest swizzle
   static constexpr int kFilterBlock = kBlock * 128;
   static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
   static constexpr int kFilterStage = kFilterBlocks * kFilterBlock;
@@ -114,7 +116,7 @@ struct Sm90 {
     }
   }
   static constexpr int kSlotTiles = side_tile<kSides>();
-  // One K step of 16: along a row of a K-major filter, 16 rows down an M-major one.
+  // One K step: 32 bytes along a row of a K-major filter, 16 rows down an M-major one.
   static constexpr int kFilterStep = kFilters == Filters::kKrsc ? 32 : 2048;
   static constexpr auto kMajorA = kFilters == Filters::kKrsc ? gmma::Major::K : gmma::Major::MN;
   using Mma = typename Wgmma<Element, kPixels, kMajorA>::Op;

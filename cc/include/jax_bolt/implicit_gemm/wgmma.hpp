@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// D[64, N] += A[64, 16] B[N, 16]^T by one warpgroup, both operands in shared memory, f32 in
-// registers; and the descriptors of those operands.
+// D[64, N] += A[64, K] B[N, K]^T by one warpgroup, both operands in shared memory, f32 in
+// registers; and the descriptors of those operands. K is 32 bytes: 16 elements, or 8 of f32, whose
+// 13 lowest bits TF32 leaves out.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_WGMMA_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_WGMMA_HPP_
 
@@ -28,6 +29,10 @@ struct Wgmma;
   template <gmma::Major kMajorA>                                              \
   struct Wgmma<cutlass::half_t, N, kMajorA> {                                 \
     using Op = gmma::MMA_64x##N##x16_F32F16F16_SS<kMajorA, gmma::Major::K>;   \
+  };                                                                          \
+  template <>                                                                 \
+  struct Wgmma<float, N, gmma::Major::K> {                                    \
+    using Op = gmma::MMA_64x##N##x8_F32TF32TF32_SS_TN<>;                      \
   }
 // clang-format off
 JAX_BOLT_WGMMA(8);   JAX_BOLT_WGMMA(16);  JAX_BOLT_WGMMA(24);  JAX_BOLT_WGMMA(32);
