@@ -50,7 +50,7 @@ def largest(region: ir.Region, **wanted: object) -> tiles.Tile:
         ({"schedule": "cooperative", "warps_m": 2}, 1, "bf16", "hwio"),
         ({"schedule": "cooperative", "warps_n": 2, "blocks": 2}, 0, "bf16", "hwio"),
         ({"schedule": "cooperative", "channel_blocks": 2}, 2, "f16", "krsc"),
-        ({"schedule": "pingpong", "resident": 1}, 0, "bf16", "krsc"),
+        ({"schedule": "pingpong", "channel_blocks": 1}, 0, "bf16", "krsc"),
         ({"schedule": "pingpong", "channel_blocks": 2}, 1, "bf16", "hwio"),
         ({"schedule": "cooperative", "warpgroups": 1}, 1, "f16", "hwio"),
     ],
@@ -100,7 +100,7 @@ STEM = ir.ConvProblem(
     [
         (FEW_TILES, {"splits": 8, "warpgroups": 2}, "bf16"),
         (FEW_TILES, {"splits": 4, "warpgroups": 1}, "f32"),
-        (STEM, {"resident": 1}, "bf16"),
+        (STEM, {}, "bf16"),
     ],
 )
 def test_split_packed_and_wide(tmp_path, problem, traits, out_dtype):

@@ -33,13 +33,18 @@ Apply = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], np.ndarray]
 
 
 @functools.cache
+def limit(name: str) -> int:
+    """A constant of the kernel's Geometry."""
+    text = (_HEADERS / "geometry.hpp").read_text()
+    found = re.search(rf"constexpr int {name} = (\d+);", text)
+    assert found is not None, name
+    return int(found[1])
+
+
+@functools.cache
 def geometry_fields() -> tuple[tuple[str, int], ...]:
     """The ints of the kernel's Geometry in order: name, and length (0: no array)."""
     text = re.sub(r"//.*", "", (_HEADERS / "geometry.hpp").read_text())
-    sizes = {
-        name: int(size)
-        for name, size in re.findall(r"constexpr int (\w+) = (\d+);", text)
-    }
     body = re.search(r"struct Geometry \{(.*?)\};", text, re.DOTALL)
     assert body is not None
     fields = []
@@ -49,7 +54,7 @@ def geometry_fields() -> tuple[tuple[str, int], ...]:
         for declared in names.split(","):
             parts = re.fullmatch(r"(\w+)(?:\[(\w+)\])?", declared.strip())
             assert parts is not None, declared
-            fields.append((parts[1], sizes[parts[2]] if parts[2] else 0))
+            fields.append((parts[1], limit(parts[2]) if parts[2] else 0))
     return tuple(fields)
 
 
@@ -85,10 +90,6 @@ class Arguments:
     warps_m: int
     warps_n: int
     ping_pong: bool
-    resident: bool
-    pixel_stages: int
-    filter_stages: int
-    store_stages: int
     splits: int
     steps: int
 
@@ -115,10 +116,6 @@ class Arguments:
             warps_n=int(given["kWarpgroupsN"]),
             ping_pong=one_of("kSchedule", "Schedule", "kPingPong", "kCooperative")
             == "kPingPong",
-            resident={"true": True, "false": False}[given["kResident"]],
-            pixel_stages=int(given["kPixelStages"]),
-            filter_stages=int(given["kFilterStages"]),
-            store_stages=int(given["kStoreStages"]),
             splits=int(given["kSplits"]),
             steps=int(given["kSteps"]),
         )
@@ -328,17 +325,20 @@ class Launch:
         else:
             # A cluster has one tile, a warpgroup one block, and every CTA some chunks.
             assert recipe.grid == g.tiles * t.splits and t.splits <= g.chunks
-            assert not t.ping_pong and not t.resident
+            assert not t.ping_pong and not g.resident
             assert t.blocks * t.channel_blocks == 1
         # What is beyond the products' depth is zeros.
         assert t.steps == 4 or g.chunks == 1
         # A stage is free only after the next one's first product was issued.
-        assert t.pixel_stages >= 2
-        if t.resident:
-            assert t.filter_stages >= g.chunks * self.taps and not g.filter_batch
+        assert 2 <= g.pixel_stages <= limit("kMaxPixelStages")
+        if g.resident:
+            assert g.filter_stages >= g.chunks * self.taps and not g.filter_batch
         else:
-            assert t.filter_stages >= 2
-        assert t.store_stages >= (2 if self.sides else 1)
+            assert g.filter_stages >= 2
+        assert g.filter_stages <= limit("kMaxFilterStages")
+        # A side's slot is free again once the next block's store was issued.
+        least, most = (2, limit("kMaxStoreStages")) if self.sides else (1, 2)
+        assert least <= g.store_stages <= most
         assert g.stage_bytes % 1024 == g.slot_bytes % 1024 == 0
         assert g.block_bytes % ROW == g.store_bytes % ROW == 0
         # A barrier waits for as many bytes as its boxes have.
@@ -347,10 +347,10 @@ class Launch:
         assert all(side.bytes == g.side_bytes for side in self.sides)
         result, *sides = (x.item // 2 for x in (self.to, *self.sides))
         tiles = sum(sides) + (0 if sides and sides[0] == result else result)
-        slots = t.warpgroups * t.store_stages * tiles
-        barriers = 2 * t.pixel_stages + 2 * t.filter_stages
-        barriers += 2 * t.warpgroups * (t.store_stages + 1)
-        used = t.pixel_stages * g.stage_bytes + t.filter_stages * t.filter_stage
+        slots = t.warpgroups * g.store_stages * tiles
+        barriers = 2 * limit("kMaxPixelStages") + 2 * limit("kMaxFilterStages")
+        barriers += 4 * limit("kMaxStoreStages") + 4
+        used = g.pixel_stages * g.stage_bytes + g.filter_stages * t.filter_stage
         groups = -(-(t.pixels // 8) // t.splits)
         used += t.warpgroups * (t.splits - 1) * groups * 8 * BLOCK * 4
         used += slots * g.slot_bytes + 8 * barriers
@@ -373,7 +373,7 @@ class Launch:
         g, resident = self.g, None
         for index in indices:
             channel, image, row, col = self._origin(index)
-            if not self.t.resident:
+            if not g.resident:
                 found = self._filters(channel, g.filter_batch * image)
             else:
                 if resident is None:

@@ -307,7 +307,7 @@ def test_the_problems_cover_every_kind_of_tile():
             layout = tile.layout(image)
             shape = (tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n)
             kinds.add((*shape, tile.schedule))
-            resident.add(tile.resident)
+            resident.add(tile.rings.resident)
             blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
     assert kinds == set(implicit_gemm_tiles._SHAPES)
     assert resident == {0, 1}

@@ -23,6 +23,7 @@ from .recipe import TensorMap
 MAX_BOX = 256  # TMA's limit on a box's extents
 MAX_PHASES = 16
 MAX_TAPS = 64
+MAX_RINGS = (8, 64, 8)  # stages of pixels, filters and stores
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +33,18 @@ class Block:
     images: int
     rows: int
     cols: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rings:
+    """Stages in shared memory; with ``resident`` (1 or 0) the filters' hold a whole
+    filter, loaded once. ``pixels`` and ``filters`` are one step of the main loop each,
+    ``stores`` a block's results and side inputs."""
+
+    pixels: int = 0
+    filters: int = 0
+    stores: int = 0
+    resident: int = 0
 
 
 @dataclasses.dataclass(frozen=True)  # no slots: the properties are kept
@@ -204,7 +217,7 @@ class Layout:
             return "more pixels than the accumulator has"
         return None
 
-    def integers(self, filter_blocks: int) -> tuple[int, ...]:
+    def integers(self, filter_blocks: int, rings: Rings) -> tuple[int, ...]:
         """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
         i, phases, taps = self.image, self.phases, self.taps
         _, row_tiles, col_tiles = self.tiles
@@ -218,6 +231,7 @@ class Layout:
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
             *(i.chunks, len(phases), down, right),
+            *dataclasses.astuple(rings),
             *(self.loads, self.box[2], self.load_bytes, self.stage_bytes),
             *(
                 self.block_pixels * ROW,

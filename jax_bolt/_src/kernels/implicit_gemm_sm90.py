@@ -107,9 +107,7 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         f"{scope}::Filters::{'kKrsc' if krsc else 'kHwio'}",
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
-        "true" if tile.resident else "false",
-        *(tile.pixel_stages, tile.filter_stages, tile.store_stages, tile.splits),
-        Image.of(region.problem).k_steps,
+        *(tile.splits, Image.of(region.problem).k_steps),
     )
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
 
@@ -134,7 +132,7 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
         programmatic=True,
         maps=layout.maps(tile.filter_blocks, epilogue),
         pointers=vectors or (recipes.NULL,),
-        ints=layout.integers(tile.filter_blocks),
+        ints=layout.integers(tile.filter_blocks, tile.rings),
         workspace_bytes=image.packing.workspace_bytes if image.packing else 0,
         prologue=image.packing.recipe() if image.packing else None,
     )

@@ -16,12 +16,15 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config
-from .geometry import Block, Layout, round_up
+from .geometry import MAX_RINGS, Block, Layout, Rings, round_up
 from .image import BLOCK, ROW, Image
 
 NAME = "implicit_gemm_sm90"
 
 _FILTER_BLOCK = BLOCK * ROW  # bytes
+# Full and empty barriers of every stage there can be, slots' for two warpgroups, and two
+# more of each of these.
+_BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
 
 # Cycles of an SM, fitted to 23 problems by 20 candidates each on an H200: the first
 # pick was 4 % off the best of them on average, the best of the first eight 0.5 %.
@@ -35,7 +38,7 @@ _CLOCK = 1.7e9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tile:
-    """One candidate: the kernel's template arguments, and the block of outputs.
+    """One candidate: the kernel's template arguments, block of outputs and rings.
 
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
@@ -48,11 +51,8 @@ class Tile:
     warps_m: int
     warps_n: int
     schedule: str
-    resident: int
     block: Block
-    pixel_stages: int = 0
-    filter_stages: int = 0
-    store_stages: int = 0
+    rings: Rings = Rings()
     splits: int = 1
 
     @property
@@ -72,16 +72,16 @@ class Tile:
         return Layout(image, self.block, self.blocks * self.warps_n, self.pixels)
 
     def config(self) -> Config:
-        b = self.block
+        b, rings = self.block, self.rings
         return Config.of(
             NAME,
             pixels=self.pixels,
             blocks=f"{self.blocks}x{self.channel_blocks}",
             warpgroups=f"{self.warps_m}x{self.warps_n}",
             schedule=self.schedule,
-            resident=self.resident,
+            resident=rings.resident,
             block=f"{b.images}x{b.rows}x{b.cols}",
-            stages=f"{self.pixel_stages}x{self.filter_stages}x{self.store_stages}",
+            stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
             splits=self.splits,
         )
 
@@ -93,7 +93,6 @@ class Tile:
         blocks, channel_blocks = split("blocks")
         warps_m, warps_n = split("warpgroups")
         images, rows, cols = split("block")
-        pixel_stages, filter_stages, store_stages = split("stages")
         return Tile(
             pixels=int(config["pixels"]),
             blocks=blocks,
@@ -101,11 +100,8 @@ class Tile:
             warps_m=warps_m,
             warps_n=warps_n,
             schedule=str(config["schedule"]),
-            resident=int(config["resident"]),
             block=Block(images, rows, cols),
-            pixel_stages=pixel_stages,
-            filter_stages=filter_stages,
-            store_stages=store_stages,
+            rings=Rings(*split("stages"), int(config["resident"])),
             splits=int(config["splits"]),
         )
 
@@ -123,14 +119,14 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
             if (channel_blocks * warps_m - 1) * BLOCK >= image.k:
                 continue  # blocks of channels that do not exist
             base = Tile(
-                pixels, blocks, channel_blocks, warps_m, warps_n, schedule, 0, block
+                pixels, blocks, channel_blocks, warps_m, warps_n, schedule, block
             )
             layout = base.layout(image)
             if layout.problem() is not None:
                 continue
             if blocks * warps_n > 1 and _idle_blocks(layout):
                 continue
-            variants = [base, dataclasses.replace(base, resident=1)]
+            variants = [base, dataclasses.replace(base, rings=Rings(resident=1))]
             variants += [
                 dataclasses.replace(base, splits=splits)
                 for splits in _splits(base, image, arch)
@@ -172,7 +168,7 @@ def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
     """
     _, channel_blocks, warps_m, warps_n, schedule = shape
     alone = schedule == "pingpong" or warps_m * warps_n > 1
-    return (192 if alone else 80) - 2 * channel_blocks * columns
+    return (204 if alone else 80) - 2 * channel_blocks * columns
 
 
 @functools.lru_cache(maxsize=512)
@@ -180,10 +176,8 @@ def _blocks(image: Image) -> tuple[tuple[Block, int], ...]:
     """Blocks of outputs worth an accumulator, with its pixels."""
     found: list[tuple[Block, int]] = []
     if image.is_line:
-        # As few as there are, for small batches; then what divides the work well.
-        sizes = {n for n in (16, 32, 64, 96, 128, 160, 192, 208, 224, 256)}
-        sizes |= {round_up(-(-image.q // n), 8) for n in (1, 2, 3, 4, 8)}
-        return tuple((Block(1, 1, n), n) for n in sorted(sizes) if 8 <= n <= 256)
+        most = min(256, round_up(image.q, 8))
+        return tuple((Block(1, 1, n), n) for n in range(8, most + 1, 8))
 
     def add(block: Block) -> None:
         used = Layout(image, block, 1, 256).used
@@ -237,17 +231,17 @@ def _staged(
         arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
     )
     slots = 1 if tile.schedule == "cooperative" and not sides else 2
-    fixed = 2048  # barriers, and alignment
-    if tile.resident:
-        if steps > 64 or image.filters > 1:
+    if tile.rings.resident:
+        if steps > MAX_RINGS[1] or image.filters > 1:
             return None
         if grid(tile, image, arch) % image.channel_tiles(tile.filter_blocks):
             return None
 
     def left(*stages: int) -> int:
-        return per_sm - fixed - _ring_bytes(tile, layout, slot_tiles, *stages)
+        staged = dataclasses.replace(tile, rings=Rings(*stages))
+        return per_sm - _BARRIERS - _ring_bytes(staged, layout, slot_tiles)
 
-    filters = steps if tile.resident else min(4, max(2, steps))
+    filters = steps if tile.rings.resident else min(4, max(2, steps))
     pixels = 2
     if left(pixels, filters, slots) < 0:
         return None
@@ -262,7 +256,7 @@ def _staged(
         ):
             pixels, more = pixels + 1, True
         if (
-            not tile.resident
+            not tile.rings.resident
             and filters < min(12, max(4, 2 * steps))
             and left(pixels, filters + 1, slots) >= 0
         ):
@@ -273,23 +267,16 @@ def _staged(
             and left(pixels, filters, slots + 1) >= 0
         ):
             slots, more = slots + 1, True
-    return dataclasses.replace(
-        tile, pixel_stages=pixels, filter_stages=filters, store_stages=slots
-    )
+    rings = Rings(pixels, filters, slots, tile.rings.resident)
+    return dataclasses.replace(tile, rings=rings)
 
 
-def _ring_bytes(
-    tile: Tile,
-    layout: Layout,
-    slot_tiles: int,
-    pixel_stages: int,
-    filter_stages: int,
-    store_stages: int,
-) -> int:
+def _ring_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
+    rings = tile.rings
     return (
-        pixel_stages * layout.stage_bytes
-        + filter_stages * _FILTER_BLOCK * tile.filter_blocks
-        + store_stages * tile.warpgroups * slot_tiles * layout.slot_bytes
+        rings.pixels * layout.stage_bytes
+        + rings.filters * _FILTER_BLOCK * tile.filter_blocks
+        + rings.stores * tile.warpgroups * slot_tiles * layout.slot_bytes
         + _partial_bytes(tile)
     )
 
@@ -301,10 +288,7 @@ def _partial_bytes(tile: Tile) -> int:
 
 
 def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
-    stages = (tile.pixel_stages, tile.filter_stages, tile.store_stages)
-    barriers = 2 * tile.pixel_stages + 2 * tile.filter_stages
-    barriers += 2 * tile.warpgroups * (tile.store_stages + 1)
-    return _ring_bytes(tile, layout, slot_tiles, *stages) + barriers * 8
+    return _ring_bytes(tile, layout, slot_tiles) + _BARRIERS
 
 
 def _count(tile: Tile, image: Image) -> int:
@@ -323,7 +307,7 @@ def grid(tile: Tile, image: Image, arch: GpuArch) -> int:
         return _count(tile, image) * tile.splits  # a cluster has one tile
     most = min(_count(tile, image), arch.sm_count * tile.ctas)
     channel_tiles = image.channel_tiles(tile.filter_blocks)
-    if tile.resident and most >= channel_tiles:
+    if tile.rings.resident and most >= channel_tiles:
         # A CTA keeps its channels: tiles go around in steps of the grid.
         return most // channel_tiles * channel_tiles
     return most
@@ -347,7 +331,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
     products = image.k_steps * steps * tile.blocks * tile.channel_blocks * sharing * one
     loads = boxes * layout.loads * layout.load_bytes
-    if not tile.resident:
+    if not tile.rings.resident:
         loads += steps * _FILTER_BLOCK * tile.filter_blocks
     outputs = tile.blocks * tile.channel_blocks * sharing
     epilogue = region.epilogue

@@ -15,6 +15,9 @@ namespace jax_bolt::implicit_gemm {
 
 inline constexpr int kMaxPhases = 16;
 inline constexpr int kMaxTaps = 64;
+inline constexpr int kMaxPixelStages = 8;
+inline constexpr int kMaxFilterStages = 64;
+inline constexpr int kMaxStoreStages = 8;
 
 struct Geometry {
   // Output channels.
@@ -27,6 +30,10 @@ struct Geometry {
 
   // The main loop's steps, and the input pixels between the origins of neighbouring outputs.
   std::int32_t chunks, phases, step_rows, step_cols;
+
+  // Stages of the rings in shared memory. `resident`: 1 where the filter's hold all of it, loaded
+  // once. With side inputs there are two store stages or more, without them one or two.
+  std::int32_t pixel_stages, filter_stages, store_stages, resident;
 
   // A pixel stage: `loads` boxes of load_bytes, load_cols columns apart; zeros up to stage_bytes.
   std::int32_t loads, load_cols, load_bytes, stage_bytes;

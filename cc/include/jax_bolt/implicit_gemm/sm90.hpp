@@ -40,33 +40,30 @@ struct Params {
   Geometry geometry;
 };
 
-/// A position in a ring of kStages, and the parity of the round it is in.
-template <int kStages>
+/// A position in a ring of `stages`, and the parity of the round it is in.
 struct Ring {
   int stage = 0;
   std::uint32_t parity = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }
   }
-  __device__ __forceinline__ void advance(int steps) {
+  __device__ __forceinline__ void skip(int steps, int stages) {
     stage += steps;
-    parity ^= (stage / kStages) & 1;
-    stage %= kStages;
+    parity ^= (stage / stages) & 1;
+    stage %= stages;
   }
 };
 
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
-/// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kResident: the filter stages
-/// hold a whole filter, loaded once. kSplits: CTAs of a cluster that share a tile, each with its
-/// part of the chunks (split-K); a cluster has one tile then. kSteps: products in a chunk, of 32
-/// bytes each.
+/// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster that
+/// share a tile, each with its part of the chunks (split-K); a cluster has one tile then. kSteps:
+/// products in a chunk, of 32 bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
-          int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule,
-          bool kResident, int kPixelStages, int kFilterStages, int kStoreStages, int kSplits,
+          int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
           int kSteps>
 struct Sm90 {
   using Epilogue = Epilogue_;
@@ -86,10 +83,7 @@ struct Sm90 {
   static_assert(sizeof(Output) == 2 || sizeof(Output) == 4);
   static_assert(kWarpgroups <= 2, "named barriers and side producers are for two");
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
-  static_assert(kSides == 0 || kStoreStages >= 2,
-                "a side's slot is free again once the next block's store was issued");
-
-  static_assert(kSplits == 1 || (!kPingPong && !kResident && kPixelBlocks * kChannelBlocks == 1),
+  static_assert(kSplits == 1 || (!kPingPong && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
 
   static constexpr int kBlock = 64;                     // output channels
@@ -137,10 +131,10 @@ struct Sm90 {
   }
 
   struct Barriers {
-    ptx::Barrier pixels_full[kPixelStages], pixels_empty[kPixelStages];
-    ptx::Barrier filters_full[kFilterStages], filters_empty[kFilterStages];
-    ptx::Barrier sides_full[kWarpgroups][kStoreStages], sides_empty[kWarpgroups][kStoreStages];
-    ptx::Barrier partials_full[kWarpgroups], results_full[kWarpgroups];
+    ptx::Barrier pixels_full[kMaxPixelStages], pixels_empty[kMaxPixelStages];
+    ptx::Barrier filters_full[kMaxFilterStages], filters_empty[kMaxFilterStages];
+    ptx::Barrier sides_full[2][kMaxStoreStages], sides_empty[2][kMaxStoreStages];
+    ptx::Barrier partials_full[2], results_full[2];  // [2]: of a warpgroup each
   };
 
   /// Where things lie in shared memory.
@@ -151,14 +145,14 @@ struct Sm90 {
     __device__ __forceinline__ Memory(std::uint8_t* base, Geometry const& g) {
       std::uint32_t const address = ptx::shared_address(base);
       pixels = address;
-      filters = pixels + kPixelStages * g.stage_bytes;
-      slots = filters + kFilterStages * kFilterStage;
-      partials = slots + kWarpgroups * kStoreStages * kSlotTiles * g.slot_bytes;
+      filters = pixels + g.pixel_stages * g.stage_bytes;
+      slots = filters + g.filter_stages * kFilterStage;
+      partials = slots + kWarpgroups * g.store_stages * kSlotTiles * g.slot_bytes;
       barriers = reinterpret_cast<Barriers*>(base + (partials + kPartials - address));
     }
     __device__ __forceinline__ std::uint32_t slot(Geometry const& g, int warpgroup,
                                                   int stage) const {
-      return slots + (warpgroup * kStoreStages + stage) * kSlotTiles * g.slot_bytes;
+      return slots + (warpgroup * g.store_stages + stage) * kSlotTiles * g.slot_bytes;
     }
   };
 
@@ -203,10 +197,9 @@ struct Sm90 {
   // Producers --------------------------------------------------------------------------------
 
   /// Sets up the barriers of a ring. The warp that fills it does so and may start at once.
-  template <int kStages>
-  __device__ static __forceinline__ void set_up(ptx::Barrier (&full)[kStages],
-                                                ptx::Barrier (&empty)[kStages], int readers) {
-    for (int i = 0; i < kStages; ++i) {
+  __device__ static __forceinline__ void set_up(ptx::Barrier* full, ptx::Barrier* empty, int stages,
+                                                int readers) {
+    for (int i = 0; i < stages; ++i) {
       full[i].init(1);
       empty[i].init(readers);
     }
@@ -229,7 +222,7 @@ struct Sm90 {
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
-    Ring<kPixelStages> ring;
+    Ring ring;
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
       for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
@@ -244,7 +237,7 @@ struct Sm90 {
                 tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
                 g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase], tile.image);
           }
-          ring.advance();
+          ring.advance(g.pixel_stages);
         }
       }
     }
@@ -253,7 +246,7 @@ struct Sm90 {
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
-    Ring<kFilterStages> ring;
+    Ring ring;
     int const taps = count_taps(g);
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
@@ -261,7 +254,7 @@ struct Sm90 {
       for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
         for (int tap = 0; tap < taps; ++tap) {
           ptx::Barrier& full = barriers.filters_full[ring.stage];
-          if (!kResident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
+          if (!g.resident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
           full.arrive_and_expect(kFilterStage);
           std::uint32_t const to = memory.filters + ring.stage * kFilterStage;
           int const at = g.tap_filter[tap];
@@ -273,10 +266,10 @@ struct Sm90 {
                         chunk * kChunk, at, batch);
             }
           }
-          ring.advance();
+          ring.advance(g.filter_stages);
         }
       }
-      if (kResident) break;
+      if (g.resident) break;
     }
   }
 
@@ -284,7 +277,7 @@ struct Sm90 {
   __device__ static void load_sides(Parameters const& p, Memory const& memory, int warpgroup) {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
-    Ring<kStoreStages> ring;
+    Ring ring;
     int turn = 0;
     for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
       if (!takes(warpgroup, turn)) continue;
@@ -307,7 +300,7 @@ struct Sm90 {
             }
           }
         });
-        ring.advance();
+        ring.advance(g.store_stages);
       }
     }
   }
@@ -336,7 +329,7 @@ struct Sm90 {
   /// Zeros after the boxes of every pixel stage: the padding after a tile's last row.
   __device__ static void clear_tails(Geometry const& g, Memory const& memory, int thread) {
     int const box = g.loads * g.load_bytes;
-    for (int stage = 0; stage < kPixelStages; ++stage) {
+    for (int stage = 0; stage < g.pixel_stages; ++stage) {
       std::uint32_t const base = memory.pixels + stage * g.stage_bytes;
       for (int at = box + thread * 16; at < g.stage_bytes; at += 128 * kWarpgroups * 16) {
         asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + at), "r"(0)
@@ -355,8 +348,8 @@ struct Sm90 {
 
   /// All products of a tile, the last of them still under way; returns the stages they read.
   __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
-                                                  int warpgroup, Ring<kPixelStages>& pixels,
-                                                  Ring<kFilterStages>& filters,
+                                                  int warpgroup, Ring& pixels,
+                                                  Ring& filters,
                                                   Accumulators& accumulators, int& pixel_stage,
                                                   int& filter_stage) {
     Barriers& barriers = *memory.barriers;
@@ -373,7 +366,7 @@ struct Sm90 {
         barriers.pixels_full[pixels.stage].wait(pixels.parity);
         std::uint64_t const stage = pixel_base + moved(pixels.stage * g.stage_bytes);
         for (int left = g.phase_taps[phase]; left > 0; --left, ++tap) {
-          barriers.filters_full[filters.stage].wait(kResident ? 0 : filters.parity);
+          barriers.filters_full[filters.stage].wait(filters.parity);
           std::uint64_t const a = filter_base + moved(filters.stage * kFilterStage);
           std::uint64_t const b = stage + moved(g.tap_offset[tap]);
           cute::warpgroup_arrive();
@@ -393,14 +386,14 @@ struct Sm90 {
           cute::warpgroup_commit_batch();
           // All but the products just issued are done with their stages.
           cute::warpgroup_wait<1>();
-          if (!kResident && filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
+          if (filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
           if (free_pixels >= 0) release(barriers.pixels_empty[free_pixels]);
           free_pixels = -1;
           filter_stage = filters.stage;
-          filters.advance();
+          filters.advance(g.filter_stages);
         }
         free_pixels = pixel_stage = pixels.stage;
-        pixels.advance();
+        pixels.advance(g.pixel_stages);
       }
     }
   }
@@ -540,7 +533,7 @@ struct Sm90 {
   /// slot to the output by TMA, which leaves out what lies beyond it.
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup,
-                                               Ring<kStoreStages>& ring, int& unreleased,
+                                               Ring& ring, int& unreleased,
                                                float (&accumulators)[kPixels / 2],
                                                float const (&columns)[2][array_size(kColumns)]) {
     Geometry const& g = p.geometry;
@@ -548,7 +541,13 @@ struct Sm90 {
     if constexpr (kSides > 0) {
       memory.barriers->sides_full[warpgroup][ring.stage].wait(ring.parity);
     } else {
-      if (thread == 0) ptx::wait_for_stores<kStoreStages - 1>();
+      if (thread == 0) {
+        if (g.store_stages == 1) {
+          ptx::wait_for_stores<0>();
+        } else {
+          ptx::wait_for_stores<1>();
+        }
+      }
       ptx::sync(kStore + warpgroup, 128);
     }
     std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
@@ -597,15 +596,15 @@ struct Sm90 {
         unreleased = ring.stage;
       }
     }
-    ring.advance();
+    ring.advance(g.store_stages);
   }
 
   __device__ static void consume(Parameters const& p, Memory const& memory, int warpgroup) {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
-    Ring<kPixelStages> pixels;
-    Ring<kFilterStages> filters;
-    Ring<kStoreStages> slots;
+    Ring pixels;
+    Ring filters;
+    Ring slots;
     int const taps = count_taps(g);
     int unreleased = -1, turn = 0, channel = -1;
     Columns columns;
@@ -613,12 +612,12 @@ struct Sm90 {
     if (kPingPong && warpgroup == 1) ptx::arrive(kTurn, 256);
     for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
       if (!takes(warpgroup, turn)) {
-        pixels.advance(g.chunks * g.phases);
-        if (!kResident) filters.advance(g.chunks * taps);
+        pixels.skip(g.chunks * g.phases, g.pixel_stages);
+        filters.skip(g.chunks * taps, g.filter_stages);
         continue;
       }
       Tile const tile(g, index);
-      if (kResident) filters = {};
+      if (g.resident) filters = {};  // its first round, for every tile
       if (tile.channel != channel) load_columns(p, tile, warpgroup, columns);
       channel = tile.channel;
       if (kPingPong) ptx::sync(kTurn + warpgroup, 256);
@@ -632,7 +631,7 @@ struct Sm90 {
       for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
         cute::warpgroup_fence_operand(flat[i]);
       }
-      if (!kResident) release(barriers.filters_empty[filter_stage]);
+      release(barriers.filters_empty[filter_stage]);
       release(barriers.pixels_empty[pixel_stage]);
 #pragma unroll
       for (int nb = 0; nb < kPixelBlocks; ++nb) {
@@ -667,12 +666,12 @@ struct Sm90 {
       if (elected) {
         if (warp == 0) {
           ptx::prefetch(p.pixels);
-          set_up(barriers.pixels_full, barriers.pixels_empty, kReaders);
+          set_up(barriers.pixels_full, barriers.pixels_empty, g.pixel_stages, kReaders);
         } else if (warp == 1) {
           ptx::prefetch(p.filters);
-          set_up(barriers.filters_full, barriers.filters_empty, kReaders);
+          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, kReaders);
         } else if (kSides > 0 && warp - 2 < kWarpgroups) {
-          set_up(barriers.sides_full[warp - 2], barriers.sides_empty[warp - 2], 1);
+          set_up(barriers.sides_full[warp - 2], barriers.sides_empty[warp - 2], g.store_stages, 1);
         }
       }
       __syncwarp();
