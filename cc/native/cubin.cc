@@ -23,7 +23,7 @@ bool Misaligned(const void* address) {
 }
 
 int TensorType(int dtype) {
-  constexpr int kTypes[] = {kCuTensorBfloat16, kCuTensorFloat16, kCuTensorFloat32};
+  constexpr int kTypes[] = {kCuTensorBfloat16, kCuTensorFloat16, kCuTensorFloat32, kCuTensorTf32};
   return kTypes[dtype];
 }
 

@@ -43,7 +43,8 @@ inline constexpr int kCuMaxDynamicSharedBytes = 8;  // CUfunction_attribute
 inline constexpr int kCuClusterDimension = 4;       // CUlaunchAttributeID, as the next
 inline constexpr int kCuProgrammaticStreamSerialization = 6;
 // CUtensorMapDataType, Interleave, Swizzle (by the log of its bytes), L2promotion, FloatOOBfill.
-inline constexpr int kCuTensorFloat16 = 6, kCuTensorFloat32 = 7, kCuTensorBfloat16 = 9;
+inline constexpr int kCuTensorFloat16 = 6, kCuTensorFloat32 = 7, kCuTensorBfloat16 = 9,
+                     kCuTensorTf32 = 11;
 inline constexpr int kCuInterleaveNone = 0;
 inline constexpr int kCuSwizzleNone = 0, kCuSwizzle32 = 1, kCuSwizzle64 = 2, kCuSwizzle128 = 3;
 inline constexpr int kCuL2Promotion256 = 3;

@@ -52,7 +52,7 @@ class Reader {
 MapRecipe TakeMap(Reader& reader) {
   MapRecipe map = {};
   map.operand = static_cast<int>(reader.Take("a map's operand", 0, kNumOperands - 1));
-  map.dtype = static_cast<int>(reader.Take("a map's dtype", 0, 2));
+  map.dtype = static_cast<int>(reader.Take("a map's dtype", 0, 3));
   map.rank = static_cast<uint32_t>(reader.Take("a map's rank", 1, kMaxRank));
   for (uint64_t& dim : map.dims) {
     dim = static_cast<uint64_t>(reader.Take("a map's dim", 1, (int64_t{1} << 32) - 1));

@@ -35,7 +35,7 @@ void* Address(int operand, const JaxBoltBuffers& buffers);
 
 struct MapRecipe {
   int operand;
-  int dtype;  // 0 bf16, 1 f16, 2 f32
+  int dtype;  // 0 bf16, 1 f16, 2 f32, 3 f32 that a load rounds to TF32
   uint32_t rank;
   uint64_t dims[kMaxRank];         // elements, innermost first
   uint64_t strides[kMaxRank - 1];  // bytes, of dims 1..

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jax_bolt._src.kernels.recipe import Recipe, TensorMap
+from jax_bolt._src.kernels.recipe import ITEM_BYTES, Recipe, TensorMap
 
 BLOCK, ROW, ITEM = 64, 128, 2
 FILTER_BLOCK = BLOCK * ROW
@@ -147,7 +147,7 @@ class Tensor:
         assert all(1 <= step <= 8 for step in tensor.steps) and tensor.steps[0] == 1
         assert all(s % 16 == 0 and 0 <= s < 2**40 for s in tensor.strides)
         # A box's rows are as long as the swizzle.
-        self.item = 4 if tensor.dtype == 2 else 2
+        self.item = ITEM_BYTES[tensor.dtype]
         assert tensor.box[0] * self.item == tensor.swizzle == ROW
         self._strides = (1, *(stride // self.item for stride in tensor.strides))
         # The map's last element is the operand's last or one before it.

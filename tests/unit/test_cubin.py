@@ -113,7 +113,7 @@ def test_a_launch_without_attributes(launch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "swizzle", "want"), [("bf16", 64, (9, 2)), ("f32", 32, (7, 1))]
+    ("dtype", "swizzle", "want"), [("bf16", 64, (9, 2)), ("f32", 32, (7, 1)), ("tf32", 128, (11, 3))]
 )
 def test_types_and_swizzles(launch: Any, dtype: Any, swizzle: int, want: Any) -> None:
     number = recipe.DTYPES.index(dtype)
@@ -225,7 +225,7 @@ def changed(index: int, value: int) -> list[int]:
         (ENCODED[:-1], "it has 40 numbers"),
         ([*ENCODED, 0], "it has 42 numbers"),
         (changed(11, -1), "a map's operand is -1"),
-        (changed(12, 3), "a map's dtype is 3"),
+        (changed(12, 4), "a map's dtype is 4"),
         (changed(13, 6), "a map's rank is 6"),
         (changed(14, 0), "a map's dim is 0"),
         (changed(19, 8), "a map's stride is not a multiple of 16"),

@@ -76,7 +76,7 @@ def test_the_operands_are_those_of_the_abi() -> None:
     [
         (dict(operand=-1), "operand -1"),
         (dict(operand=14), "operand 14"),
-        (dict(dtype=3), "dtype 3 is not from 0 to 2"),
+        (dict(dtype=4), "dtype 4 is not from 0 to 3"),
         (dict(offset=8), "offset 8 is not a multiple of 16 bytes"),
         (dict(offset=-16), "offset -16"),
         (dict(dims=()), "rank 0 is not from 1 to 5"),

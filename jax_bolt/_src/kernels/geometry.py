@@ -265,7 +265,7 @@ class Layout:
     def maps(self, filter_blocks: int, epilogue: ir.Epilogue) -> tuple[TensorMap, ...]:
         """Pixels, filters, output and (at least one) side input."""
         i = self.image
-        dtype = recipe.DTYPES.index(i.dtype)
+        dtype = recipe.DTYPES.index("tf32" if i.dtype == "f32" else i.dtype)
         item = i.item
         a, b, filter_offset = recipe.A, recipe.B, 0
         if i.packing is not None:
@@ -312,7 +312,7 @@ def _contiguous(
     offset: int = 0,
 ) -> TensorMap:
     """A map of a contiguous array, innermost dimension first."""
-    strides, stride = [], ir.ITEM_BYTES[recipe.DTYPES[dtype]]
+    strides, stride = [], recipe.ITEM_BYTES[dtype]
     for size in dims[:-1]:
         stride *= size
         strides.append(stride)

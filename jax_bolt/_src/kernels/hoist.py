@@ -5,6 +5,14 @@ from __future__ import annotations
 
 from .. import ir
 
+# Instructions, about, of what takes more than one.
+_COSTS = {
+    **{"div": 6, "sqrt": 6, "rsqrt": 6, "cbrt": 20},
+    **{"exp": 9, "exp2": 8, "expm1": 20, "log": 12, "log1p": 20, "pow": 40},
+    **{"tanh": 14, "logistic": 12, "erf": 25, "erfc": 40, "erf_inv": 40},
+    **{"sin": 20, "cos": 20, "tan": 30},
+}
+
 
 def live(epilogue: ir.Epilogue) -> frozenset[int]:
     """The values that the result depends on."""
@@ -39,3 +47,13 @@ def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
     read = {a for i in used if not same[i] for a in epilogue.ops[i].args}
     read.add(epilogue.result)
     return tuple(i for i in sorted(read) if same[i] and not known[i])
+
+
+def work(epilogue: ir.Epilogue) -> int:
+    """Instructions per element, about: what ranks tiles, not what is exact."""
+    same, known = epilogue.per_channel(), constant(epilogue)
+    return sum(
+        _COSTS.get(epilogue.ops[i].name, 1)
+        for i in live(epilogue)
+        if not same[i] and not known[i] and epilogue.ops[i].name not in ir.LEAVES
+    )

@@ -30,6 +30,7 @@ header = "jax_bolt/implicit_gemm/sm90.hpp"
 artifact: Artifact = "cubin"
 
 _CANDIDATES = 8
+_OF_A_KIND = 3
 _MAX_EXTENT = 2**31 - 1 - 65536  # the kernel counts pixels and tiles in 32 bits
 
 
@@ -83,13 +84,16 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
         tiles_of(image, region.epilogue, arch),
         key=lambda tile: cycles(tile, image, region, arch),
     )
-    # Tiles that differ in one trait only are near-ties: few of a kind.
+    # Neighbours in size are near-ties: few of a kind.
     kinds: dict[tuple[object, ...], int] = {}
     chosen: list[Config] = []
     for tile in found:
-        kind = (tile.pixels, tile.filter_blocks, tile.warpgroups, tile.block)
+        kind = (
+            *(tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
+            tile.schedule,
+        )
         kinds[kind] = kinds.get(kind, 0) + 1
-        if kinds[kind] <= 2:
+        if kinds[kind] <= _OF_A_KIND:
             chosen.append(tile.config())
     return tuple(chosen[:_CANDIDATES])
 

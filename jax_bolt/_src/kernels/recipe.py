@@ -16,8 +16,10 @@ VERSION = 2
 
 # Operands of the custom call, by number.
 NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
-# What a tensor map may hold, by number.
-DTYPES: tuple[ir.DType, ...] = ("bf16", "f16", "f32")
+# What a tensor map may hold, by number, and its bytes. tf32 is float32 that TMA rounds to
+# nearest as it loads: the tensor cores themselves only cut off what TF32 does not have.
+DTYPES = ("bf16", "f16", "f32", "tf32")
+ITEM_BYTES = (2, 2, 4, 4)
 
 _SIDES = 4
 _VECTORS = _SIDES + ir.MAX_SIDES
@@ -93,7 +95,7 @@ class TensorMap:
             raise ValueError(f"offset {self.offset} is not a multiple of 16 bytes")
         if self.steps[0] != 1:
             raise ValueError(f"TMA ignores the innermost step, {self.steps[0]}")
-        row = self.box[0] * ir.ITEM_BYTES[DTYPES[self.dtype]]
+        row = self.box[0] * ITEM_BYTES[self.dtype]
         if row % 16:
             raise ValueError(f"a box's row of {row} bytes is not a multiple of 16")
         if self.swizzle and row > self.swizzle:
