@@ -188,8 +188,9 @@ def _kernels(
         if best is None:
             continue
         kernel, entry = best
-        fun = measure.kernel_function(operands.site, kernel)
-        entry["in_program_us"] = measure.time_region(fun, operands, target.ordinal)
+        entry["in_program_us"] = measure.time_in_sequence(
+            kernel, operands, target.ordinal
+        )
         moves = kernel_problems.moves_input(operands.site, form)
         entry["moves_input"] = moves
         entry["us"] = entry["in_program_us" if moves else "rot_us"]

@@ -186,7 +186,6 @@ CONVS = [
     _conv(2, 7, 7, 24, 40, 1, 1),
     _conv(2, 10, 10, 12, 20, 3, 3, F32),
     _conv(2, 15, 13, 64, 72, 3, 3, F32, stride=2),
-    _conv(2, 33, 31, 3, 48, 3, 3, F32, stride=2),
     _conv(2, 6, 6, 64, 64, 3, 3, bare=True, padding="VALID"),
     # What the Hopper family cuts differently: whole images, columns, folded strides,
     # stepped strides, padding wider than the filter's reach.

@@ -180,10 +180,11 @@ def _as_it_lies(problem: ir.ConvProblem, x, hwio):
 
 def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
     """Strided convs on so few channels that padding would waste most of the work."""
+    unit = _unit(problem)
     return (
         problem.stride == (2, 2)
         and problem.dilation == (1, 1)
-        and problem.c <= 4
+        and problem.c * 2 <= unit
         and max(problem.r, problem.s) > 1
     )
 

@@ -298,9 +298,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(measure, "time_kernel", lambda kernel, *_: 4.0 + kernel.position)
     patch(measure, "time_region", time_region)
     patch(measure, "errors", lambda *_: measure.Errors(kernel=1e-3, xla=1e-3))
-    patch(
-        measure, "kernel_function", lambda site, kernel: reference_fun(site.reference)
-    )
+    patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: 8.0)
     return [*ONE_CONV, "--templates", "conv_sm80", "--out", str(tmp_path)]
 
 

@@ -113,7 +113,8 @@ def test_a_launch_without_attributes(launch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "swizzle", "want"), [("bf16", 64, (9, 2)), ("f32", 32, (7, 1)), ("tf32", 128, (11, 3))]
+    ("dtype", "swizzle", "want"),
+    [("bf16", 64, (9, 2)), ("f32", 32, (7, 1)), ("tf32", 128, (11, 3))],
 )
 def test_types_and_swizzles(launch: Any, dtype: Any, swizzle: int, want: Any) -> None:
     number = recipe.DTYPES.index(dtype)

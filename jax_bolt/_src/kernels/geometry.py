@@ -47,6 +47,9 @@ class Rings:
     resident: int = 0
 
 
+NO_RINGS = Rings()
+
+
 @dataclasses.dataclass(frozen=True)  # no slots: the properties are kept
 class Layout:
     """A block's pixels in shared memory and a tile of ``count`` blocks."""

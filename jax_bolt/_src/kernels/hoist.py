@@ -9,7 +9,7 @@ from .. import ir
 _COSTS = {
     **{"div": 6, "sqrt": 6, "rsqrt": 6, "cbrt": 20},
     **{"exp": 9, "exp2": 8, "expm1": 20, "log": 12, "log1p": 20, "pow": 40},
-    **{"tanh": 14, "logistic": 12, "erf": 25, "erfc": 40, "erf_inv": 40},
+    **{"tanh": 14, "logistic": 12, "erf": 25, "erfc": 24, "erf_inv": 40},
     **{"sin": 20, "cos": 20, "tan": 30},
 }
 

@@ -16,19 +16,20 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config
-from .geometry import MAX_RINGS, Block, Layout, Rings, round_up
+from .geometry import MAX_RINGS, NO_RINGS, Block, Layout, Rings, round_up
 from .image import BLOCK, ROW, Image
 
 NAME = "implicit_gemm_sm90"
 
 _FILTER_BLOCK = BLOCK * ROW  # bytes
-# Full and empty barriers of every stage there can be, slots' for two warpgroups, and two
-# more of each of these.
+# Full and empty barriers of every stage there can be, slots' for two warpgroups, and
+# two more of each of these.
 _BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
 
 # Cycles of an SM, fitted to 1,650 kernels of 52 problems on an H200 (ResNet-50's at
-# batch 32 and some at 128, BERT's, VGG's dense layers): of some 32 tiles of a problem the
-# first pick took 6 % longer than the best on average, the best of the first eight 0.2 %.
+# batch 32 and some at 128, BERT's, VGG's dense layers): of some 32 tiles of a problem
+# the first pick took 6 % longer than the best on average, the best of the first eight
+# 0.2 %.
 _START = 4900  # from launch to the first product, and the last store
 _FINISH = 2.8  # of an epilogue: a pixel of a block, for every instruction
 _EXCHANGE = 3000  # of sums and results between the CTAs of a split tile
@@ -55,7 +56,7 @@ class Tile:
     warps_n: int
     schedule: str
     block: Block
-    rings: Rings = Rings()
+    rings: Rings = NO_RINGS
     splits: int = 1
 
     @property

@@ -16,8 +16,8 @@ VERSION = 2
 
 # Operands of the custom call, by number.
 NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
-# What a tensor map may hold, by number, and its bytes. tf32 is float32 that TMA rounds to
-# nearest as it loads: the tensor cores themselves only cut off what TF32 does not have.
+# What a tensor map may hold, by number, and its bytes. tf32 is float32 that TMA rounds
+# to nearest as it loads: tensor cores themselves only cut off what TF32 does not have.
 DTYPES = ("bf16", "f16", "f32", "tf32")
 ITEM_BYTES = (2, 2, 4, 4)
 

@@ -243,7 +243,7 @@ def _tune_site(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     for group in groups:
-        entry = _with_best(entry, site, group, operands, target.ordinal, problems)
+        entry = _with_best(entry, site, group, operands, target, problems)
     if entry.time_us is None:
         raise Untunable("no candidate ran: " + "; ".join(problems))
     for problem in problems:
@@ -258,7 +258,7 @@ def _with_best(
     site: SiteInfo,
     group: list[_Timed],
     operands: measure.Operands,
-    ordinal: int,
+    target: Target,
     problems: list[str],
 ) -> db.Entry:
     """``entry`` with the fastest accurate kernel of one form, if it is faster."""
@@ -270,8 +270,11 @@ def _with_best(
                 f"XLA's {errors.xla:.2e}"
             )
             continue
-        fun = measure.kernel_function(site, timed.kernel)
-        time_us = measure.time_region(fun, operands, ordinal)
+        if "sequence" in target.disable:
+            fun = measure.kernel_function(site, timed.kernel)
+            time_us = measure.time_region(fun, operands, target.ordinal)
+        else:
+            time_us = measure.time_in_sequence(timed.kernel, operands, target.ordinal)
         if entry.time_us is not None and time_us >= entry.time_us:
             return entry
         return dataclasses.replace(
