@@ -35,23 +35,44 @@ def chosen(case, candidates):
         groups.setdefault(key, []).append(candidate)
     turn = len(case.name)
     found = [group[turn % len(group)] for group in groups.values()]
-    return found + (splits(candidates) if is_deep(case) else [])
+    return found + pairs(candidates) + (splits(candidates) if is_deep(case) else [])
+
+
+def pairs(candidates):
+    """A candidate of each form whose CTAs load their filters in pairs."""
+    found = {}
+    for candidate, tile in tiles(candidates):
+        if tile.multicast > 1:
+            found.setdefault(candidate.form.name, with_tile(candidate, tile))
+    return list(found.values())
 
 
 def splits(candidates):
     """One candidate for every number of CTAs that can share a tile, with something to
     finish for each of them and without."""
     found = {}
+    for candidate, tile in tiles(candidates):
+        if tile.splits > 1:
+            key = (tile.splits, tile.pixels < 8 * tile.splits)
+            found.setdefault(key, with_tile(candidate, tile))
+    return list(found.values())
+
+
+def with_tile(candidate, tile):
+    return dataclasses.replace(candidate, config=tile.config())
+
+
+def tiles(candidates):
+    """Every tile of the Hopper family in every form, whatever its rank."""
+    forms = {}
     for candidate in candidates:
-        if candidate.template is not implicit_gemm_sm90:
-            continue
+        if candidate.template is implicit_gemm_sm90:
+            forms.setdefault(candidate.form.name, candidate)
+    for candidate in forms.values():
         region = candidate.form.region
         image = Image.of(region.problem)
         for tile in tiles_of(image, region.epilogue, candidate.arch):
-            if tile.splits > 1:
-                split = dataclasses.replace(candidate, config=tile.config())
-                found.setdefault((tile.splits, tile.pixels < 8 * tile.splits), split)
-    return list(found.values())
+            yield candidate, tile
 
 
 def is_deep(case):
@@ -126,8 +147,9 @@ def test_every_template_ran():
         expected |= {"gemm_sm90", "implicit_gemm_sm90"}
     assert ran == expected
     texts = {c.config.text for group in all_candidates()[0].values() for c in group}
-    seen = {int(n) for text in texts for n in re.findall(r"splits=(\d+)", text)}
-    assert seen == ({1, 2, 3, 4, 6, 8} if target().arch.sm == 90 else set())
+    seen = {n for text in texts for n in re.findall(r"cluster=(\S+)", text)}
+    clusters = {"1x1", "1x2", *(f"{n}x1" for n in (2, 3, 4, 6, 8))}
+    assert seen == (clusters if target().arch.sm == 90 else set())
 
 
 REPEATED = [

@@ -220,8 +220,11 @@ class Layout:
             return "more pixels than the accumulator has"
         return None
 
-    def integers(self, filter_blocks: int, rings: Rings) -> tuple[int, ...]:
-        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
+    def integers(
+        self, filter_blocks: int, rings: Rings, multicast: int
+    ) -> tuple[int, ...]:
+        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile, and
+        ``multicast`` CTAs have one each, of the same channels."""
         i, phases, taps = self.image, self.phases, self.taps
         _, row_tiles, col_tiles = self.tiles
         channel_tiles = i.channel_tiles(filter_blocks)
@@ -230,7 +233,7 @@ class Layout:
         whole, line = self.whole_images, i.is_line
         numbers = [
             i.k,
-            *(math.prod(self.tiles) * channel_tiles, channel_tiles),
+            *(-(-math.prod(self.tiles) // multicast) * channel_tiles, channel_tiles),
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
             *(i.chunks, len(phases), down, right),
@@ -265,8 +268,11 @@ class Layout:
         numbers += _filled([at for _, _, at in taps], MAX_TAPS)
         return tuple(numbers)
 
-    def maps(self, filter_blocks: int, epilogue: ir.Epilogue) -> tuple[TensorMap, ...]:
-        """Pixels, filters, output and (at least one) side input."""
+    def maps(
+        self, filter_blocks: int, epilogue: ir.Epilogue, multicast: int
+    ) -> tuple[TensorMap, ...]:
+        """Pixels, filters (each of ``multicast`` CTAs loads its part), output and (at
+        least one) side input."""
         i = self.image
         dtype = recipe.DTYPES.index("tf32" if i.dtype == "f32" else i.dtype)
         item = i.item
@@ -290,10 +296,10 @@ class Layout:
         taps = i.r * i.s
         if i.k_outer:
             sizes = (i.c, taps, i.k, i.filters)
-            box = (i.chunk, 1, BLOCK * filter_blocks, 1)
+            box = (i.chunk, 1, BLOCK * filter_blocks // multicast, 1)
         else:
             sizes = (i.k, i.c, taps, i.filters)
-            box = (BLOCK, i.chunk, 1, 1)
+            box = (BLOCK, i.chunk // multicast, 1, 1)
         filters = _contiguous(b, dtype, sizes, box, filter_offset)
         images, rows, cols = self.store_box
         out = (i.k, i.q, i.p, i.n)

@@ -33,6 +33,7 @@ _BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
 _START = 4900  # from launch to the first product, and the last store
 _FINISH = 2.8  # of an epilogue: a pixel of a block, for every instruction
 _EXCHANGE = 3000  # of sums and results between the CTAs of a split tile
+_PAIRING = 700  # of CTAs that load filters together: each waits for the other
 _PIXEL_WAIT = 2000  # from asking for a box of pixels, mostly in device memory, to it
 _FILTER_WAIT = 1800
 _LOAD_RATE = 64.0  # bytes a cycle from L2 into shared memory
@@ -46,7 +47,8 @@ class Tile:
 
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
-    pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels.
+    pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels, and
+    ``multicast`` those that load a filter together, each for tiles of its own.
     """
 
     pixels: int
@@ -58,6 +60,7 @@ class Tile:
     block: Block
     rings: Rings = NO_RINGS
     splits: int = 1
+    multicast: int = 1
 
     @property
     def filter_blocks(self) -> int:
@@ -86,7 +89,7 @@ class Tile:
             resident=rings.resident,
             block=f"{b.images}x{b.rows}x{b.cols}",
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
-            splits=self.splits,
+            cluster=f"{self.splits}x{self.multicast}",
         )
 
     @staticmethod
@@ -97,6 +100,7 @@ class Tile:
         blocks, channel_blocks = split("blocks")
         warps_m, warps_n = split("warpgroups")
         images, rows, cols = split("block")
+        splits, multicast = split("cluster")
         return Tile(
             pixels=int(config["pixels"]),
             blocks=blocks,
@@ -106,7 +110,8 @@ class Tile:
             schedule=str(config["schedule"]),
             block=Block(images, rows, cols),
             rings=Rings(*split("stages"), int(config["resident"])),
-            splits=int(config["splits"]),
+            splits=splits,
+            multicast=multicast,
         )
 
 
@@ -135,6 +140,10 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
                 dataclasses.replace(base, splits=splits)
                 for splits in _splits(base, image, arch)
             ]
+            if image.filters == 1 and _count(base, image) > image.channel_tiles(
+                base.filter_blocks
+            ):
+                variants.append(dataclasses.replace(base, multicast=2))
             for variant in variants:
                 tile = _staged(variant, layout, epilogue, arch)
                 if tile is not None:
@@ -293,8 +302,9 @@ def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
 
 
 def _count(tile: Tile, image: Image) -> int:
+    """Tiles, and with ``multicast`` pairs of them."""
     channel_tiles = image.channel_tiles(tile.filter_blocks)
-    return math.prod(tile.layout(image).tiles) * channel_tiles
+    return -(-math.prod(tile.layout(image).tiles) // tile.multicast) * channel_tiles
 
 
 def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
@@ -306,6 +316,9 @@ def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
 def grid(tile: Tile, image: Image, arch: GpuArch) -> int:
     if tile.splits > 1:
         return _count(tile, image) * tile.splits  # a cluster has one tile
+    if tile.multicast > 1:
+        pairs = arch.sm_count * tile.ctas // tile.multicast
+        return min(_count(tile, image), pairs) * tile.multicast
     most = min(_count(tile, image), arch.sm_count * tile.ctas)
     channel_tiles = image.channel_tiles(tile.filter_blocks)
     if tile.rings.resident and most >= channel_tiles:
@@ -329,7 +342,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     steps, boxes = _steps(tile, layout)
     rings, epilogue = tile.rings, region.epilogue
     ctas = grid(tile, image, arch)
-    turns = -(-_count(tile, image) * tile.splits // ctas)
+    turns = -(-_count(tile, image) * tile.splits * tile.multicast // ctas)
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)
     sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
@@ -338,7 +351,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     loads = boxes * layout.loads * layout.load_bytes
     waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
     if not rings.resident:
-        loads += steps * _FILTER_BLOCK * tile.filter_blocks
+        loads += steps * _FILTER_BLOCK * tile.filter_blocks / tile.multicast
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
     moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
     moved *= blocks * sharing * layout.slot_bytes
@@ -353,6 +366,8 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
         own = turns * (main + finish)
     if tile.splits > 1:
         own += _EXCHANGE + _partial_bytes(tile) / _LOAD_RATE
+    if tile.multicast > 1:
+        own += _PAIRING
     first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
     memory = region.bytes_moved / arch.bandwidth / _MEMORY * _CLOCK
     return _START + first + max(own, memory) + 0.05 * min(own, memory)

@@ -24,7 +24,7 @@ struct Geometry {
   std::int32_t channels;
 
   // Tiles of a launch: images x rows x columns x channels, channels varying fastest, and the
-  // outputs that one covers.
+  // outputs that one covers. Where CTAs share filters in pairs, `tiles` counts pairs of tiles.
   std::int32_t tiles, channel_tiles, col_tiles, row_tiles;
   std::int32_t tile_images, tile_rows, tile_cols;
 

@@ -9,7 +9,8 @@
 // pixels, warp 1 the filters, warps 2 and 3 the side inputs of a warpgroup each. Rings of stages in
 // shared memory, each with a full and an empty barrier, connect them. From load to store:
 // load_pixels, load_filters, load_sides; then multiply, finish, store. The CTAs of a cluster may
-// share a tile, each with some of the input channels: combine and gather connect them.
+// share a tile, each with some of the input channels: combine and gather connect them. Or two have
+// tiles of the same channels, and each loads half of the filter for both.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 
@@ -60,11 +61,12 @@ struct Ring {
 
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster that
-/// share a tile, each with its part of the chunks (split-K); a cluster has one tile then. kSteps:
-/// products in a chunk, of 32 bytes each.
+/// share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
+/// kMulticast: 2 where CTAs share their filters' loads in pairs, or 1. kSteps: products in a chunk,
+/// of 32 bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
-          int kSteps>
+          int kMulticast, int kSteps>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -85,6 +87,8 @@ struct Sm90 {
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
   static_assert(kSplits == 1 || (!kPingPong && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
+  static_assert(kMulticast == 1 || (kMulticast == 2 && kSplits == 1), "a cluster does one of both");
+  static constexpr int kCluster = kSplits * kMulticast;
 
   static constexpr int kBlock = 64;                     // output channels
   static constexpr int kChunk = 128 / sizeof(Element);  // input channels: the widest swizzle
@@ -161,8 +165,10 @@ struct Sm90 {
     int channel, image, row, col;
 
     __device__ __forceinline__ Tile(Geometry const& g, int index) {
-      int const pixels = index / g.channel_tiles;
-      channel = (index - pixels * g.channel_tiles) * kBlock * kFilterBlocks;
+      int const group_of_pixels = index / g.channel_tiles;
+      channel = (index - group_of_pixels * g.channel_tiles) * kBlock * kFilterBlocks;
+      // Of an odd number of pixel tiles the last CTA's is beyond the images: TMA finds nothing there.
+      int const pixels = kMulticast == 1 ? group_of_pixels : group_of_pixels * kMulticast + rank();
       int const strip = pixels / g.col_tiles;
       col = (pixels - strip * g.col_tiles) * g.tile_cols;
       int const group = strip / g.row_tiles;
@@ -181,12 +187,15 @@ struct Sm90 {
   };
 
   // A cluster is a worker: its tiles are first_tile(), and every tile_step() further.
-  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kSplits; }
-  __device__ static __forceinline__ int tile_step() { return gridDim.x / kSplits; }
-  __device__ static __forceinline__ int rank() { return kSplits == 1 ? 0 : blockIdx.x % kSplits; }
-  /// The CTA's chunks end where the next one's begin.
-  __device__ static __forceinline__ int first_chunk(Geometry const& g, int rank) {
-    return g.chunks * rank / kSplits;
+  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kCluster; }
+  __device__ static __forceinline__ int tile_step() { return gridDim.x / kCluster; }
+  __device__ static __forceinline__ int rank() { return kCluster == 1 ? 0 : blockIdx.x % kCluster; }
+  /// The CTA's chunks, and where they end.
+  __device__ static __forceinline__ int first_chunk(Geometry const& g) {
+    return kSplits == 1 ? 0 : g.chunks * rank() / kSplits;
+  }
+  __device__ static __forceinline__ int end_chunk(Geometry const& g) {
+    return kSplits == 1 ? g.chunks : g.chunks * (rank() + 1) / kSplits;
   }
 
   /// Whether the CTA's `turn`-th tile is this warpgroup's.
@@ -225,7 +234,7 @@ struct Sm90 {
     Ring ring;
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
-      for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
+      for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
         for (int phase = 0; phase < g.phases; ++phase) {
           ptx::Barrier& full = barriers.pixels_full[ring.stage];
           barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
@@ -247,29 +256,58 @@ struct Sm90 {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
     Ring ring;
-    int const taps = count_taps(g);
+    int const taps = count_taps(g), half = kMulticast == 1 ? 0 : rank();
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
       int const batch = g.filter_batch * tile.image;
-      for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
+      for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
         for (int tap = 0; tap < taps; ++tap) {
           ptx::Barrier& full = barriers.filters_full[ring.stage];
-          if (!g.resident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
+          if (!g.resident) wait_until_free(barriers.filters_empty[ring.stage], ring.parity ^ 1);
           full.arrive_and_expect(kFilterStage);
           std::uint32_t const to = memory.filters + ring.stage * kFilterStage;
           int const at = g.tap_filter[tap];
           if constexpr (kFilters == Filters::kKrsc) {
-            ptx::load(p.filters, full, to, chunk * kChunk, at, tile.channel, batch);
+            // A pair's halves are channels.
+            load_filter(p, full, to + half * (kFilterStage / 2), chunk * kChunk, at,
+                        tile.channel + half * (kBlock * kFilterBlocks / 2), batch);
           } else {
+            // A pair's halves are input channels, of every block.
             for (int i = 0; i < kFilterBlocks; ++i) {
-              ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kBlock,
-                        chunk * kChunk, at, batch);
+              load_filter(p, full, to + i * kFilterBlock + half * (kFilterBlock / 2),
+                          tile.channel + i * kBlock, chunk * kChunk + half * (kChunk / 2), at,
+                          batch);
             }
           }
           ring.advance(g.filter_stages);
         }
       }
       if (g.resident) break;
+    }
+    if constexpr (kMulticast > 1) {
+      // The barriers must outlive what the other CTA sends them: its word on the last stages.
+      for (int i = 0; i < g.filter_stages; ++i) {
+        wait_until_free(barriers.filters_empty[ring.stage], ring.parity ^ 1);
+        ring.advance(g.filter_stages);
+      }
+    }
+  }
+
+  __device__ static __forceinline__ void wait_until_free(ptx::Barrier& empty, int parity) {
+    if constexpr (kMulticast == 1) {
+      empty.wait(parity);
+    } else {
+      empty.wait_for_cluster(parity);
+    }
+  }
+
+  __device__ static __forceinline__ void load_filter(Parameters const& p, ptx::Barrier& full,
+                                                     std::uint32_t to, int c0, int c1, int c2,
+                                                     int c3) {
+    if constexpr (kMulticast == 1) {
+      ptx::load(p.filters, full, to, c0, c1, c2, c3);
+    } else {
+      ptx::load_to_both(p.filters, full, to, c0, c1, c2, c3);
     }
   }
 
@@ -345,6 +383,14 @@ struct Sm90 {
   __device__ static __forceinline__ void release(ptx::Barrier& empty) {
     if ((threadIdx.x & 31) == 0) empty.arrive();
   }
+  /// The same to all that fill the stage.
+  __device__ static __forceinline__ void release_filters(ptx::Barrier& empty) {
+    if constexpr (kMulticast == 1) {
+      release(empty);
+    } else if ((threadIdx.x & 31) < kMulticast) {
+      ptx::arrive_at(ptx::in_cta(ptx::shared_address(&empty), threadIdx.x & 31));
+    }
+  }
 
   /// All products of a tile, the last of them still under way; returns the stages they read.
   __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
@@ -360,7 +406,7 @@ struct Sm90 {
     gmma::ScaleOut scale = gmma::ScaleOut::Zero;
     int free_pixels = -1;
     pixel_stage = filter_stage = -1;
-    for (int chunk = first_chunk(g, rank()); chunk < first_chunk(g, rank() + 1); ++chunk) {
+    for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
       int tap = 0;
       for (int phase = 0; phase < g.phases; ++phase) {
         barriers.pixels_full[pixels.stage].wait(pixels.parity);
@@ -386,7 +432,7 @@ struct Sm90 {
           cute::warpgroup_commit_batch();
           // All but the products just issued are done with their stages.
           cute::warpgroup_wait<1>();
-          if (filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
+          if (filter_stage >= 0) release_filters(barriers.filters_empty[filter_stage]);
           if (free_pixels >= 0) release(barriers.pixels_empty[free_pixels]);
           free_pixels = -1;
           filter_stage = filters.stage;
@@ -631,7 +677,7 @@ struct Sm90 {
       for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
         cute::warpgroup_fence_operand(flat[i]);
       }
-      release(barriers.filters_empty[filter_stage]);
+      release_filters(barriers.filters_empty[filter_stage]);
       release(barriers.pixels_empty[pixel_stage]);
 #pragma unroll
       for (int nb = 0; nb < kPixelBlocks; ++nb) {
@@ -658,7 +704,7 @@ struct Sm90 {
     Barriers& barriers = *memory.barriers;
     int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
     if (warpgroup == kWarpgroups) {
-      if constexpr (kWarpgroups > 1) ptx::keep_registers<kSplits == 1 ? 24 : 40>();
+      if constexpr (kWarpgroups > 1) ptx::keep_registers<kCluster == 1 ? 24 : 40>();
       int const warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0) & 3;
       // A pixel stage is read by all warps that multiply, or by one warpgroup's in its turn.
       constexpr int kReaders = kPingPong ? 4 : 4 * kWarpgroups;
@@ -669,15 +715,18 @@ struct Sm90 {
           set_up(barriers.pixels_full, barriers.pixels_empty, g.pixel_stages, kReaders);
         } else if (warp == 1) {
           ptx::prefetch(p.filters);
-          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, kReaders);
+          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages,
+                 kReaders * kMulticast);
         } else if (kSides > 0 && warp - 2 < kWarpgroups) {
           set_up(barriers.sides_full[warp - 2], barriers.sides_empty[warp - 2], g.store_stages, 1);
         }
       }
       __syncwarp();
       ptx::arrive(kSetUp, kThreads);
-      if constexpr (kSplits > 1) ptx::arrive_cluster();
+      if constexpr (kCluster > 1) ptx::arrive_cluster();
       if (warp == 0) ptx::allow_next_kernel();
+      // Filters go to both CTAs of a pair, whose barriers must be set up.
+      if (kMulticast > 1 && warp == 1) ptx::wait_cluster();
       if (elected) {
         ptx::wait_for_earlier_kernels();
         if (warp == 0) {
@@ -688,23 +737,22 @@ struct Sm90 {
           load_sides(p, memory, warp - 2);
         }
       }
-      if constexpr (kSplits > 1) {
-        // The consumers' two rounds of the cluster's barrier want all threads.
-        __syncwarp();
-        ptx::wait_cluster();
-        ptx::arrive_cluster();
-      }
+      // The cluster's barrier wants all threads: once for a pair, twice where a tile is split.
+      __syncwarp();
+      if (kCluster > 1 && !(kMulticast > 1 && warp == 1)) ptx::wait_cluster();
+      if constexpr (kSplits > 1) ptx::arrive_cluster();
     } else {
-      if constexpr (kWarpgroups > 1) ptx::take_registers<kSplits == 1 ? 240 : 232>();
+      if constexpr (kWarpgroups > 1) ptx::take_registers<kCluster == 1 ? 240 : 232>();
       if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
       if constexpr (kSplits > 1) {
         if ((threadIdx.x & 127) == 0) set_up_exchange(barriers, warpgroup);
         __syncwarp();
-        ptx::arrive_cluster();
       }
+      if constexpr (kCluster > 1) ptx::arrive_cluster();
       clear_tails(g, memory, threadIdx.x);
       ptx::sync(kSetUp, kThreads);
       ptx::wait_for_earlier_kernels();
+      if constexpr (kMulticast > 1) ptx::wait_cluster();
       consume(p, memory, warpgroup);
     }
   }
