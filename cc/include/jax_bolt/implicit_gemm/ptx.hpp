@@ -82,10 +82,11 @@ struct Barrier {
   }
 };
 
-/// Arrives at the barrier that has this address in another CTA of the cluster (`in_cta`).
+/// Arrives at the barrier that has this address in another CTA of the cluster (`in_cta`). It orders
+/// no writes of this thread for that CTA: a release over the cluster takes longer than a main loop's
+/// step.
 __device__ __forceinline__ void arrive_at(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 /// Makes initialised barriers visible to other threads and to TMA.

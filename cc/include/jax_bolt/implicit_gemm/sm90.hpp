@@ -263,7 +263,7 @@ struct Sm90 {
       for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
         for (int tap = 0; tap < taps; ++tap) {
           ptx::Barrier& full = barriers.filters_full[ring.stage];
-          if (!g.resident) wait_until_free(barriers.filters_empty[ring.stage], ring.parity ^ 1);
+          if (!g.resident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
           full.arrive_and_expect(kFilterStage);
           std::uint32_t const to = memory.filters + ring.stage * kFilterStage;
           int const at = g.tap_filter[tap];
@@ -287,17 +287,9 @@ struct Sm90 {
     if constexpr (kMulticast > 1) {
       // The barriers must outlive what the other CTA sends them: its word on the last stages.
       for (int i = 0; i < g.filter_stages; ++i) {
-        wait_until_free(barriers.filters_empty[ring.stage], ring.parity ^ 1);
+        barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
         ring.advance(g.filter_stages);
       }
-    }
-  }
-
-  __device__ static __forceinline__ void wait_until_free(ptx::Barrier& empty, int parity) {
-    if constexpr (kMulticast == 1) {
-      empty.wait(parity);
-    } else {
-      empty.wait_for_cluster(parity);
     }
   }
 
