@@ -273,9 +273,9 @@ def _staged(
             if fits and left(*wanted, slots) >= 0:
                 (pixels, filters), more = wanted, True
                 break
+        # What leaves is not waited for as what comes is.
         ahead = min((pixels - 1) * reach, filters - 1) >= 3 or not more
-        wants = slots <= pixels + 1 if sides else ahead
-        if wants and slots < most_slots and left(pixels, filters, slots + 1) >= 0:
+        if ahead and slots < most_slots and left(pixels, filters, slots + 1) >= 0:
             slots, more = slots + 1, True
     rings = Rings(pixels, filters, slots, tile.rings.resident)
     return dataclasses.replace(tile, rings=rings)
