@@ -94,7 +94,7 @@ def test_configs_are_distinct_and_name_the_template():
     configs = gemm_sm90.configs(region(), HOPPER)
     assert len({config.text for config in configs}) == len(configs)
     # Each costs a minute of compiling.
-    assert 3 <= len(configs) <= 6
+    assert 1 <= len(configs) <= 2
     assert {config.template for config in configs} == {gemm_sm90.name}
 
 
