@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
@@ -40,6 +41,7 @@ __all__ = [
     "closed",
     "cuda_device",
     "device_count",
+    "distributed_client",
     "fresh_vars",
     "is_drop",
     "jaxpr_as_fun",
@@ -51,6 +53,7 @@ __all__ = [
     "new_equation",
     "part_of_jaxpr",
     "prefixed",
+    "program_processes",
     "rebuilt",
     "register_dce",
     "source_line",
@@ -265,6 +268,30 @@ def device_count(ctx: mlir.LoweringRuleContext) -> int:
             count *= mesh.shape[axis]
         return count
     return 1
+
+
+def program_processes(ctx: mlir.LoweringRuleContext) -> frozenset[int]:
+    """Indices of the processes whose devices run the program that is lowered.
+
+    Empty where JAX does not say: in an export, or under an abstract mesh.
+    """
+    axis_context = ctx.module_context.axis_context
+    devices: Any = ()
+    if isinstance(axis_context, ShardingContext):
+        devices = axis_context.device_assignment or ()
+    elif isinstance(axis_context, SPMDAxisContext):
+        mesh = axis_context.mesh
+        devices = mesh.devices.flat if isinstance(mesh, jax.sharding.Mesh) else ()
+    return frozenset(device.process_index for device in devices)
+
+
+def distributed_client() -> Any | None:
+    """JAX's client of the key-value store that the processes of a program share.
+
+    None where there is one process, or ``jax.distributed`` was not initialised.
+    """
+    state = _distributed.global_state
+    return state.client if state.num_processes > 1 else None
 
 
 def cuda_device() -> Any | None:

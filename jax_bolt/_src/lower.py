@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import cast, compat, invoke, resolve
+from . import agree, cast, compat, invoke, resolve
 from .chain import Chain, Promise
 from .compat import ClosedJaxpr, mlir
 from .options import Options
@@ -33,6 +33,9 @@ from .sequence import bolt_sequence_p
 from .tune import measure
 
 logger = logging.getLogger(__name__)
+
+# XLA's own path is no way out of these.
+_FATAL = (resolve.Missing, agree.Disagreement)
 
 _warned: set[str] = set()
 _warned_lock = threading.Lock()
@@ -113,7 +116,7 @@ def _kernel_or_none(
 ) -> invoke.Executable | None:
     try:
         return _kernel(ctx, site, family, options)
-    except resolve.Missing:
+    except _FATAL:
         raise
     except Exception as error:  # whatever it is, XLA's own path still works
         if options.on_error == "raise":
@@ -133,7 +136,8 @@ def _kernel(
     elif device is None:
         reason = "no CUDA device in this process to plan for"
     if reason is None:
-        found = resolve.resolve(site, family, options, device)
+        processes = compat.program_processes(ctx)
+        found = resolve.resolve(site, family, options, device, processes)
         if not isinstance(found, Rejection):
             return found[1]
         reason = found.reason
@@ -154,7 +158,7 @@ def _lower_cast_cuda(
     def read_by_kernels(sites: Sequence[SiteInfo]) -> bool:
         try:
             return all(_kernel(ctx, site, family, options) for site in sites)
-        except resolve.Missing:
+        except _FATAL:
             raise
         except Exception:  # the site's own lowering says so
             return False
@@ -163,7 +167,15 @@ def _lower_cast_cuda(
     ours = [i for i, sites in enumerate(readers) if read_by_kernels(sites)]
     try:
         if len(ours) > 1:
-            digest = resolve.cast_kernel(str(dtype), options, compat.cuda_device())
+            digest = resolve.cast_kernel(
+                str(dtype),
+                options,
+                compat.cuda_device(),
+                family,
+                compat.program_processes(ctx),
+            )
+    except _FATAL:
+        raise
     except Exception as error:  # as in _lower_cuda
         if options.on_error == "raise":
             raise

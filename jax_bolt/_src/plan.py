@@ -121,14 +121,24 @@ def tuned(
         ours = "" if entry.time_us is None else f" (kernel {entry.time_us:.1f} µs)"
         time = "" if entry.xla_time_us is None else f": {entry.xla_time_us:.1f} µs"
         return Rejection(f"XLA was timed faster{time}{ours}", entry)
+    if entry.template in disable:
+        return None
+    found = named(region, arch, entry.form, entry.template, entry.config)
+    return None if found is None else Plan(found, "user", entry)
+
+
+def named(
+    region: ir.Region, arch: GpuArch, form: str, template: str, config: str
+) -> Candidate | None:
+    """The candidate of these names, or None where there is none (any more)."""
     # Not by way of candidates(): every site of every trace asks.
-    form = forms.form(region, entry.form or "")
-    for template in kernels.TEMPLATES:
-        if form is None or template.name != entry.template or template.name in disable:
+    made = forms.form(region, form)
+    for known in kernels.TEMPLATES:
+        if made is None or known.name != template:
             continue
-        if template.supports(form.region, arch) is not None:
+        if known.supports(made.region, arch) is not None:
             continue
-        for config in template.configs(form.region, arch):
-            if config.text == entry.config:
-                return Plan(Candidate(form, template, config, arch), "user", entry)
+        for each in known.configs(made.region, arch):
+            if each.text == config:
+                return Candidate(made, known, each, arch)
     return None

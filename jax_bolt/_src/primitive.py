@@ -58,9 +58,13 @@ class SiteInfo:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Family:
-    """All sites of one traced function, so that they can be tuned together."""
+    """All sites of one traced function, so that they can be tuned together.
+
+    ``unled``: the process that chooses for all did not choose for a site in time.
+    """
 
     sites: list[SiteInfo] = dataclasses.field(default_factory=list)
+    unled: bool = False
 
     def __repr__(self) -> str:
         return f"<{len(self.sites)} sites>"

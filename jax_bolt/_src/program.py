@@ -96,12 +96,13 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
 def report(rewritten: Rewritten, name: str | None) -> Report:
     """What runs each root on the architecture ``name``; see ``jax_bolt.explain``."""
     active = options.current()
-    arch = arch_.from_name(name) if name is not None else _local_arch()
+    device = compat.cuda_device() if name is None else None
+    arch = arch_.from_name(name) if name is not None else _arch_of(device)
     origin = _origin(active)
     sites = [
         _refused(root)
         if isinstance(root, Refusal)
-        else _site(root, arch, active, origin)
+        else _site(root, arch, device, active, origin)
         for root in rewritten.roots
     ]
     return Report(tuple(sites), arch.name if arch else "", store.stats())
@@ -119,7 +120,11 @@ def _refused(root: Refusal) -> Site:
 
 
 def _site(
-    site: SiteInfo, arch: GpuArch | None, active: Options, origin: plan.Origin | None
+    site: SiteInfo,
+    arch: GpuArch | None,
+    device: Any,
+    active: Options,
+    origin: plan.Origin | None,
 ) -> Site:
     base = Site(
         name=site.name,
@@ -140,6 +145,10 @@ def _site(
     failed = resolve.failure(arch, site.region)
     if failed is not None:
         made = Rejection(failed)
+    shared = None if device is None else resolve.chosen(site, arch, device)
+    if shared is not None:
+        entry = made.entry if _kernel(made) == _kernel(shared) else None
+        made = dataclasses.replace(shared, entry=entry)
     entry = made.entry
     if entry is not None:
         base = dataclasses.replace(
@@ -158,8 +167,11 @@ def _site(
     )
 
 
-def _local_arch() -> GpuArch | None:
-    device = compat.cuda_device()
+def _kernel(made: plan.Plan | Rejection) -> str:
+    return "xla" if isinstance(made, Rejection) else made.candidate.text
+
+
+def _arch_of(device: Any) -> GpuArch | None:
     return None if device is None else resolve.arch_of(device)
 
 

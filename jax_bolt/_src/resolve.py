@@ -7,17 +7,21 @@ In this order:
 2. ``on_miss="tune"``: all sites of the same program are tuned now, then 1 again.
    ``"heuristic"``: the first candidate. ``"xla"``: XLA. ``"error"``: an error.
 3. The kernel's artifact is taken from the store, or compiled, and loaded.
+
+In a program of several processes one does that for all of them (``agree``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from . import agree, follow, ir, paths, plan
 from . import arch as arch_
-from . import ir, paths, plan
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
 from .invoke import Executable
@@ -39,41 +43,102 @@ class Missing(UnsupportedError):
 
 
 def resolve(
-    site: SiteInfo, family: Family, options: Options, device: Any
+    site: SiteInfo,
+    family: Family,
+    options: Options,
+    device: Any,
+    processes: Collection[int] = (),
 ) -> Resolution:
     """What ``site`` runs on, on ``device``.
+
+    ``processes`` are those that run the program, where that is known.
 
     Raises:
       CompileError: the chosen kernel cannot be built (there is no compiler, say) or
         loaded.
       UnsupportedError: the device's architecture is unknown.
       Missing: as ``on_miss="error"`` asks.
+      agree.Disagreement: another process chose a kernel that this one cannot run.
     """
-    # One thread tunes and builds at a time; the others then find the result.
-    with _lock:
-        target = target_for(device, options)
-        made = _plan(site, family, options, target)
-        if isinstance(made, Rejection):
-            return made
-        return made, _load(site, made, target, options)
+
+    def choose() -> Resolution:
+        # One thread tunes and builds at a time; the others then find the result.
+        with _lock:
+            target = target_for(device, options)
+            made = _plan(site, family, options, target)
+            if isinstance(made, Rejection):
+                return made
+            return made, _load(site, made, target, options)
+
+    group = agree.group(processes)
+    if group is None:
+        return choose()
+
+    def take(choice: agree.Choice) -> Resolution:
+        rejection = _refusal(choice)
+        if rejection is not None:
+            return rejection
+        with _following(choice, site.name), _lock:
+            target = target_for(device, options)
+            return follow.kernel(site, family, choice, group, target)
+
+    return agree.agreed(
+        group,
+        follow.question(site, device),
+        site.name,
+        family,
+        choose,
+        functools.partial(_describe, group.process),
+        take,
+    )
 
 
-def cast_kernel(dtype: str, options: Options, device: Any) -> str | None:
+def cast_kernel(
+    dtype: str,
+    options: Options,
+    device: Any,
+    family: Family | None = None,
+    processes: Collection[int] = (),
+) -> str | None:
     """The digest of the kernel that casts f32 to ``dtype``, built and loaded.
 
-    None without a compiler, whose version is part of the digest. Raises as ``resolve``.
+    None without a compiler, whose version is part of the digest. ``processes`` and what
+    is raised are as in ``resolve``; ``family`` is what the casts belong to.
     """
-    with _lock:
-        target = target_for(device, options)
-        if isinstance(target.tools, CompileError):
+    source = codegen.cast_source(dtype)
+
+    def choose() -> str | None:
+        with _lock:
+            target = target_for(device, options)
+            if isinstance(target.tools, CompileError):
+                return None
+            built = target.kernels.build(target.tools, [source], target.arch)
+            ((digest, artifact),) = built.items()
+            return _load_cast(digest, artifact)
+
+    group = agree.group(processes)
+    if group is None:
+        return choose()
+    name = f"casts to {dtype}"
+
+    def take(choice: agree.Choice) -> str | None:
+        if _refusal(choice) is not None:
             return None
-        sources = [codegen.cast_source(dtype)]
-        built = target.kernels.build(target.tools, sources, target.arch)
-        ((digest, artifact),) = built.items()
-        if isinstance(artifact, CompileError):
-            raise artifact
-        loader.load(digest, artifact)
-        return digest
+        with _following(choice, name), _lock:
+            target = target_for(device, options)
+            return _load_cast(
+                choice.digest, follow.artifact(choice.digest, source, target)
+            )
+
+    return agree.agreed(
+        group,
+        follow.question(name, device),
+        name,
+        family or Family(),
+        choose,
+        functools.partial(_describe, group.process),
+        take,
+    )
 
 
 def target_for(device: Any, options: Options) -> search.Target:
@@ -205,6 +270,83 @@ def _load(
     digest = target.kernels.digest(target.toolchain, source, target.arch)
     built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
     return search.executable(site.region, candidate, digest, built[digest], target)
+
+
+def _load_cast(digest: str, artifact: Path | CompileError) -> str:
+    if isinstance(artifact, CompileError):
+        raise artifact
+    loader.load(digest, artifact)
+    return digest
+
+
+# --- What processes tell each other
+
+
+def chosen(site: SiteInfo, arch: GpuArch, device: Any) -> Plan | Rejection | None:
+    """What the processes of this program have agreed on for ``site``, if they have."""
+    group = agree.group()
+    if group is None:
+        return None
+    choice = agree.known(group, follow.question(site, device))
+    if choice is None:
+        return None
+    if choice.outcome != "kernel":
+        return Rejection(choice.reason)
+    candidate = follow.named(site, choice, arch)
+    if candidate is None:
+        return None
+    return Plan(candidate, follow.provenance(choice))
+
+
+def _describe(process: int, made: Resolution | str | Exception | None) -> agree.Choice:
+    """What the others are told of a resolution, or of casts."""
+    if isinstance(made, Missing):
+        return agree.Choice(outcome="missing", process=process, reason=str(made))
+    if isinstance(made, Exception):
+        reason = explain_failure(made)
+        return agree.Choice(outcome="error", process=process, reason=reason)
+    if isinstance(made, Rejection):
+        return agree.Choice(outcome="xla", process=process, reason=made.reason)
+    if made is None:
+        return agree.Choice(outcome="xla", process=process, reason="no compiler")
+    if isinstance(made, str):
+        return agree.Choice(outcome="kernel", process=process, digest=made)
+    found, kernel = made
+    return agree.Choice(
+        outcome="kernel",
+        process=process,
+        form=found.candidate.form.name,
+        template=found.candidate.template.name,
+        config=found.candidate.config.text,
+        digest=kernel.digest,
+        call=follow.call_digest(kernel),
+        provenance=found.provenance,
+    )
+
+
+def _refusal(choice: agree.Choice) -> Rejection | None:
+    """None where a kernel was chosen; raises what the process that chose had raised."""
+    if choice.outcome == "kernel":
+        return None
+    if choice.outcome == "xla":
+        return Rejection(choice.reason)
+    reason = f"process {choice.process}: {choice.reason}"
+    raise Missing(reason) if choice.outcome == "missing" else CompileError(reason)
+
+
+@contextlib.contextmanager
+def _following(choice: agree.Choice, name: str) -> Iterator[None]:
+    """Whatever fails here must not put this process on another path than the rest."""
+    try:
+        yield
+    except Exception as error:
+        raise agree.Disagreement(
+            f"{name}: process {choice.process} chose a kernel for all processes, and "
+            f"this one cannot run it: {explain_failure(error)}. All need the same "
+            "version of jax_bolt, of nvcc and of the GPU; those that share a cache_dir "
+            "with it need no nvcc",
+            getattr(error, "log", ""),
+        ) from error
 
 
 def explain_failure(error: Exception) -> str:

@@ -62,7 +62,7 @@ def fresh_warnings(monkeypatch):
 def kernel(monkeypatch):
     """A device, and a kernel for every site, that only exist on paper."""
 
-    def found(site, family, options, device):
+    def found(site, *_):
         made = plan.heuristic(site.region, arch.from_name("sm_90a"))
         assert isinstance(made, plan.Plan)
         form = made.candidate.form
