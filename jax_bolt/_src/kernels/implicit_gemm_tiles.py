@@ -101,6 +101,7 @@ class Tile:
         warps_m, warps_n = split("warpgroups")
         images, rows, cols = split("block")
         splits, multicast = split("cluster")
+        pixel_stages, filter_stages, store_stages = split("stages")
         return Tile(
             pixels=int(config["pixels"]),
             blocks=blocks,
@@ -109,7 +110,9 @@ class Tile:
             warps_n=warps_n,
             schedule=str(config["schedule"]),
             block=Block(images, rows, cols),
-            rings=Rings(*split("stages"), int(config["resident"])),
+            rings=Rings(
+                pixel_stages, filter_stages, store_stages, int(config["resident"])
+            ),
             splits=splits,
             multicast=multicast,
         )
