@@ -50,10 +50,10 @@ def error_of(site, operands, candidate) -> float:
     return float(kernels.relative_error(np.asarray(arrays[2]), want))
 
 
-def main() -> int:
+def main(part: int = 0, parts: int = 1) -> int:
     bad = launched = 0
     found, _ = kernels.all_candidates()
-    for case in (*cases.GEMMS, *cases.CONVS):
+    for case in (*cases.GEMMS, *cases.CONVS)[part::parts]:
         with jax.default_device(jax.devices("cpu")[0]):
             site = case.site()
             operands = measure.make_operands(site, l2_bytes=1).sets[0]
@@ -68,4 +68,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -337,7 +337,7 @@ class Launch:
         # A stage is free only after the next one's first product was issued.
         assert 2 <= g.pixel_stages <= limit("kMaxPixelStages")
         if g.resident:
-            assert g.filter_stages >= g.chunks * self.taps and not g.filter_batch
+            assert g.filter_stages == g.chunks * self.taps and not g.filter_batch
         else:
             assert g.filter_stages >= 2
         assert g.filter_stages <= limit("kMaxFilterStages")

@@ -4,8 +4,9 @@
 // shape at compile time, so one binary serves every problem its tile suits.
 //
 // Names: an output pixel is (image, row, column). A GEMM is one image, or one per batch entry, of
-// one row. A chunk is 128 bytes of input channels. A phase is one box of input pixels: all taps whose offset
-// has the same remainder by the stride read the same box. A tap is one filter position.
+// one row. A chunk is 128 bytes of input channels. A phase is one box of input pixels: all taps
+// whose offset has the same remainder by the stride read the same box. A tap is one filter
+// position.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
 

@@ -83,8 +83,8 @@ struct Barrier {
 };
 
 /// Arrives at the barrier that has this address in another CTA of the cluster (`in_cta`). It orders
-/// no writes of this thread for that CTA: a release over the cluster takes longer than a main loop's
-/// step.
+/// no writes of this thread for that CTA: a release over the cluster takes longer than a main
+/// loop's step.
 __device__ __forceinline__ void arrive_at(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -60,8 +60,8 @@ struct Ring {
 };
 
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
-/// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster that
-/// share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
+/// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster
+/// that share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
 /// kMulticast: 2 where CTAs share their filters' loads in pairs, or 1. kSteps: products in a chunk,
 /// of 32 bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
@@ -167,7 +167,8 @@ struct Sm90 {
     __device__ __forceinline__ Tile(Geometry const& g, int index) {
       int const group_of_pixels = index / g.channel_tiles;
       channel = (index - group_of_pixels * g.channel_tiles) * kBlock * kFilterBlocks;
-      // Of an odd number of pixel tiles the last CTA's is beyond the images: TMA finds nothing there.
+      // Of an odd number of pixel tiles the last CTA's is beyond the images: TMA finds nothing
+      // there.
       int const pixels = kMulticast == 1 ? group_of_pixels : group_of_pixels * kMulticast + rank();
       int const strip = pixels / g.col_tiles;
       col = (pixels - strip * g.col_tiles) * g.tile_cols;
@@ -256,39 +257,45 @@ struct Sm90 {
     Geometry const& g = p.geometry;
     Barriers& barriers = *memory.barriers;
     Ring ring;
-    int const taps = count_taps(g), half = kMulticast == 1 ? 0 : rank();
+    int const taps = count_taps(g);
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
       Tile const tile(g, index);
-      int const batch = g.filter_batch * tile.image;
       for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
         for (int tap = 0; tap < taps; ++tap) {
-          ptx::Barrier& full = barriers.filters_full[ring.stage];
-          if (!g.resident) barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
-          full.arrive_and_expect(kFilterStage);
-          std::uint32_t const to = memory.filters + ring.stage * kFilterStage;
-          int const at = g.tap_filter[tap];
-          if constexpr (kFilters == Filters::kKrsc) {
-            // A pair's halves are channels.
-            load_filter(p, full, to + half * (kFilterStage / 2), chunk * kChunk, at,
-                        tile.channel + half * (kBlock * kFilterBlocks / 2), batch);
-          } else {
-            // A pair's halves are input channels, of every block.
-            for (int i = 0; i < kFilterBlocks; ++i) {
-              load_filter(p, full, to + i * kFilterBlock + half * (kFilterBlock / 2),
-                          tile.channel + i * kBlock, chunk * kChunk + half * (kChunk / 2), at,
-                          batch);
-            }
+          barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
+          // A resident filter stays as it came for the first tile.
+          if (!g.resident || index == first_tile()) {
+            load_stage(p, memory, ring.stage, tile, chunk, g.tap_filter[tap]);
           }
           ring.advance(g.filter_stages);
         }
       }
-      if (g.resident) break;
     }
     if constexpr (kMulticast > 1) {
       // The barriers must outlive what the other CTA sends them: its word on the last stages.
       for (int i = 0; i < g.filter_stages; ++i) {
         barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
         ring.advance(g.filter_stages);
+      }
+    }
+  }
+
+  /// One tap's filter for the input channels of a chunk; of a pair of CTAs, each loads half.
+  __device__ static __forceinline__ void load_stage(Parameters const& p, Memory const& memory,
+                                                    int stage, Tile const& tile, int chunk,
+                                                    int tap) {
+    int const batch = p.geometry.filter_batch * tile.image;
+    int const half = kMulticast == 1 ? 0 : rank();
+    ptx::Barrier& full = memory.barriers->filters_full[stage];
+    full.arrive_and_expect(kFilterStage);
+    std::uint32_t const to = memory.filters + stage * kFilterStage;
+    if constexpr (kFilters == Filters::kKrsc) {
+      load_filter(p, full, to + half * (kFilterStage / 2), chunk * kChunk, tap,
+                  tile.channel + half * (kBlock * kFilterBlocks / 2), batch);
+    } else {
+      for (int i = 0; i < kFilterBlocks; ++i) {
+        load_filter(p, full, to + i * kFilterBlock + half * (kFilterBlock / 2),
+                    tile.channel + i * kBlock, chunk * kChunk + half * (kChunk / 2), tap, batch);
       }
     }
   }
@@ -386,8 +393,7 @@ struct Sm90 {
 
   /// All products of a tile, the last of them still under way; returns the stages they read.
   __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
-                                                  int warpgroup, Ring& pixels,
-                                                  Ring& filters,
+                                                  int warpgroup, Ring& pixels, Ring& filters,
                                                   Accumulators& accumulators, int& pixel_stage,
                                                   int& filter_stage) {
     Barriers& barriers = *memory.barriers;
@@ -570,9 +576,8 @@ struct Sm90 {
   /// One block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle, and the
   /// slot to the output by TMA, which leaves out what lies beyond it.
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
-                                               Tile const& block, int warpgroup,
-                                               Ring& ring, int& unreleased,
-                                               float (&accumulators)[kPixels / 2],
+                                               Tile const& block, int warpgroup, Ring& ring,
+                                               int& unreleased, float (&accumulators)[kPixels / 2],
                                                float const (&columns)[2][array_size(kColumns)]) {
     Geometry const& g = p.geometry;
     int const thread = threadIdx.x & 127, lane = threadIdx.x & 31;
@@ -696,7 +701,7 @@ struct Sm90 {
     Barriers& barriers = *memory.barriers;
     int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
     if (warpgroup == kWarpgroups) {
-      if constexpr (kWarpgroups > 1) ptx::keep_registers<kCluster == 1 ? 24 : 40>();
+      if constexpr (kWarpgroups > 1) ptx::keep_registers<40>();
       int const warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0) & 3;
       // A pixel stage is read by all warps that multiply, or by one warpgroup's in its turn.
       constexpr int kReaders = kPingPong ? 4 : 4 * kWarpgroups;
@@ -734,7 +739,7 @@ struct Sm90 {
       if (kCluster > 1 && !(kMulticast > 1 && warp == 1)) ptx::wait_cluster();
       if constexpr (kSplits > 1) ptx::arrive_cluster();
     } else {
-      if constexpr (kWarpgroups > 1) ptx::take_registers<kCluster == 1 ? 240 : 232>();
+      if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
       if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
       if constexpr (kSplits > 1) {
         if ((threadIdx.x & 127) == 0) set_up_exchange(barriers, warpgroup);

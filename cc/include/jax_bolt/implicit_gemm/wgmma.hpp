@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // D[64, N] += A[64, K] B[N, K]^T by one warpgroup, both operands in shared memory, f32 in
-// registers; and the descriptors of those operands. K is 32 bytes: 16 elements, or 8 of f32, of which
-// TF32 reads the upper 19 bits.
+// registers; and the descriptors of those operands. K is 32 bytes: 16 elements, or 8 of f32, of
+// which TF32 reads the upper 19 bits.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_WGMMA_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_WGMMA_HPP_
 
