@@ -77,6 +77,7 @@ def candidates(
     """Every candidate, the heuristic's choice first, and why templates refused."""
     found: list[Candidate] = []
     reasons: list[str] = []
+    taken: set[tuple[str, str]] = set()
     for form in forms.forms(region):
         for template in kernels.TEMPLATES:
             if template.name in disable:
@@ -86,8 +87,19 @@ def candidates(
             if reason is not None:
                 reasons.append(f"{template.name} ({form.name}): {reason}")
                 continue
+            if form.name == "krsc" and ("hwio", template.name) in taken:
+                continue  # the same kernels, and a filter to transpose
+            taken.add((form.name, template.name))
             for config in template.configs(form.region, arch):
                 found.append(Candidate(form, template, config, arch))
+    for better in {c.template.name for c in found} & kernels.SUPERSEDED.keys():
+        others = kernels.SUPERSEDED[better]
+        reasons += [
+            f"{name}: {better} takes it"
+            for name in dict.fromkeys(c.template.name for c in found)
+            if name in others
+        ]
+        found = [c for c in found if c.template.name not in others]
     return found, list(dict.fromkeys(reasons))
 
 

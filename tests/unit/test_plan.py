@@ -27,10 +27,26 @@ def test_hopper_has_one_family_for_convs_and_products():
         assert made.candidate.template.name == "implicit_gemm_sm90"
         assert made.candidate.form.name == form
         assert made.candidate.recipe
-        # The stock templates stay candidates, and have no recipe.
-        found, _ = plan.candidates(region(problem), H100)
+        # Ampere's templates are candidates only without it, and have no recipe.
+        found, reasons = plan.candidates(region(problem), H100)
+        assert not any(c.template.name.endswith("sm80") for c in found)
+        assert any("sm80: implicit_gemm_sm90 takes it" in r for r in reasons)
+        found, _ = plan.candidates(region(problem), H100, ("implicit_gemm_sm90",))
         stock = [c for c in found if c.template.artifact == "module"]
         assert stock and not any(c.recipe for c in stock)
+
+
+def test_what_the_family_refuses_has_other_templates():
+    transposed = dataclasses.replace(region().problem, a_layout="col")
+    found, _ = plan.candidates(region(transposed), H100)
+    assert {c.template.name for c in found} == {"gemm_sm90", "gemm_sm80"}
+
+
+def test_a_filter_is_not_transposed_for_the_kernel_that_takes_it_as_it_lies():
+    found, _ = plan.candidates(region(CONV), H100)
+    assert {c.form.name for c in found} == {"hwio"}
+    found, _ = plan.candidates(region(dataclasses.replace(CONV, dtype="f32")), H100)
+    assert {c.form.name for c in found} == {"krsc"}
 
 
 def test_a_pointwise_conv_is_a_product():
@@ -59,7 +75,7 @@ def test_an_architecture_without_kernels_gives_the_reason():
 
 def test_disabled_templates_are_not_used():
     found, reasons = plan.candidates(region(), H100, ("gemm_sm90",))
-    assert {c.template.name for c in found} == {"implicit_gemm_sm90", "gemm_sm80"}
+    assert {c.template.name for c in found} == {"implicit_gemm_sm90"}
     assert "gemm_sm90 is disabled" in reasons
 
 

@@ -90,7 +90,7 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     for tile in found:
         kind = (
             *(tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
-            tile.schedule,
+            *(tile.schedule, tile.rings.resident),
         )
         kinds[kind] = kinds.get(kind, 0) + 1
         if kinds[kind] <= _OF_A_KIND:

@@ -26,18 +26,19 @@ _FILTER_BLOCK = BLOCK * ROW  # bytes
 # two more of each of these.
 _BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
 
-# Cycles of an SM, fitted to 1,650 kernels of 52 problems on an H200 (ResNet-50's at
-# batch 32 and some at 128, BERT's, VGG's dense layers): of some 32 tiles of a problem
-# the first pick took 6 % longer than the best on average, the best of the first eight
-# 0.2 %.
-_START = 4900  # from launch to the first product, and the last store
-_FINISH = 2.8  # of an epilogue: a pixel of a block, for every instruction
-_EXCHANGE = 3000  # of sums and results between the CTAs of a split tile
-_PAIRING = 700  # of CTAs that load filters together: each waits for the other
-_PIXEL_WAIT = 2000  # from asking for a box of pixels, mostly in device memory, to it
+# Cycles of an SM, fitted to 2,500 kernels of 54 problems on an H200 (ResNet-50's at
+# batch 32 and some at 128, BERT's, VGG's dense layers): of some 45 tiles of a problem
+# the first pick took 4 % longer than the best on average, the best of the first eight,
+# at most three of a kind, 0.5 %.
+_START = 3400  # from launch to the first product, and the last store
+_FINISH = 2.0  # of an epilogue: a pixel of a block, for every instruction
+_EXCHANGE = 4500  # of sums and results between the CTAs of a split tile
+_PAIRING = 1000  # of CTAs that load filters together: each waits for the other
+_PIXEL_WAIT = 2200  # from asking for a box of pixels, mostly in device memory, to it
 _FILTER_WAIT = 1800
-_LOAD_RATE = 64.0  # bytes a cycle from L2 into shared memory
-_MEMORY = 0.8  # of device memory's bandwidth
+_BOX, _STEP = 60, 8  # of each, beside what it moves and multiplies
+_LOAD_RATE = 80.0  # bytes a cycle from L2 into shared memory
+_OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
 _CLOCK = 1.7e9
 
 
@@ -172,8 +173,14 @@ def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
     """CTAs that may share a tile: where all of them fit on the GPU at once."""
     if tile.schedule == "pingpong" or tile.blocks * tile.channel_blocks > 1:
         return []
-    room = arch.sm_count * tile.ctas // _count(tile, image)
-    return [n for n in (2, 3, 4, 6, 8) if n <= min(room, image.chunks)]
+    count, room = _count(tile, image), arch.sm_count * tile.ctas
+    # A cluster lies in one part of the GPU, with 16 or 18 SMs on Hopper: large ones
+    # leave some idle.
+    return [
+        n
+        for n in (2, 3, 4, 6, 8)
+        if n <= image.chunks and count * n <= room * (1 - (n - 1) / 34)
+    ]
 
 
 def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
@@ -337,9 +344,9 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     """Estimated time of a launch, in an SM's cycles.
 
     The busiest SM's tiles, one after the other, or device memory's time, whichever is
-    longer. A tile takes as long as its products, what it moves through shared memory,
-    or waiting for loads that its rings are too short to have under way; and its
-    epilogue, where no other tile's products hide that.
+    longer, and a part of the other. A tile takes as long as its products, what it moves
+    through shared memory, or waiting for loads that its rings are too short to have
+    under way; and its epilogue, where no other tile's products hide that.
     """
     layout = tile.layout(image)
     steps, boxes = _steps(tile, layout)
@@ -358,7 +365,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
     moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
     moved *= blocks * sharing * layout.slot_bytes
-    busy = max(products, (loads + moved) / _LOAD_RATE)
+    busy = max(products + steps * _STEP, (loads + moved) / _LOAD_RATE + boxes * _BOX)
     main = max(busy, waiting)
     finish = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
     if tile.schedule == "pingpong":
@@ -372,5 +379,5 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     if tile.multicast > 1:
         own += _PAIRING
     first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
-    memory = region.bytes_moved / arch.bandwidth / _MEMORY * _CLOCK
-    return _START + first + max(own, memory) + 0.05 * min(own, memory)
+    memory = region.bytes_moved / arch.bandwidth * _CLOCK
+    return _START + first + max(own, memory) + _OVERLAP * min(own, memory)
