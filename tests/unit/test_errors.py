@@ -184,7 +184,7 @@ def test_an_old_gpu(gpu, nvcc):
 def own_temporary(monkeypatch: Any, tmp_path: Path) -> Iterator[None]:
     """Undoes what falling back to the temporary cache does to the process."""
     monkeypatch.setattr(directories.tempfile, "tempdir", str(tmp_path))
-    cached = (directories.temporary, directories._warn)
+    cached = (directories.temporary, directories.warn_temporary)
     for function in cached:
         function.cache_clear()
     yield

@@ -289,10 +289,10 @@ def test_a_cache_that_is_a_file_is_refused(kernels, fake):
 def own_temporary(monkeypatch, tmp_path):
     """Undoes what falling back to the temporary cache does to the process."""
     monkeypatch.setattr(directories.tempfile, "tempdir", str(tmp_path))
-    for function in (directories.temporary, directories._warn):
+    for function in (directories.temporary, directories.warn_temporary):
         function.cache_clear()
     yield
-    for function in (directories.temporary, directories._warn):
+    for function in (directories.temporary, directories.warn_temporary):
         function.cache_clear()
 
 
