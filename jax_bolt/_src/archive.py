@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -69,17 +70,20 @@ def write(
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     count, damaged = 0, []
+    members: dict[str, str] = {}
+
+    def add(name: str, content: bytes) -> None:
+        members[name] = hashlib.sha256(content).hexdigest()
+        _add(file, name, content)
+
     try:
         with (
             temporary.open("xb") as raw,
             zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as file,
         ):
-            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            header = {"format": FORMAT, "versions": db.versions(), "date": date}
-            _add(file, _HEADER, json.dumps(header).encode())
             for found in results:
                 text = db.text(found.device, found.entries)
-                _add(file, f"tuned/{db.file_name(found.device)}", text.encode())
+                add(f"tuned/{db.file_name(found.device)}", text.encode())
             for entry in kernels:
                 digest = entry.path.name
                 try:
@@ -90,8 +94,9 @@ def write(
                     damaged.append(digest)
                     continue
                 for name, content in files.items():
-                    _add(file, f"kernels/{digest}/{name}", content)
+                    add(f"kernels/{digest}/{name}", content)
                 count += 1
+            _add(file, _HEADER, _header(members))
             file.close()
             raw.flush()
             os.fsync(raw.fileno())
@@ -132,11 +137,16 @@ class _Refused(Exception):
 def _checked(file: zipfile.ZipFile) -> Archive:
     members = file.infolist()
     _check_members(members)
-    names = [member.filename for member in members]
-    _check_header(file)
+    digests = _digests(file)
+    names = {member.filename for member in members} - {_HEADER}
+    # A damaged directory can end early without being invalid.
+    if missing := set(digests) ^ names:
+        raise _Refused(f"{min(missing)} is missing, there or in {_HEADER}")
     results = []
     kernels: defaultdict[str, list[str]] = defaultdict(list)
-    for name in names:
+    for name in sorted(names):
+        if hashlib.sha256(_read(file, name)).hexdigest() != digests[name]:
+            raise _Refused(f"{name}: it does not match its checksum")
         if tuned := _TUNED.fullmatch(name):
             results.append(_results(file, name, tuned[1]))
         elif kernel := _KERNEL.fullmatch(name):
@@ -180,9 +190,18 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
         raise _Refused(f"it has no {_HEADER}")
 
 
-def _check_header(file: zipfile.ZipFile) -> None:
+def _header(digests: dict[str, str]) -> bytes:
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    header = {"format": FORMAT, "versions": db.versions(), "date": date}
+    return json.dumps({**header, "members": digests}, indent=1).encode()
+
+
+def _digests(file: zipfile.ZipFile) -> dict[str, str]:
+    """The members there should be, with the checksums they should have."""
     try:
-        version = json.loads(_read(file, _HEADER))["format"]
+        header = json.loads(_read(file, _HEADER))
+        version = header["format"]
+        digests = dict(header["members"]) if version == FORMAT else {}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _Refused(f"{_HEADER}: {error}") from error
     if version != FORMAT:
@@ -190,6 +209,7 @@ def _check_header(file: zipfile.ZipFile) -> None:
             f"{file.filename} has format {version!r}, and this jax_bolt reads format "
             f"{FORMAT}: use one version of jax_bolt to export and to import"
         )
+    return digests
 
 
 def _results(file: zipfile.ZipFile, name: str, base: str) -> db.Results:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 import stat
@@ -38,15 +40,27 @@ def good(kernels, fake, tmp_path) -> Path:
 
 @pytest.fixture
 def forged(good) -> Callable[..., str]:
-    """Why an archive is refused that something was done to."""
+    """Why an archive is refused that something was done to.
+
+    With ``seal`` it was done on purpose: the header says the same.
+    """
 
     def forged(
         change: Callable[[dict[str, bytes]], None] = lambda members: None,
         describe: Callable[[zipfile.ZipInfo], None] = lambda member: None,
+        seal: bool = False,
     ) -> str:
         with zipfile.ZipFile(good) as file:
             members = {name: file.read(name) for name in file.namelist()}
         change(members)
+        if seal:
+            header = json.loads(members["jax_bolt-cache.json"])
+            header["members"] = {
+                name: hashlib.sha256(content).hexdigest()
+                for name, content in members.items()
+                if name != "jax_bolt-cache.json"
+            }
+            members["jax_bolt-cache.json"] = json.dumps(header).encode()
         with zipfile.ZipFile(good, "w") as file:
             for name, content in members.items():
                 member = zipfile.ZipInfo(name.rstrip("*"))
@@ -161,13 +175,37 @@ def change(match: str, content: bytes | None) -> Callable[[dict[str, bytes]], No
             b'{"schema": 1, "device": "A100", "entries": {}}',
             "it is of another device, 'A100'",
         ),
-        (r"jax_bolt-cache", None, "it has no jax_bolt-cache.json"),
-        (r"jax_bolt-cache", b"[", "jax_bolt-cache.json: "),
-        (r"jax_bolt-cache", b'{"format": 2}', "use one version of jax_bolt"),
     ],
 )
 def test_an_archive_whose_content_was_changed(forged, match, content, reason):
-    assert reason in forged(change(match, content))
+    assert reason in forged(change(match, content), seal=True)
+
+
+def test_an_archive_whose_header_says_otherwise(forged):
+    header = "jax_bolt-cache.json"
+    assert f"it has no {header}" in forged(change(header, None))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[", "jax_bolt-cache.json: "),
+        (b'{"format": 1}', "jax_bolt-cache.json: 'members'"),
+        (b'{"format": 2}', "use one version of jax_bolt"),
+        (b'{"format": 1, "members": {}}', "is missing"),
+    ],
+)
+def test_an_archive_with_another_header(forged, content, reason):
+    assert reason in forged(change("jax_bolt-cache", content))
+
+
+def test_an_archive_that_lost_a_member(forged):
+    assert "build.log is missing" in forged(change(r"build\.log", None))
+
+
+def test_an_archive_with_another_log(forged):
+    reason = "build.log: it does not match its checksum"
+    assert reason in forged(change(r"build\.log", b"all is well"))
 
 
 def test_no_damage_to_an_archive_goes_unseen(good):

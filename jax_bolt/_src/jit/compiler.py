@@ -47,6 +47,7 @@ _FILES: dict[Artifact, str] = {
 BINARIES = frozenset(_FILES.values())
 _MACRO = re.compile(r"^JAX_BOLT_(DEVICE|CAST)_KERNEL\(", re.MULTILINE)
 _INSTANCE = re.compile(r"^JAX_BOLT_\w*KERNEL\((.*)\)\s*$", re.MULTILINE)
+_QUALIFIERS = re.compile(r"(\w+::)+(?=k[A-Z])|\b(jax_bolt|cutlass)::")
 _KINDS: dict[str, Artifact] = {"DEVICE": "cubin", "CAST": "cast"}
 # ptxas runs wgmma one at a time: correct, and several times slower than it should be.
 _SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
@@ -82,11 +83,7 @@ def binary(source: str) -> str:
 def kernel(source: str) -> str:
     """The C++ type that ``source`` instantiates, for people; "" where it names none."""
     found = _INSTANCE.search(source)
-    return (
-        re.sub(r"(\w+::)+(?=k[A-Z])|(jax_bolt|cutlass)::", "", found[1])
-        if found
-        else ""
-    )
+    return "" if found is None else _QUALIFIERS.sub("", found[1])
 
 
 def flags(arch: GpuArch, kind: Artifact = "module") -> tuple[str, ...]:
