@@ -303,9 +303,12 @@ def test_a_file_that_others_can_reach_and_write_is_passed_over(
 
 def test_no_path_is_taken_for_a_digest(kernels, fake):
     binary = build(kernels, fake)
-    elsewhere = binary.parent.rename(kernels.root.parent / binary.parent.name)
-    assert kernels.find(f"../{elsewhere.name}") is None
-    assert kernels.find(str(elsewhere)) is None
+    elsewhere = binary.parent.rename(kernels.root.parent / "elsewhere")
+    for name in ("../elsewhere", str(elsewhere)):
+        document = json.loads((elsewhere / "manifest.json").read_text())
+        document["digest"] = name
+        (elsewhere / "manifest.json").write_text(json.dumps(document))
+        assert kernels.find(name) is None
 
 
 def test_only_the_users_own_directories_are_private(tmp_path, monkeypatch):
