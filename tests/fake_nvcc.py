@@ -13,7 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jax_bolt._src import arch
+from jax_bolt._src.jit.store import Store
 from jax_bolt._src.jit.toolchain import Toolchain
+
+SM90 = arch.from_name("sm_90a")
 
 SCRIPT = """\
 #!/bin/sh
@@ -64,6 +68,12 @@ class FakeNvcc:
 
     def toolchain(self) -> Toolchain:
         return toolchain(self.nvcc)
+
+    def build(self, kernels: Store, source: str = "int x;") -> Path:
+        """The binary of ``source``, which compiles."""
+        (result,) = kernels.build(self.toolchain(), [source], SM90).values()
+        assert isinstance(result, Path), result
+        return result
 
 
 def toolchain(nvcc: Path, version: str = "13.0.88") -> Toolchain:

@@ -70,6 +70,11 @@ class Origin:
     sources: str
     compiler: str | None
 
+    def holds(self, entry: db.Entry) -> bool:
+        """Whether the kernels of a tuning result were made from the same."""
+        same_compiler = self.compiler in (None, entry.compiler)
+        return entry.sources == self.sources and same_compiler
+
 
 def candidates(
     region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
@@ -125,9 +130,7 @@ def tuned(
     It does not hold when its kernel came from elsewhere than ``origin`` or its
     candidate no longer exists.
     """
-    if entry.sources != origin.sources:
-        return None
-    if origin.compiler not in (None, entry.compiler):
+    if not origin.holds(entry):
         return None
     if entry.choice == "xla":
         ours = "" if entry.time_us is None else f" (kernel {entry.time_us:.1f} µs)"

@@ -6,10 +6,10 @@ Each message names the value at fault and what to do about it.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import re
-import shutil
 import types
 import warnings
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ import pytest
 from fake_nvcc import FakeNvcc
 
 import jax_bolt
-from jax_bolt._src import compat, lower, options, paths, plan, program, resolve
+from jax_bolt._src import cli, compat, lower, options, paths, plan, program, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import directories, loader, store
 from jax_bolt._src.jit import toolchain as toolchains
@@ -112,7 +112,7 @@ def test_no_compiler(gpu, cache_dir, tmp_path, monkeypatch):
     assert '`pip install "jax_bolt[cuda13]"`' in message
 
 
-def test_a_full_cache_needs_no_compiler(gpu, nvcc, monkeypatch):
+def test_a_full_cache_needs_no_compiler(gpu, nvcc, monkeypatch, tmp_path):
     """What was tuned and built runs where it is later deployed without nvcc."""
     fun = jax_bolt.optimize(lambda *args: dense(*args))
     assert TARGET in lowered(fun)
@@ -129,6 +129,9 @@ def test_a_full_cache_needs_no_compiler(gpu, nvcc, monkeypatch):
         digest=built.path.name,
         sources=target.origin.sources,
         compiler=target.origin.compiler or "",
+        time_us=1.0,
+        error=1e-3,
+        xla_error=1e-3,
     )
     target.results.put(target.arch, {site.region: entry})
 
@@ -139,8 +142,15 @@ def test_a_full_cache_needs_no_compiler(gpu, nvcc, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert TARGET in lowered(jax_bolt.optimize(lambda *args: dense(*args)))
-    shutil.rmtree(built.path)
+    paths.cache_root(options.current()).rename(tmp_path / "away")
     assert "no compiler" in warning_of()
+    # And so does what another machine's cache was exported from.
+    with options.options(cache_dir=tmp_path / "away"):
+        assert cli.main(["cache", "export", str(tmp_path / "cache.zip")]) == 0
+    assert cli.main(["cache", "import", str(tmp_path / "cache.zip")]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TARGET in lowered(jax_bolt.optimize(lambda *args: dense(*args)))
 
 
 def test_a_cuda_home_without_a_compiler(gpu, nvcc):
@@ -184,7 +194,7 @@ def test_an_old_gpu(gpu, nvcc):
 def own_temporary(monkeypatch: Any, tmp_path: Path) -> Iterator[None]:
     """Undoes what falling back to the temporary cache does to the process."""
     monkeypatch.setattr(directories.tempfile, "tempdir", str(tmp_path))
-    cached = (directories.temporary, directories._warn)
+    cached = (directories.temporary, directories.warn_temporary)
     for function in cached:
         function.cache_clear()
     yield
@@ -207,6 +217,23 @@ def test_an_unwritable_cache_costs_no_kernel(
     message = record.getMessage()
     assert f"the cache {tmp_path / 'file' / 'kernels'} cannot be written" in message
     assert "set JAX_BOLT_CACHE_DIR to a writable directory" in message
+
+
+def test_a_full_disk(gpu, nvcc, own_temporary, monkeypatch, caplog):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(directories.os, "fsync", full)
+    message = warning_of(two_sites)
+    kernels = paths.kernel_root(options.current())
+    assert f"a kernel cannot be stored in {kernels}: No space left" in message
+    assert "make room there, or set JAX_BOLT_CACHE_DIR" in message
+    assert not caplog.records, "and nothing else is said"
+    with (
+        options.options(on_error="raise"),
+        pytest.raises(jax_bolt.CompileError, match="make room there"),
+    ):
+        lowered(jax_bolt.optimize(lambda *args: dense(*args)))
 
 
 def test_a_cache_that_others_can_write(gpu, nvcc, cache_dir):

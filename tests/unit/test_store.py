@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import stat
@@ -27,27 +28,29 @@ from jax_bolt._src.jit.store import Store
 SM90 = arch.from_name("sm_90a")
 
 
-@pytest.fixture
-def fake(tmp_path) -> FakeNvcc:
-    return FakeNvcc(tmp_path / "cuda")
-
-
-@pytest.fixture
-def kernels(tmp_path, monkeypatch) -> Store:
-    monkeypatch.setattr(store, "_failures", {})
-    return Store(tmp_path / "cache" / "kernels")
-
-
 def build(kernels: Store, fake: FakeNvcc, source: str = "int x;") -> Path:
-    (result,) = kernels.build(fake.toolchain(), [source], SM90).values()
-    assert isinstance(result, Path), result
-    return result
+    return fake.build(kernels, source)
 
 
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def rename_binary(entry: Path, name: str) -> None:
+    """Has the manifest name another file, and its checksum fit."""
+    document = json.loads((entry / "manifest.json").read_text())
+    other = entry / name
+    other.write_text("not what was built")
+    document["binary"], document["bytes"] = name, other.stat().st_size
+    document["sha256"] = hashlib.sha256(other.read_bytes()).hexdigest()
+    (entry / "manifest.json").write_text(json.dumps(document))
+
+
+def link(path: Path) -> None:
+    target = path.rename(path.parents[2] / path.name)
+    path.symlink_to(target)
 
 
 def test_an_entry_is_whole_and_found_again(kernels, fake):
@@ -215,6 +218,11 @@ def test_a_missing_compiler_is_not_remembered(kernels, fake):
         lambda entry: (entry / "manifest.json").write_text("[]"),
         lambda entry: (entry / "manifest.json").write_text('{"schema": 1}'),
         lambda entry: (entry / "manifest.json").write_bytes(b"\xff\xfe"),
+        lambda entry: (entry / "manifest.json").write_text("[" * 100_000),
+        lambda entry: rename_binary(entry, "source.cu"),
+        lambda entry: rename_binary(entry, "../kernel.so"),
+        lambda entry: link(entry / "kernel.so"),
+        lambda entry: link(entry / "manifest.json"),
         lambda entry: entry.chmod(0o770),
         lambda entry: entry.chmod(0o707),
         lambda entry: (shutil.rmtree(entry), entry.write_text("a file")),
@@ -244,13 +252,63 @@ def test_an_entry_moved_to_another_name_or_linked_is_passed_over(kernels, fake):
     assert not entry.is_symlink()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_an_entry_of_another_user_is_passed_over_and_rebuilt(kernels, fake):
+def test_no_flipped_bit_and_no_cut_is_ever_loaded(kernels, fake):
+    """Whatever find() returns is what was built, to the last bit."""
     binary = build(kernels, fake)
-    os.chown(binary.parent, 65534, 65534)
+    rng = random.Random(0)
+    refused = 0
+    for path in (binary, binary.with_name("manifest.json")):
+        content = path.read_bytes()
+        for _ in range(300):
+            harmed = bytearray(content)
+            if rng.random() < 0.3:
+                del harmed[rng.randrange(len(harmed)) :]
+            else:
+                harmed[rng.randrange(len(harmed))] ^= 1 << rng.randrange(8)
+            path.write_bytes(harmed)
+            found = kernels.find(binary.parent.name)
+            assert found is None or found.read_text() == "int x;"
+            # Of the manifest, some say nothing of the binary: its date, say.
+            assert found is None or path != binary
+            refused += found is None
+        path.write_bytes(content)
+    assert refused > 300
+    assert kernels.find(binary.parent.name) == binary
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", ["", "kernel.so", "manifest.json"])
+def test_what_another_user_owns_is_passed_over_and_rebuilt(kernels, fake, name):
+    binary = build(kernels, fake)
+    os.chown(binary.parent / name, 65534, 65534)
     assert kernels.find(binary.parent.name) is None
     assert build(kernels, fake) == binary
-    assert binary.parent.stat().st_uid == 0
+    assert (binary.parent / name).stat().st_uid == 0
+
+
+@pytest.mark.parametrize("name", ["kernel.so", "manifest.json"])
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_can_reach_and_write_is_passed_over(
+    kernels, fake, name, mode
+):
+    binary = build(kernels, fake)
+    (binary.parent / name).chmod(mode)
+    # With a umask of 002 all files are like this, and their directory keeps others out.
+    assert kernels.find(binary.parent.name) == binary
+    binary.parent.chmod(0o755)
+    assert kernels.find(binary.parent.name) is None
+    assert build(kernels, fake) == binary
+    assert stat.S_IMODE(binary.parent.stat().st_mode) == 0o700
+
+
+def test_no_path_is_taken_for_a_digest(kernels, fake):
+    binary = build(kernels, fake)
+    elsewhere = binary.parent.rename(kernels.root.parent / "elsewhere")
+    for name in ("../elsewhere", str(elsewhere)):
+        document = json.loads((elsewhere / "manifest.json").read_text())
+        document["digest"] = name
+        (elsewhere / "manifest.json").write_text(json.dumps(document))
+        assert kernels.find(name) is None
 
 
 def test_only_the_users_own_directories_are_private(tmp_path, monkeypatch):
@@ -289,10 +347,10 @@ def test_a_cache_that_is_a_file_is_refused(kernels, fake):
 def own_temporary(monkeypatch, tmp_path):
     """Undoes what falling back to the temporary cache does to the process."""
     monkeypatch.setattr(directories.tempfile, "tempdir", str(tmp_path))
-    for function in (directories.temporary, directories._warn):
+    for function in (directories.temporary, directories.warn_temporary):
         function.cache_clear()
     yield
-    for function in (directories.temporary, directories._warn):
+    for function in (directories.temporary, directories.warn_temporary):
         function.cache_clear()
 
 
@@ -315,6 +373,18 @@ def test_an_unwritable_cache_warns_once_and_kernels_live_in_the_process(
     assert "JAX_BOLT_CACHE_DIR" in caplog.text
     if why == "read-only":
         assert build(kernels, fake) == old, "what is there is still read"
+
+
+def test_a_compiler_that_finds_the_disk_full_is_not_the_kernels_fault(
+    kernels, fake, own_temporary, caplog
+):
+    source = "FAIL\n// SAY ld: final link failed: No space left on device\n"
+    (result,) = kernels.build(fake.toolchain(), [source], SM90).values()
+    assert isinstance(result, CompileError)
+    assert "cannot be stored" in str(result) and "No space left" in str(result)
+    assert "make room there" in str(result)
+    assert len(fake.calls) == 2, "once in the cache, once for this process alone"
+    assert not store._failures, "a later call may try again"
 
 
 def test_least_recently_used_goes_first(kernels, fake):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -43,7 +44,10 @@ _FILES: dict[Artifact, str] = {
     "cubin": "kernel.cubin",
     "cast": "cast.cubin",
 }
+BINARIES = frozenset(_FILES.values())
 _MACRO = re.compile(r"^JAX_BOLT_(DEVICE|CAST)_KERNEL\(", re.MULTILINE)
+_INSTANCE = re.compile(r"^JAX_BOLT_\w*KERNEL\((.*)\)\s*$", re.MULTILINE)
+_QUALIFIERS = re.compile(r"(\w+::)+(?=k[A-Z])|\b(jax_bolt|cutlass)::")
 _KINDS: dict[str, Artifact] = {"DEVICE": "cubin", "CAST": "cast"}
 # ptxas runs wgmma one at a time: correct, and several times slower than it should be.
 _SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
@@ -61,12 +65,25 @@ _OUTPUT: dict[Artifact, tuple[str, ...]] = {
     "cast": _CUBIN,
 }
 _SPILLS = re.compile(r"[1-9]\d* bytes spill stores.*")
+# In the words of the C library, which nvcc's own programs and the host compiler print.
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
 def artifact(source: str) -> Artifact:
     """What ``source`` is compiled to: its own last line says it."""
     macro = _MACRO.search(source)
     return _KINDS[macro[1]] if macro else "module"
+
+
+def binary(source: str) -> str:
+    """The name of the file that ``source`` is compiled to."""
+    return _FILES[artifact(source)]
+
+
+def kernel(source: str) -> str:
+    """The C++ type that ``source`` instantiates, for people; "" where it names none."""
+    found = _INSTANCE.search(source)
+    return "" if found is None else _QUALIFIERS.sub("", found[1])
 
 
 def flags(arch: GpuArch, kind: Artifact = "module") -> tuple[str, ...]:
@@ -125,7 +142,8 @@ def compile(
     """Compiles ``source`` in the existing directory ``out_dir``; returns the binary.
 
     Writes ``SOURCE``, ``LOG`` (all that nvcc printed) and the artifact there. Setting
-    ``stop`` ends it early. Raises CompileError with the log.
+    ``stop`` ends it early. Raises CompileError with the log, and OSError where the disk
+    and not the source is at fault.
     """
     check(toolchain, arch)
     kind = artifact(source)
@@ -146,6 +164,8 @@ def compile(
     if problem is None and not binary.is_file():
         problem = f"{toolchain.nvcc} wrote no {binary.name}"
     if problem is not None:
+        if full := next((text for text in _FULL if text in log), None):
+            raise OSError(errno.ENOSPC, f"{problem}: {full}")
         raise CompileError(f"a kernel for {arch.name} does not compile: {problem}", log)
     if spills := _SPILLS.search(log):
         # Slower, perhaps, and no more than that: the timing decides.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -11,11 +12,17 @@ import shutil
 import stat
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CacheError
 
 logger = logging.getLogger(__name__)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without a path, which would differ every time."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def is_private(status: os.stat_result) -> bool:
@@ -25,6 +32,20 @@ def is_private(status: os.stat_result) -> bool:
         and status.st_uid == os.geteuid()
         and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     )
+
+
+def require_own_file(path: Path, directory: os.stat_result) -> None:
+    """Raises ValueError unless ``path`` is a file that only the user can change.
+
+    ``directory`` is its directory's status: where others cannot enter that, what they
+    may do with the file does not matter, and a umask of 002 is common.
+    """
+    status = path.lstat()
+    enter, write = stat.S_IXGRP | stat.S_IXOTH, stat.S_IWGRP | stat.S_IWOTH
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        raise ValueError(f"{path.name} is not a file of its user's own")
+    if status.st_mode & write and directory.st_mode & enter:
+        raise ValueError(f"other users can write to {path.name}")
 
 
 def require_private(path: Path) -> None:
@@ -52,27 +73,37 @@ def writable(root: Path) -> Path:
 
     Warns once when it is the temporary one; raises CacheError as require_private.
     """
+    problem = make(root)
+    if problem is None:
+        return root
+    instead = temporary()
+    warn_temporary(root, problem)
+    return instead
+
+
+def make(root: Path) -> str | None:
+    """Makes ``root`` if needed; why it cannot be written, or None where it can.
+
+    Raises CacheError as require_private.
+    """
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private(root)
-        if os.access(root, os.W_OK | os.X_OK):
-            return root
-        reason = "it is read-only"
     except FileExistsError:
         raise CacheError(f"the cache {root} is not a directory: remove it") from None
     except OSError as error:
-        reason = error.strerror or str(error)
-    _warn(root, reason)
-    return temporary()
+        return reason(error)
+    return None if os.access(root, os.W_OK | os.X_OK) else "it is read-only"
 
 
 @functools.cache
-def _warn(root: Path, reason: str) -> None:
+def warn_temporary(root: Path, problem: str) -> None:
+    """Says, once, that kernels go to ``temporary()`` instead of ``root``."""
     logger.warning(
         "the cache %s cannot be written (%s): kernels of this process go to %s and "
         "are lost when it ends; set JAX_BOLT_CACHE_DIR to a writable directory",
         root,
-        reason,
+        problem,
         temporary(),
     )
 
@@ -107,12 +138,33 @@ def discard(path: Path) -> None:
         hidden.unlink(missing_ok=True)
 
 
-def sync(directory: Path) -> None:
-    """Flushes a directory and the files in it to the disk."""
-    for path in (*directory.iterdir(), directory):
-        if path.is_file() or path == directory:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+@contextlib.contextmanager
+def aside(root: Path) -> Iterator[Path]:
+    """A hidden directory in ``root`` to make an entry in; removed at the end."""
+    path = root / f".build-{uuid.uuid4().hex}"
+    path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(aside: Path, entry: Path) -> bool:
+    """Gives what was made aside its name, whole; whether that replaced something."""
+    for path in aside.iterdir():
+        _sync(path)
+    _sync(aside)
+    replaced = os.path.lexists(entry)
+    if replaced:
+        discard(entry)
+    aside.rename(entry)
+    _sync(entry.parent)
+    return replaced
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

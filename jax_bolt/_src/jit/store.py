@@ -15,37 +15,30 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import datetime
-import hashlib
 import json
 import logging
 import os
 import queue
-import re
 import shutil
 import threading
 import time
-import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import filelock
 
 from ..arch import GpuArch
-from ..errors import CompileError
-from . import compiler, directories
+from ..errors import CacheError, CompileError
+from . import compiler, directories, manifest
 from . import toolchain as toolchains
 from .toolchain import Toolchain
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
 MAX_BYTES = 4 << 30
-MANIFEST = "manifest.json"
 
 _USED = "used"  # its mtime is when a process last asked for the entry
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _IN_USE_S = 600.0  # an entry asked for this recently may be about to be loaded
 _ABANDONED_S = 86400.0  # no build takes this long
 
@@ -87,7 +80,7 @@ def stats() -> dict[str, int]:
 def parts(toolchain: Toolchain, source: str, arch: GpuArch) -> dict[str, str]:
     """Everything a binary depends on. The source holds family, epilogue and config."""
     return {
-        "schema": str(SCHEMA),
+        "schema": str(manifest.SCHEMA),
         "abi": toolchain.abi_version,
         "arch": arch.name,
         "nvcc": toolchain.version,
@@ -100,9 +93,7 @@ def parts(toolchain: Toolchain, source: str, arch: GpuArch) -> dict[str, str]:
 
 def digest(toolchain: Toolchain, source: str, arch: GpuArch) -> str:
     """The name of the entry: 64 hex digits over the labelled ``parts``."""
-    # JSON keeps the parts apart whatever they contain.
-    text = json.dumps(parts(toolchain, source, arch), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return manifest.digest_of(parts(toolchain, source, arch))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,12 +111,14 @@ class Store:
 
     def find(self, digest: str) -> Path | None:
         """The verified binary of ``digest``, or None; takes no lock."""
+        if not manifest.is_digest(digest):  # it may come from a file, and be a path
+            return None
         for root in self._readable():
             try:
-                binary = _verified(root / digest, digest)
+                binary = manifest.verified(root / digest, digest)
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except manifest.UNSOUND as error:
                 logger.debug("passing over %s: %s", root / digest, error)
                 continue
             _touch(root / digest / _USED)
@@ -171,12 +164,39 @@ class Store:
             self.prune()
         return {key: results[key] for key in wanted}
 
+    def add(self, digest: str, files: Mapping[str, bytes]) -> bool:
+        """Takes an entry that was built elsewhere; False where there is a sound one.
+
+        Raises ValueError where the files are not that entry's, CacheError where they
+        cannot be stored.
+        """
+        manifest.check(digest, files)
+        try:
+            reason = directories.make(self.root)
+            if reason is None:
+                return self._add(digest, files)
+        except (OSError, NotImplementedError) as error:
+            reason = directories.reason(error)
+        raise CacheError(
+            f"kernels cannot be stored in {self.root}: {reason}; make room there, or "
+            "set JAX_BOLT_CACHE_DIR to another directory"
+        )
+
+    def _add(self, digest: str, files: Mapping[str, bytes]) -> bool:
+        with self._locked(self.root, digest) as found:
+            if found is None:
+                with directories.aside(self.root) as aside:
+                    for name, content in files.items():
+                        (aside / name).write_bytes(content)
+                    _publish(aside, self.root / digest)
+            return found is None
+
     def entries(self) -> list[Entry]:
         """Every entry, sound or not, least recently used first."""
         found = []
         for root in self._readable():
             for path in root.iterdir():
-                if _DIGEST.fullmatch(path.name):
+                if manifest.is_digest(path.name):
                     found.append(_entry(path))
         return sorted(found, key=lambda entry: entry.used)
 
@@ -251,28 +271,38 @@ class Store:
         arch: GpuArch,
         stop: threading.Event,
     ) -> Result:
-        lock = filelock.FileLock(root / f".lock-{key}", timeout=compiler.TIMEOUT_S)
-        try:
-            with lock:
-                # Whoever held the lock may have built just this.
-                if (found := self.find(key)) is not None:
-                    count("found")
-                    return found
-                binary = _compile(root, key, toolchain, source, arch, stop)
-                count("compiled")
+        problem: str | None = None
+        for place in (lambda: root, directories.temporary):
+            try:
+                with self._locked(place(), key) as found:
+                    binary = found or _compile(
+                        place(), key, toolchain, source, arch, stop
+                    )
+                count("found" if found else "compiled")
+            except CompileError as error:
+                if not stop.is_set():
+                    _failures[key] = error
+                count("failed")
+                return error
+            except (OSError, NotImplementedError) as error:  # a full disk; no locks
+                problem = problem or directories.reason(error)
+            else:
+                if problem is not None:
+                    directories.warn_temporary(root, problem)
                 return binary
-        except CompileError as error:
-            if not stop.is_set():
-                _failures[key] = error
-            count("failed")
-            return error
-        except (OSError, filelock.Timeout) as error:
-            # Nothing is wrong with the kernel: a later call may try again.
-            count("failed")
-            return CompileError(
-                f"a kernel cannot be stored in {root}: {error}; make room there, or "
-                "set JAX_BOLT_CACHE_DIR to another directory"
-            )
+        # Nothing is wrong with the kernel: a later call may try again.
+        count("failed")
+        return CompileError(
+            f"a kernel cannot be stored in {root}: {problem}; make room there, or "
+            "set JAX_BOLT_CACHE_DIR to another directory"
+        )
+
+    @contextlib.contextmanager
+    def _locked(self, root: Path, key: str) -> Iterator[Path | None]:
+        """Alone in building ``key``; what was there, or whoever came first built."""
+        path = root / f".lock-{key}"
+        with filelock.FileLock(path, timeout=compiler.TIMEOUT_S):
+            yield self.find(key)
 
 
 def _compile(
@@ -286,55 +316,19 @@ def _compile(
     labelled = parts(toolchain, source, arch)
     for label, value in labelled.items():
         logger.debug("building %s: %s = %s", key, label, value)
-    aside = root / f".build-{uuid.uuid4().hex}"
-    aside.mkdir(mode=0o700)
-    try:
+    with directories.aside(root) as aside:
         start = time.monotonic()
         binary = compiler.compile(toolchain, source, arch, aside, stop=stop)
-        # The source lies beside the manifest in full.
-        labelled["source"] = hashlib.sha256(source.encode()).hexdigest()
-        manifest = {
-            "schema": SCHEMA,
-            "digest": key,
-            "binary": binary.name,
-            "bytes": binary.stat().st_size,
-            "sha256": _checksum(binary),
-            "parts": labelled,
-            "seconds": round(time.monotonic() - start, 1),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        directories.sync(aside)
-        entry = root / key
-        if os.path.lexists(entry):
-            # find() has just refused it.
-            count("discarded")
-            directories.discard(entry)
-        aside.rename(entry)
-        directories.sync(root)
-        return entry / binary.name
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        text = manifest.text(key, binary, labelled, time.monotonic() - start)
+        (aside / manifest.MANIFEST).write_text(text)
+        _publish(aside, root / key)
+    return root / key / binary.name
 
 
-def _verified(entry: Path, digest: str) -> Path:
-    """The binary of a sound entry; OSError, ValueError or KeyError for another."""
-    if not directories.is_private(entry.lstat()):
-        raise ValueError("it is not a directory that only its user can write")
-    manifest: dict[str, Any] = json.loads((entry / MANIFEST).read_text())
-    if manifest["schema"] != SCHEMA or manifest["digest"] != digest:
-        raise ValueError("its manifest is another entry's")
-    binary = entry / Path(manifest["binary"]).name
-    if binary.is_symlink() or binary.stat().st_size != manifest["bytes"]:
-        raise ValueError("its binary has another size")
-    if _checksum(binary) != manifest["sha256"]:
-        raise ValueError("its binary does not match its checksum")
-    return binary
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _publish(aside: Path, entry: Path) -> None:
+    # What was there find() has just refused.
+    if directories.publish(aside, entry):
+        count("discarded")
 
 
 def _touch(path: Path) -> None:
@@ -346,15 +340,13 @@ def _touch(path: Path) -> None:
 
 def _entry(path: Path) -> Entry:
     size = used = 0.0
-    try:
+    # Being removed by another process, or not ours: nothing to add.
+    with contextlib.suppress(OSError):
         status = path.lstat()
         size, used = status.st_size, status.st_mtime
         if path.is_dir() and not path.is_symlink():
             size = sum(file.lstat().st_size for file in path.iterdir())
             used = (path / _USED).stat().st_mtime
-    except OSError:
-        # Being removed by another process, or not ours: nothing to add.
-        pass
     return Entry(path=path, size=int(size), used=used)
 
 

@@ -3,20 +3,26 @@
 
 One small JSON file per device kind, apart from the binaries. Readers take no lock;
 a writer takes the file's, reads it again, merges and replaces it whole.
+
+What was measured here replaces what was known (``put``). What was measured elsewhere
+is merged: of two results for one problem ``better`` says which is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import threading
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,16 @@ import filelock
 
 from .. import ir
 from ..arch import GpuArch
+from ..errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+
+# As measure.is_accurate has it, which knows the dtype too: a kernel's error may be this
+# many times XLA's own, and XLA's own is of a sane size.
+_ERROR_RATIO = 1.25
+_SANE_ERROR = 3e-2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +74,65 @@ _FIELDS = {field.name for field in dataclasses.fields(Entry)}
 _NUMBERS = {"time_us", "xla_time_us", "kernel_time_us", "error", "xla_error"}
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """A tuning file: ``entries`` by region text, and by what and when it was written.
+
+    ``versions`` and ``date`` are "" where the file does not say.
+    """
+
+    device: str
+    entries: Mapping[str, Entry]
+    versions: str = ""
+    date: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """How many entries were new, replaced one, were no better, or are unverified."""
+
+    added: int = 0
+    replaced: int = 0
+    kept: int = 0
+    unverified: int = 0
+
+
 def device_key(arch: GpuArch) -> str:
     """What a tuning result depends on besides the problem; no driver version."""
     return f"{arch.gpu or arch.name} {arch.sm_count} SMs {arch.name}"
+
+
+def file_name(device: str) -> str:
+    """The name of the tuning file of ``device``, a ``device_key``."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json"
+
+
+def is_verified(entry: Entry) -> bool:
+    """Whether a kernel was timed and found accurate; nothing is asked of XLA."""
+    if entry.choice == "xla":
+        return True
+    if not entry.time_us or entry.error is None or entry.xla_error is None:
+        return False
+    sane = entry.xla_error <= _SANE_ERROR
+    return sane and entry.error <= _ERROR_RATIO * entry.xla_error + 1e-6
+
+
+def better(new: Entry, old: Entry, holds: Callable[[Entry], bool]) -> bool:
+    """Whether ``new``, from elsewhere, is to replace ``old``.
+
+    ``holds`` says whether an entry's kernel is made from what this machine has. An
+    entry that holds replaces one that does not. Times are compared between entries
+    that both hold, since those of other versions say nothing about these.
+    """
+    if not holds(new):
+        return False
+    return not holds(old) or _time_us(new) < _time_us(old)
+
+
+def _time_us(entry: Entry) -> float:
+    """Of the region, by what was chosen."""
+    time = entry.time_us if entry.choice == "kernel" else entry.xla_time_us
+    return time or math.inf
 
 
 class Database:
@@ -75,10 +143,10 @@ class Database:
         self._lock = threading.Lock()
         self._read: dict[Path, tuple[Any, dict[str, Entry]]] = {}
         self._unsaved: dict[Path, dict[str, Entry]] = {}
+        self._warned = False
 
     def path(self, arch: GpuArch) -> Path:
-        slug = re.sub(r"[^a-z0-9]+", "_", device_key(arch).lower()).strip("_")
-        return self.root / f"{slug}.json"
+        return self.root / file_name(device_key(arch))
 
     def get(self, arch: GpuArch, region: ir.Region) -> Entry | None:
         path = self.path(arch)
@@ -87,23 +155,79 @@ class Database:
             return unsaved.get(region.text) or self._load(path).get(region.text)
 
     def put(self, arch: GpuArch, entries: Mapping[ir.Region, Entry]) -> None:
-        """Merges ``entries``; where nothing can be written they live in memory."""
+        """Saves what was measured; where nothing can be written it lives in memory."""
         if not entries:
             return
-        path = self.path(arch)
         new = {region.text: entry for region, entry in entries.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock", timeout=60), self._lock:
-                self._save(path, arch, {**self._load(path), **new})
+            self._update(device_key(arch), lambda old: {**old, **new})
         except (OSError, NotImplementedError) as error:  # no locks on this disk
             with self._lock:
-                self._unsaved.setdefault(path, {}).update(new)
-            warnings.warn(
-                f"tuning results cannot be saved in {path.parent} ({error}); they last "
-                "for this process. Set JAX_BOLT_CACHE_DIR to a writable directory.",
-                stacklevel=2,
-            )
+                self._unsaved.setdefault(self.path(arch), {}).update(new)
+                warned, self._warned = self._warned, True
+            if not warned:
+                warnings.warn(
+                    f"{self._unsavable(error)}; they last for this process. "
+                    "Set JAX_BOLT_CACHE_DIR to a writable directory.",
+                    stacklevel=2,
+                )
+
+    def merge(self, results: Results, holds: Callable[[Entry], bool]) -> Merged:
+        """Saves what is new or ``better``, as ``holds``; no unverified kernel.
+
+        Raises CacheError where nothing can be written.
+        """
+        counts = dict.fromkeys(("added", "replaced", "kept", "unverified"), 0)
+
+        def change(old: Mapping[str, Entry]) -> dict[str, Entry]:
+            merged = dict(old)
+            for key, entry in results.entries.items():
+                known = old.get(key)
+                if not is_verified(entry):
+                    outcome = "unverified"
+                elif known is not None and not better(entry, known, holds):
+                    outcome = "kept"
+                else:
+                    merged[key] = entry
+                    outcome = "added" if known is None else "replaced"
+                counts[outcome] += 1
+            return merged
+
+        try:
+            self._update(results.device, change)
+        except (OSError, NotImplementedError) as error:
+            raise CacheError(
+                f"{self._unsavable(error)}: make room there, or set JAX_BOLT_CACHE_DIR "
+                "to a writable directory"
+            ) from error
+        return Merged(**counts)
+
+    def all(self) -> list[Results]:
+        """Every tuning file that can be read, by device."""
+        found = [_read(path) for path in sorted(self.root.glob("*.json"))]
+        return [results for results in found if results is not None]
+
+    def _unsavable(self, error: Exception) -> str:
+        # Not str(error): it may hold a name that differs every time.
+        reason = getattr(error, "strerror", None) or error
+        return f"tuning results cannot be saved in {self.root} ({reason})"
+
+    def _update(
+        self, device: str, change: Callable[[Mapping[str, Entry]], dict[str, Entry]]
+    ) -> None:
+        """Replaces the entries of a device by ``change`` of them."""
+        path = self.root / file_name(device)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock", timeout=60), self._lock:
+            # Whoever wrote these is dead: a writer holds the lock.
+            for abandoned in self.root.glob(f"{path.stem}.*.tmp"):
+                abandoned.unlink(missing_ok=True)
+            if path.exists():  # one that cannot be read is not an empty one
+                path.open("rb").close()
+            old = self._load(path)
+            new = change(old)
+            if new != old:
+                _write(path, text(device, new).encode())
 
     def _load(self, path: Path) -> dict[str, Entry]:
         try:
@@ -112,40 +236,69 @@ class Database:
             return {}
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         if path not in self._read or self._read[path][0] != stamp:
-            self._read[path] = (stamp, _parse(path))
+            results = _read(path)
+            self._read[path] = (stamp, dict(results.entries) if results else {})
         return self._read[path][1]
 
-    def _save(self, path: Path, arch: GpuArch, entries: Mapping[str, Entry]) -> None:
-        text = {key: dataclasses.asdict(entries[key]) for key in sorted(entries)}
-        document = {"schema": SCHEMA, "device": device_key(arch), "entries": text}
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("w") as file:
-                json.dump(document, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+
+def versions() -> str:
+    """Of the libraries that a result depends on."""
+    packages = ("jax_bolt", "jax", "jaxlib")
+    return ", ".join(f"{name} {_version(name)}" for name in packages)
 
 
-def _parse(path: Path) -> dict[str, Entry]:
-    """The file's entries; a damaged file or entry counts as absent."""
+def text(device: str, entries: Mapping[str, Entry]) -> str:
+    """The tuning file of ``device``, in order, so that equal results look equal."""
+    document = {
+        "schema": SCHEMA,
+        "device": device,
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "entries": {key: dataclasses.asdict(entries[key]) for key in sorted(entries)},
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces ``path`` whole: a reader, or a crash, sees the old or the new one."""
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
-        document = json.loads(path.read_text())
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _read(path: Path) -> Results | None:
+    """A tuning file, without what is damaged in it; None where all is."""
+    try:
+        return parse(path.read_bytes())
+    except (OSError, ValueError) as error:
+        logger.warning("ignoring the tuning file %s: %s", path, error)
+        return None
+
+
+def parse(content: bytes) -> Results:
+    """The text of a tuning file; damaged entries are passed over.
+
+    Raises ValueError where it is none.
+    """
+    try:
+        document = json.loads(content)
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema {document['schema']!r}")
-        entries = dict(document["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("ignoring the tuning file %s: %s", path, error)
-        return {}
-    parsed = {}
-    for key, value in entries.items():
-        entry = _entry(value)
-        if entry is not None:
-            parsed[key] = entry
-    return parsed
+        found = {key: _entry(value) for key, value in document["entries"].items()}
+        labels = {k: document.get(k, "") for k in ("device", "versions", "date")}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not all(isinstance(label, str) for label in labels.values()):
+        raise ValueError("it does not say for which device")
+    entries = {key: entry for key, entry in found.items() if entry is not None}
+    return Results(entries=entries, **labels)
 
 
 def _entry(value: Any) -> Entry | None:
@@ -155,9 +308,23 @@ def _entry(value: Any) -> Entry | None:
     fields = {k: v for k, v in value.items() if k in _FIELDS}
     for name, field in fields.items():
         if name in _NUMBERS:
-            good = field is None or isinstance(field, int | float)
+            good = field is None or _is_number(field)
+        elif name == "candidates":
+            good = type(field) is int
         else:
-            good = isinstance(field, int if name == "candidates" else str)
+            good = isinstance(field, str)
         if not good:
             return None
     return Entry(**fields)
+
+
+def _is_number(value: Any) -> bool:
+    # JSON's NaN and Infinity, and true, are numbers to Python.
+    return type(value) in (int, float) and 0 <= value < 1e12
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
