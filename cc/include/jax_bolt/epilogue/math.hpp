@@ -173,8 +173,8 @@ JAX_BOLT_HOST_DEVICE float erf(float x) { return ::erff(x); }
 
 /// 1 - erf(x), what jax.nn.gelu is made of: relative error below 1e-6 for x < 3, 8e-6 beyond.
 ///
-/// erfcf's cases cost a GELU three times this. Here t exp(p(t) - x^2), t = 2 / (2 + |x|), serves all
-/// x; p is the minimax polynomial of log(erfc(x) / t) + x^2 for the degree.
+/// erfcf's cases cost a GELU three times this. Here t exp(p(t) - x^2), t = 2 / (2 + |x|), serves
+/// all x; p is the minimax polynomial of log(erfc(x) / t) + x^2 for the degree.
 JAX_BOLT_HOST_DEVICE float erfc(float x) {
   float const size = ::fabsf(x), t = div(2.0f, 2.0f + size);
   float p = 0.06917167454957962f;
