@@ -92,6 +92,7 @@ class Arguments:
     ping_pong: bool
     splits: int
     multicast: int
+    parts: int
     steps: int
 
     @staticmethod
@@ -119,6 +120,7 @@ class Arguments:
             == "kPingPong",
             splits=int(given["kSplits"]),
             multicast=int(given["kMulticast"]),
+            parts=int(given["kParts"]),
             steps=int(given["kSteps"]),
         )
 
@@ -319,6 +321,10 @@ class Launch:
         g, t = self.g, self.t
         assert t.pixels % 8 == 0 and 8 <= t.pixels <= 256
         assert t.warpgroups in (1, 2)
+        if t.parts > 1:
+            # A part is finished 16 pixels at a time, and lies in one line.
+            assert t.splits == 1 and t.pixels % (16 * t.parts) == 0
+            assert g.tile_rows == g.stores == 1
         assert not t.ping_pong or t.warps_m * t.warps_n == 1
         assert recipe.threads == 128 * (t.warpgroups + 1)
         assert recipe.cluster == t.splits * t.multicast and recipe.programmatic
@@ -390,13 +396,15 @@ class Launch:
             accumulators = self._multiply(image, row, col, found)
             for nb in range(self.t.warps_n * self.t.blocks):
                 for mb in range(self.t.filter_blocks):
-                    self._finish(
-                        accumulators[nb][:, mb * BLOCK : (mb + 1) * BLOCK],
-                        channel + mb * BLOCK,
-                        col + nb * g.block_cols,
-                        row + nb * g.block_rows,
-                        image + nb * g.block_images,
-                    )
+                    block = accumulators[nb][:, mb * BLOCK : (mb + 1) * BLOCK]
+                    for i, part in enumerate(np.split(block, self.t.parts)):
+                        self._finish(
+                            part,
+                            channel + mb * BLOCK,
+                            col + nb * g.block_cols + i * len(part),
+                            row + nb * g.block_rows,
+                            image + nb * g.block_images,
+                        )
 
     def _origin(self, index: int, rank: int) -> tuple[int, int, int, int]:
         """Sm90::Tile."""
@@ -493,8 +501,8 @@ class Launch:
     def _finish(
         self, accumulators: np.ndarray, channel: int, col: int, row: int, image: int
     ) -> None:
-        """The epilogue of a block and its stores."""
-        g, t = self.g, self.t
+        """The epilogue of a part of a block and its stores."""
+        g = self.g
         sides = []
         for side in self.sides:
             width = ROW // side.item  # channels in a tile
@@ -504,7 +512,7 @@ class Launch:
                 for i in range(g.stores):
                     box = side.load(channel + first, col, row + i, image)
                     _put(slot, i * g.store_bytes, box)
-                tiles.append(_take(slot, 0, t.pixels))
+                tiles.append(_take(slot, 0, len(accumulators)))
             sides.append(np.concatenate(tiles, axis=1))
         channels = np.minimum(channel + np.arange(BLOCK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]

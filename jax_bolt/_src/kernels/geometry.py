@@ -52,12 +52,14 @@ NO_RINGS = Rings()
 
 @dataclasses.dataclass(frozen=True)  # no slots: the properties are kept
 class Layout:
-    """A block's pixels in shared memory and a tile of ``count`` blocks."""
+    """A block's pixels in shared memory and a tile of ``count`` blocks, each of which
+    leaves in ``parts``."""
 
     image: Image
     block: Block
     count: int
     pixels: int  # N of the wgmma
+    parts: int = 1
 
     @functools.cached_property
     def whole_images(self) -> bool:
@@ -145,7 +147,7 @@ class Layout:
     @functools.cached_property
     def store_box(self) -> tuple[int, int, int]:
         if self.image.is_line:
-            return 1, 1, self.pixels
+            return 1, 1, self.pixels // self.parts
         if not self.whole_rows:
             # Pixels between the rows would be stored over other tiles' outputs.
             rows = self.block.rows if self.pitch == self.tile_cols else 1
@@ -175,7 +177,7 @@ class Layout:
     def slot_bytes(self) -> int:
         images, rows, cols = self.store_box
         stored = (self.stores - 1) * self.pitch + images * rows * cols
-        return round_up(max(self.pixels, stored) * ROW, 1024)
+        return round_up(max(self.pixels // self.parts, stored) * ROW, 1024)
 
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:

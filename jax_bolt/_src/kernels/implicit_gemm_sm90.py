@@ -111,7 +111,8 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         f"{scope}::Filters::{'kKrsc' if krsc else 'kHwio'}",
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
-        *(tile.splits, tile.multicast, Image.of(region.problem).k_steps),
+        *(tile.splits, tile.multicast, tile.parts),
+        Image.of(region.problem).k_steps,
     )
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
 

@@ -49,7 +49,8 @@ class Tile:
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
     pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels, and
-    ``multicast`` those that load a filter together, each for tiles of its own.
+    ``multicast`` those that load a filter together, each for tiles of its own. A block
+    leaves in ``parts``.
     """
 
     pixels: int
@@ -62,6 +63,7 @@ class Tile:
     rings: Rings = NO_RINGS
     splits: int = 1
     multicast: int = 1
+    parts: int = 1
 
     @property
     def filter_blocks(self) -> int:
@@ -77,7 +79,8 @@ class Tile:
         return 2 if self.warpgroups == 1 else 1
 
     def layout(self, image: Image) -> Layout:
-        return Layout(image, self.block, self.blocks * self.warps_n, self.pixels)
+        count = self.blocks * self.warps_n
+        return Layout(image, self.block, count, self.pixels, self.parts)
 
     def config(self) -> Config:
         b, rings = self.block, self.rings
@@ -91,6 +94,7 @@ class Tile:
             block=f"{b.images}x{b.rows}x{b.cols}",
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
             cluster=f"{self.splits}x{self.multicast}",
+            parts=self.parts,
         )
 
     @staticmethod
@@ -116,6 +120,7 @@ class Tile:
             ),
             splits=splits,
             multicast=multicast,
+            parts=int(config["parts"]),
         )
 
 
@@ -148,8 +153,14 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
                 base.filter_blocks
             ):
                 variants.append(dataclasses.replace(base, multicast=2))
+            if image.is_line and (parts := _parts(pixels)) > 1:
+                variants += [
+                    dataclasses.replace(variant, parts=parts)
+                    for variant in variants
+                    if variant.splits == 1
+                ]
             for variant in variants:
-                tile = _staged(variant, layout, epilogue, arch)
+                tile = _staged(variant, variant.layout(image), epilogue, arch)
                 if tile is not None:
                     yield tile
 
@@ -167,6 +178,12 @@ _SHAPES = (
     (1, 1, 1, 1, "cooperative"),
     (1, 2, 1, 1, "cooperative"),
 )
+
+
+def _parts(pixels: int) -> int:
+    """In how many a large block may leave: slots are smaller then, and rings deeper."""
+    fitting = [n for n in (2, 3, 4) if pixels % (16 * n) == 0 and pixels // n >= 48]
+    return max(fitting, default=1)
 
 
 def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
@@ -364,7 +381,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
         loads += steps * _FILTER_BLOCK * tile.filter_blocks / tile.multicast
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
     moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
-    moved *= blocks * sharing * layout.slot_bytes
+    moved *= blocks * sharing * tile.parts * layout.slot_bytes
     busy = max(products + steps * _STEP, (loads + moved) / _LOAD_RATE + boxes * _BOX)
     main = max(busy, waiting)
     finish = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))

@@ -62,11 +62,12 @@ struct Ring {
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster
 /// that share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
-/// kMulticast: 2 where CTAs share their filters' loads in pairs, or 1. kSteps: products in a chunk,
-/// of 32 bytes each.
+/// kMulticast: 2 where CTAs share their filters' loads in pairs, or 1. kParts: what a block leaves
+/// in, one slot after the other; more than 1 for pixels of one line only. kSteps: products in a
+/// chunk, of 32 bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
-          int kMulticast, int kSteps>
+          int kMulticast, int kParts, int kSteps>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -125,6 +126,9 @@ struct Sm90 {
   // Of a split tile, each CTA finishes some groups of 8 pixels, from first_group(rank) on. The
   // others send it theirs: 64 channels by 8 pixels in f32.
   static constexpr int kGroups = kPixels / 8;
+  static constexpr int kPartGroups = kGroups / kParts;
+  static_assert(kParts == 1 || (kSplits == 1 && kPixels % (16 * kParts) == 0),
+                "a part is finished in pairs of groups, by one CTA");
   static constexpr int kPartial = 2048;
   static constexpr int kPartials =
       kWarpgroups * (kSplits - 1) * ((kGroups + kSplits - 1) / kSplits) * kPartial;
@@ -175,6 +179,12 @@ struct Sm90 {
       int const group = strip / g.row_tiles;
       row = (strip - group * g.row_tiles) * g.tile_rows;
       image = group * g.tile_images;
+    }
+    /// Part `index` of a block.
+    __device__ __forceinline__ Tile part(int index) const {
+      Tile moved = *this;
+      moved.col += index * 8 * kPartGroups;
+      return moved;
     }
     /// Pixel block `pixel` and channel block `channel_block` of this tile.
     __device__ __forceinline__ Tile block(Geometry const& g, int pixel, int channel_block) const {
@@ -319,8 +329,10 @@ struct Sm90 {
     for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
       if (!takes(warpgroup, turn)) continue;
       Tile const tile(g, index);
-      for (int unit = 0; unit < kPixelBlocks * kChannelBlocks; ++unit) {
-        Tile const block = part(g, tile, warpgroup, unit / kChannelBlocks, unit % kChannelBlocks);
+      for (int unit = 0; unit < kPixelBlocks * kChannelBlocks * kParts; ++unit) {
+        int const index = unit / kParts;
+        Tile const block = part(g, tile, warpgroup, index / kChannelBlocks, index % kChannelBlocks)
+                               .part(unit % kParts);
         ptx::Barrier& full = barriers.sides_full[warpgroup][ring.stage];
         barriers.sides_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
         constexpr int kTiles = kSlotTiles - side_tile<0>();
@@ -573,8 +585,9 @@ struct Sm90 {
     return false;
   }
 
-  /// One block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle, and the
-  /// slot to the output by TMA, which leaves out what lies beyond it.
+  /// One part of a block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle,
+  /// and the slot to the output by TMA, which leaves out what lies beyond it.
+  template <int kPart>
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup, Ring& ring,
                                                int& unreleased, float (&accumulators)[kPixels / 2],
@@ -602,9 +615,10 @@ struct Sm90 {
     std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
     if constexpr (kSplits == 1) {
 #pragma unroll
-      for (int j = 0; j < kGroups / 2; ++j) {
+      for (int j = 0; j < kPartGroups / 2; ++j) {
         std::uint32_t const first = 2 * j * kGroupBytes;
-        finish<4>(accumulators + 8 * j, columns, at + first, slot + first, g.slot_bytes);
+        finish<4>(accumulators + 4 * (kPart * kPartGroups + 2 * j), columns, at + first,
+                  slot + first, g.slot_bytes);
       }
       if constexpr (kGroups % 2 != 0) {
         std::uint32_t const first = (kGroups - 1) * kGroupBytes;
@@ -680,8 +694,12 @@ struct Sm90 {
       for (int nb = 0; nb < kPixelBlocks; ++nb) {
 #pragma unroll
         for (int mb = 0; mb < kChannelBlocks; ++mb) {
-          store(p, memory, part(g, tile, warpgroup, nb, mb), warpgroup, slots, unreleased,
-                accumulators[nb][mb], columns[mb]);
+          Tile const block = part(g, tile, warpgroup, nb, mb);
+          for_each_index<kParts>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            store<i>(p, memory, block.part(i), warpgroup, slots, unreleased, accumulators[nb][mb],
+                     columns[mb]);
+          });
         }
       }
     }
