@@ -187,6 +187,41 @@ def test_every_output_element_is_written():
             assert bool(jnp.isfinite(buffers.result.astype(jnp.float32)).all())
 
 
+LARGE = [
+    cases.Case(
+        "input", cases.conv, (cases.shape(700, 56, 56, 512), cases.shape(3, 3, 512, 8))
+    ),
+    cases.Case(
+        "output", cases.conv, (cases.shape(700, 56, 56, 8), cases.shape(1, 1, 8, 512))
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_tensors_of_more_than_two_gib(case):
+    """The first images and the last are those of a small batch."""
+    stats = jax.devices("cuda")[0].memory_stats() or {}
+    if stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free device memory")
+    site = case.site()
+    candidate = plan.candidates(site.region, target().arch)[0][0]
+    built = target().kernels.build(
+        target().toolchain, [candidate.source], target().arch
+    )
+    ((digest, artifact),) = built.items()
+    kernel = search.executable(site.region, candidate, digest, artifact, target())
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = (
+        jax.random.normal(key, a.shape, a.dtype)
+        for key, a in zip(keys, case.args, strict=True)
+    )
+    got = jax.jit(measure.kernel_function(site, kernel))(x, w)
+    assert max(x.nbytes, got.nbytes) > 2**31
+    for ends in (slice(0, 2), slice(-2, None)):
+        want = np.asarray(jax.jit(case.fun)(x[ends], w)).astype(np.float64)
+        assert relative_error(got[ends], want) <= 1e-2
+
+
 def test_a_problem_the_kernel_was_not_built_for_is_refused():
     site = cases.GEMMS[0].site()
     candidate = all_candidates()[0][cases.GEMMS[0].name][0]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .. import ir
 
 # Instructions, about, of what takes more than one.
@@ -49,6 +51,7 @@ def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
     return tuple(i for i in sorted(read) if same[i] and not known[i])
 
 
+@functools.lru_cache(maxsize=1024)  # every tile asks
 def work(epilogue: ir.Epilogue) -> int:
     """Instructions per element, about: what ranks tiles, not what is exact."""
     same, known = epilogue.per_channel(), constant(epilogue)

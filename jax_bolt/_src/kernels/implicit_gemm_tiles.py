@@ -80,7 +80,7 @@ class Tile:
 
     def layout(self, image: Image) -> Layout:
         count = self.blocks * self.warps_n
-        return Layout(image, self.block, count, self.pixels, self.parts)
+        return _layout(image, self.block, count, self.pixels, self.parts)
 
     def config(self) -> Config:
         b, rings = self.block, self.rings
@@ -122,6 +122,10 @@ class Tile:
             multicast=multicast,
             parts=int(config["parts"]),
         )
+
+
+# What a layout has worked out serves all tiles that have it.
+_layout = functools.lru_cache(maxsize=1024)(Layout)
 
 
 # Candidates -------------------------------------------------------------------------
@@ -276,9 +280,12 @@ def _staged(
         if grid(tile, image, arch) % image.channel_tiles(tile.filter_blocks):
             return None
 
-    def left(*stages: int) -> int:
-        staged = dataclasses.replace(tile, rings=Rings(*stages))
-        return per_sm - _BARRIERS - _ring_bytes(staged, layout, slot_tiles)
+    pixel_bytes, filter_bytes, store_bytes = _stage_bytes(tile, layout, slot_tiles)
+    room = per_sm - _BARRIERS - _partial_bytes(tile)
+
+    def left(pixels: int, filters: int, stores: int) -> int:
+        used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
+        return room - used
 
     # Steps of the main loop that one box of pixels serves.
     reach = len(layout.taps) / len(layout.phases)
@@ -308,13 +315,12 @@ def _staged(
     return dataclasses.replace(tile, rings=rings)
 
 
-def _ring_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
-    rings = tile.rings
+def _stage_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> tuple[int, int, int]:
+    """Of a stage of pixels, of filters, and of stores: a slot for every warpgroup."""
     return (
-        rings.pixels * layout.stage_bytes
-        + rings.filters * _FILTER_BLOCK * tile.filter_blocks
-        + rings.stores * tile.warpgroups * slot_tiles * layout.slot_bytes
-        + _partial_bytes(tile)
+        layout.stage_bytes,
+        _FILTER_BLOCK * tile.filter_blocks,
+        tile.warpgroups * slot_tiles * layout.slot_bytes,
     )
 
 
@@ -325,7 +331,9 @@ def _partial_bytes(tile: Tile) -> int:
 
 
 def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
-    return _ring_bytes(tile, layout, slot_tiles) + _BARRIERS
+    rings = (tile.rings.pixels, tile.rings.filters, tile.rings.stores)
+    stages = zip(rings, _stage_bytes(tile, layout, slot_tiles), strict=True)
+    return sum(n * size for n, size in stages) + _partial_bytes(tile) + _BARRIERS
 
 
 def _count(tile: Tile, image: Image) -> int:

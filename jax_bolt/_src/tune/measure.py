@@ -28,6 +28,7 @@ from ..chain import Chain
 from ..invoke import Executable
 from ..jit import loader
 from ..primitive import SiteInfo, reference_fun
+from . import db
 
 _REPEATS = 7
 _TARGET_US = 2e3  # device time of one timed batch
@@ -37,8 +38,6 @@ _MAX_CALLS = 16  # of one batch; a client with 32 executions in flight waits
 _BLOCKER_SIDE = 8192
 _BLOCKERS = 22
 _DRAWN = 1048573  # elements drawn of a large operand, then repeated; a prime
-# A result that XLA itself gets this wrong was not described right by the matcher.
-_SANE_ERROR = {"bf16": 3e-2, "f16": 1e-2, "f32": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,9 +198,8 @@ def errors(operands: Operands, kernel: Executable) -> Errors:
 
 
 def is_accurate(found: Errors, region: ir.Region) -> bool:
-    """Contract 1: at most 1.25 times XLA's own error; and that one must be sane."""
-    sane = found.xla <= _SANE_ERROR[region.problem.dtype]
-    return sane and found.kernel <= 1.25 * found.xla + 1e-6
+    """Whether the errors satisfy contract 1."""
+    return db.is_accurate(found.kernel, found.xla, db.SANE_ERROR[region.problem.dtype])
 
 
 def _truth(site: SiteInfo, operands: Sequence[Any]) -> Any:
