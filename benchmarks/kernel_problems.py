@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_bolt._src import forms, ir, kernels, options, plan, program
+from jax_bolt._src import forms, ir, options, plan, program
 from jax_bolt._src.arch import GpuArch
 from jax_bolt._src.primitive import SiteInfo
 
@@ -78,14 +78,11 @@ def collect(
 def candidates(
     problem: Problem, arch: GpuArch, disable: tuple[str, ...], quick: bool = False
 ) -> list[plan.Candidate]:
-    """As ``plan.candidates``, and what they supersede.
+    """As ``plan.candidates``, superseded ones included.
 
     ``quick`` takes two of each template and form.
     """
-    found, _ = plan.candidates(problem.region, arch, disable)
-    without = (*disable, *kernels.SUPERSEDED)
-    others, _ = plan.candidates(problem.region, arch, without)
-    found += [candidate for candidate in others if candidate not in found]
+    found, _ = plan.candidates(problem.region, arch, disable, superseded=True)
     if not quick:
         return found
     groups: dict[tuple[str, str], list[plan.Candidate]] = {}

@@ -188,9 +188,7 @@ def _kernels(
         if best is None:
             continue
         kernel, entry = best
-        entry["in_program_us"] = measure.time_in_sequence(
-            kernel, operands, target.ordinal
-        )
+        entry["in_program_us"] = search.time_in_program(kernel, operands, target)
         moves = kernel_problems.moves_input(operands.site, form)
         entry["moves_input"] = moves
         entry["us"] = entry["in_program_us" if moves else "rot_us"]

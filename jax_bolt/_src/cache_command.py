@@ -96,22 +96,17 @@ def add_to(commands: Any) -> None:
     clear.add_argument("--yes", action="store_true", help="do not ask")
     export = add("export", "writes an archive", _export, _EXPORT)
     export.add_argument("file", type=Path, metavar="FILE")
-    export.add_argument(
-        "--kernels",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with the kernels that the tuning results chose",
-    )
+    _add_kernels(export, "with the kernels that the tuning results chose")
     export.add_argument("--all", action="store_true", help="with every kernel there is")
     export.add_argument("--force", action="store_true", help="replace FILE")
     import_ = add("import", "takes what is in an archive", _import, _IMPORT)
     import_.add_argument("file", type=Path, metavar="FILE")
-    import_.add_argument(
-        "--kernels",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the kernels too, and not tuning results alone",
-    )
+    _add_kernels(import_, "the kernels too, and not tuning results alone")
+
+
+def _add_kernels(parser: Any, text: str) -> None:
+    action = argparse.BooleanOptionalAction
+    parser.add_argument("--kernels", action=action, default=True, help=text)
 
 
 def _parser(commands: Any, name: str, text: str, examples: str) -> Any:

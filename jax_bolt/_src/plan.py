@@ -77,9 +77,16 @@ class Origin:
 
 
 def candidates(
-    region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
+    region: ir.Region,
+    arch: GpuArch,
+    disable: tuple[str, ...] = (),
+    *,
+    superseded: bool = False,
 ) -> tuple[list[Candidate], list[str]]:
-    """Every candidate, the heuristic's choice first, and why templates refused."""
+    """Every candidate, the heuristic's choice first, and why templates refused.
+
+    With ``superseded``, those of templates too that another one replaces here.
+    """
     found: list[Candidate] = []
     reasons: list[str] = []
     taken: set[tuple[str, str]] = set()
@@ -97,13 +104,10 @@ def candidates(
             taken.add((form.name, template.name))
             for config in template.configs(form.region, arch):
                 found.append(Candidate(form, template, config, arch))
-    for better in {c.template.name for c in found} & kernels.SUPERSEDED.keys():
+    names = dict.fromkeys(c.template.name for c in found)
+    for better in () if superseded else names.keys() & kernels.SUPERSEDED.keys():
         others = kernels.SUPERSEDED[better]
-        reasons += [
-            f"{name}: {better} takes it"
-            for name in dict.fromkeys(c.template.name for c in found)
-            if name in others
-        ]
+        reasons += [f"{name}: {better} takes it" for name in names if name in others]
         found = [c for c in found if c.template.name not in others]
     return found, list(dict.fromkeys(reasons))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import region_cases as cases
 
-from jax_bolt._src import compat, evaluate, ir, kernels, options, plan, resolve
+from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.kernels import implicit_gemm_sm90
 from jax_bolt._src.kernels.image import Image
@@ -86,10 +86,7 @@ def all_candidates():
     found = {}
     for case in (*cases.GEMMS, *cases.CONVS):
         region = case.site().region
-        possible = plan.candidates(region, target().arch)[0]
-        # What these supersede, too.
-        others = plan.candidates(region, target().arch, tuple(kernels.SUPERSEDED))[0]
-        possible += [c for c in others if c not in possible]
+        possible, _ = plan.candidates(region, target().arch, superseded=True)
         found[case.name] = chosen(case, possible)
     sources = {c.source for group in found.values() for c in group}
     built = target().kernels.build(target().toolchain, sorted(sources), target().arch)

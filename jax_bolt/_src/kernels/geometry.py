@@ -222,6 +222,11 @@ class Layout:
             return "more pixels than the accumulator has"
         return None
 
+    def tile_count(self, filter_blocks: int, multicast: int) -> int:
+        """Tiles of a launch; where ``multicast`` CTAs go together, groups of them."""
+        groups = -(-math.prod(self.tiles) // multicast)
+        return groups * self.image.channel_tiles(filter_blocks)
+
     def integers(
         self, filter_blocks: int, rings: Rings, multicast: int
     ) -> tuple[int, ...]:
@@ -235,7 +240,7 @@ class Layout:
         whole, line = self.whole_images, i.is_line
         numbers = [
             i.k,
-            *(-(-math.prod(self.tiles) // multicast) * channel_tiles, channel_tiles),
+            *(self.tile_count(filter_blocks, multicast), channel_tiles),
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
             *(i.chunks, len(phases), down, right),

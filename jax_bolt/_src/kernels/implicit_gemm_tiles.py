@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 from .. import ir
@@ -337,9 +336,7 @@ def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
 
 
 def _count(tile: Tile, image: Image) -> int:
-    """Tiles, and with ``multicast`` pairs of them."""
-    channel_tiles = image.channel_tiles(tile.filter_blocks)
-    return -(-math.prod(tile.layout(image).tiles) // tile.multicast) * channel_tiles
+    return tile.layout(image).tile_count(tile.filter_blocks, tile.multicast)
 
 
 def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import logging
 import threading
 import time
@@ -239,7 +238,7 @@ def _tune_site(
         compiler=target.origin.compiler or "",
         xla_time_us=xla_us,
         candidates=sum(map(len, groups)),
-        versions=_versions(),
+        versions=db.versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     for group in groups:
@@ -270,11 +269,7 @@ def _with_best(
                 f"XLA's {errors.xla:.2e}"
             )
             continue
-        if "sequence" in target.disable:
-            fun = measure.kernel_function(site, timed.kernel)
-            time_us = measure.time_region(fun, operands, target.ordinal)
-        else:
-            time_us = measure.time_in_sequence(timed.kernel, operands, target.ordinal)
+        time_us = time_in_program(timed.kernel, operands, target)
         if entry.time_us is not None and time_us >= entry.time_us:
             return entry
         return dataclasses.replace(
@@ -289,6 +284,16 @@ def _with_best(
             xla_error=errors.xla,
         )
     return entry
+
+
+def time_in_program(
+    kernel: Executable, operands: measure.Operands, target: Target
+) -> float:
+    """Median µs of the region on ``kernel``, as programs for ``target`` run it."""
+    if "sequence" not in target.disable:
+        return measure.time_in_sequence(kernel, operands, target.ordinal)
+    fun = measure.kernel_function(operands.site, kernel)
+    return measure.time_region(fun, operands, target.ordinal)
 
 
 def _time_kernels(
@@ -351,10 +356,6 @@ def executable(
         digest, kind, dims, target.ordinal, target.arch.sm_count, recipe
     )
     return Executable(digest, region.problem, candidate.form, workspace, recipe)
-
-
-def _versions() -> str:
-    return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "jaxlib"))
 
 
 def _first_line(error: BaseException) -> str:
