@@ -286,6 +286,7 @@ def _staged(
         used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
         return room - used
 
+    units = tile.blocks * tile.channel_blocks * tile.parts  # of a warpgroup, to leave
     # Steps of the main loop that one box of pixels serves.
     reach = len(layout.taps) / len(layout.phases)
     most_pixels = min(MAX_RINGS[0], max(2, 3 * boxes))
@@ -306,10 +307,15 @@ def _staged(
             if fits and left(*wanted, slots) >= 0:
                 (pixels, filters), more = wanted, True
                 break
-        # What leaves is not waited for as what comes is.
-        ahead = min((pixels - 1) * reach, filters - 1) >= 3 or not more
-        if ahead and slots < most_slots and left(pixels, filters, slots + 1) >= 0:
-            slots, more = slots + 1, True
+        # Slots are a ring as well, of side inputs. What leaves is not waited for as what
+        # comes is.
+        ahead = min((pixels - 1) * reach, filters - 1) >= 3
+        if sides:
+            turns = 2 if tile.schedule == "pingpong" else 1
+            ahead = ahead and slots * turns / units <= pixels / boxes
+        if (ahead or not more) and slots < most_slots:
+            if left(pixels, filters, slots + 1) >= 0:
+                slots, more = slots + 1, True
     rings = Rings(pixels, filters, slots, tile.rings.resident)
     return dataclasses.replace(tile, rings=rings)
 
