@@ -43,4 +43,4 @@ template class jax_bolt::conv::Fprop80<all_kernels::Epilogue, all_kernels::Eleme
                                        64, 64, 64, 32, 64, 4>;
 template struct jax_bolt::implicit_gemm::Sm90<
     all_kernels::Epilogue, all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio, 104, 1, 1,
-    1, 2, jax_bolt::implicit_gemm::Schedule::kCooperative, 3, 1, 1, 4>;
+    1, 2, jax_bolt::implicit_gemm::Schedule::kCooperative, 3, 1, 4>;

@@ -35,14 +35,14 @@ def chosen(case, candidates):
         groups.setdefault(key, []).append(candidate)
     turn = len(case.name)
     found = [group[turn % len(group)] for group in groups.values()]
-    return found + pairs(candidates) + (splits(candidates) if is_deep(case) else [])
+    return found + parts(candidates) + (splits(candidates) if is_deep(case) else [])
 
 
-def pairs(candidates):
-    """A candidate of each form whose CTAs load their filters in pairs."""
+def parts(candidates):
+    """A candidate of each form whose blocks leave in parts."""
     found = {}
     for candidate, tile in tiles(candidates):
-        if tile.multicast > 1:
+        if tile.parts > 1:
             found.setdefault(candidate.form.name, with_tile(candidate, tile))
     return list(found.values())
 

@@ -91,7 +91,6 @@ class Arguments:
     warps_n: int
     ping_pong: bool
     splits: int
-    multicast: int
     parts: int
     steps: int
 
@@ -119,7 +118,6 @@ class Arguments:
             ping_pong=one_of("kSchedule", "Schedule", "kPingPong", "kCooperative")
             == "kPingPong",
             splits=int(given["kSplits"]),
-            multicast=int(given["kMulticast"]),
             parts=int(given["kParts"]),
             steps=int(given["kSteps"]),
         )
@@ -327,16 +325,13 @@ class Launch:
             assert g.tile_rows == g.stores == 1
         assert not t.ping_pong or t.warps_m * t.warps_n == 1
         assert recipe.threads == 128 * (t.warpgroups + 1)
-        assert recipe.cluster == t.splits * t.multicast and recipe.programmatic
+        assert recipe.cluster == t.splits and recipe.programmatic
         if t.splits == 1:
-            assert t.multicast <= recipe.grid <= g.tiles * t.multicast
-            assert recipe.grid % t.multicast == 0 and t.multicast in (1, 2)
-            # Whose filters are its own, or loaded once, has nothing to share.
-            assert t.multicast == 1 or not (g.resident or g.filter_batch)
+            assert 1 <= recipe.grid <= g.tiles
         else:
             # A cluster has one tile, a warpgroup one block, and every CTA some chunks.
             assert recipe.grid == g.tiles * t.splits and t.splits <= g.chunks
-            assert not t.ping_pong and not g.resident and t.multicast == 1
+            assert not t.ping_pong and not g.resident
             assert t.blocks * t.channel_blocks == 1
         # What is beyond the products' depth is zeros.
         assert t.steps == 4 or g.chunks == 1
@@ -355,7 +350,7 @@ class Launch:
         # A barrier waits for as many bytes as its boxes have.
         assert self.pixels.bytes == g.load_bytes
         whole = t.filter_stage if t.krsc else FILTER_BLOCK
-        assert self.filters.bytes * t.multicast == whole
+        assert self.filters.bytes == whole
         assert all(side.bytes == g.side_bytes for side in self.sides)
         result, *sides = (x.item // 2 for x in (self.to, *self.sides))
         tiles = sum(sides) + (0 if sides and sides[0] == result else result)
@@ -375,18 +370,17 @@ class Launch:
 
     def run(self) -> Launch:
         with np.errstate(invalid="ignore"):
-            clusters = self.grid // (self.t.splits * self.t.multicast)
+            clusters = self.grid // self.t.splits
             for cluster in range(clusters):
-                for rank in range(self.t.multicast):
-                    self._run(range(cluster, self.g.tiles, clusters), rank)
+                self._run(range(cluster, self.g.tiles, clusters))
         return self
 
-    def _run(self, indices: range, rank: int) -> None:
+    def _run(self, indices: range) -> None:
         """The tiles of one CTA, or of a cluster that shares them; a resident filter
         serves them all."""
         g, resident = self.g, None
         for index in indices:
-            channel, image, row, col = self._origin(index, rank)
+            channel, image, row, col = self._origin(index)
             if not g.resident:
                 found = self._filters(channel, g.filter_batch * image)
             else:
@@ -406,11 +400,10 @@ class Launch:
                             image + nb * g.block_images,
                         )
 
-    def _origin(self, index: int, rank: int) -> tuple[int, int, int, int]:
+    def _origin(self, index: int) -> tuple[int, int, int, int]:
         """Sm90::Tile."""
         g = self.g
         pixels, channel = divmod(index, g.channel_tiles)
-        pixels = pixels * self.t.multicast + rank
         strip, col = divmod(pixels, g.col_tiles)
         group, row = divmod(strip, g.row_tiles)
         return (
@@ -428,30 +421,12 @@ class Launch:
             steps.append([])
             for tap in range(self.taps):
                 at = g.tap_filter[tap]
-                halves = range(t.multicast)
+                first = chunk * self.chunk
                 if t.krsc:
-                    width = BLOCK * t.filter_blocks // t.multicast
-                    boxes = [
-                        self.filters.load(
-                            chunk * self.chunk, at, channel + half * width, batch
-                        )
-                        for half in halves
-                    ]
-                    box = np.concatenate(boxes).T
+                    box = self.filters.load(first, at, channel, batch).T
                 else:
-                    depth = self.chunk // t.multicast
                     boxes = [
-                        np.concatenate(
-                            [
-                                self.filters.load(
-                                    channel + i * BLOCK,
-                                    chunk * self.chunk + half * depth,
-                                    at,
-                                    batch,
-                                )
-                                for half in halves
-                            ]
-                        )
+                        self.filters.load(channel + i * BLOCK, first, at, batch)
                         for i in range(t.filter_blocks)
                     ]
                     box = np.concatenate(boxes, axis=1)

@@ -62,12 +62,11 @@ struct Ring {
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster
 /// that share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
-/// kMulticast: 2 where CTAs share their filters' loads in pairs, or 1. kParts: what a block leaves
-/// in, one slot after the other; more than 1 for pixels of one line only. kSteps: products in a
-/// chunk, of 32 bytes each.
+/// kParts: what a block leaves in, one slot after the other; more than 1 for pixels of one line
+/// only. kSteps: products in a chunk, of 32 bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
-          int kMulticast, int kParts, int kSteps>
+          int kParts, int kSteps>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -88,8 +87,6 @@ struct Sm90 {
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
   static_assert(kSplits == 1 || (!kPingPong && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
-  static_assert(kMulticast == 1 || (kMulticast == 2 && kSplits == 1), "a cluster does one of both");
-  static constexpr int kCluster = kSplits * kMulticast;
 
   static constexpr int kBlock = 64;                     // output channels
   static constexpr int kChunk = 128 / sizeof(Element);  // input channels: the widest swizzle
@@ -169,11 +166,8 @@ struct Sm90 {
     int channel, image, row, col;
 
     __device__ __forceinline__ Tile(Geometry const& g, int index) {
-      int const group_of_pixels = index / g.channel_tiles;
-      channel = (index - group_of_pixels * g.channel_tiles) * kBlock * kFilterBlocks;
-      // Of an odd number of pixel tiles the last CTA's is beyond the images: TMA finds nothing
-      // there.
-      int const pixels = kMulticast == 1 ? group_of_pixels : group_of_pixels * kMulticast + rank();
+      int const pixels = index / g.channel_tiles;
+      channel = (index - pixels * g.channel_tiles) * kBlock * kFilterBlocks;
       int const strip = pixels / g.col_tiles;
       col = (pixels - strip * g.col_tiles) * g.tile_cols;
       int const group = strip / g.row_tiles;
@@ -198,9 +192,9 @@ struct Sm90 {
   };
 
   // A cluster is a worker: its tiles are first_tile(), and every tile_step() further.
-  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kCluster; }
-  __device__ static __forceinline__ int tile_step() { return gridDim.x / kCluster; }
-  __device__ static __forceinline__ int rank() { return kCluster == 1 ? 0 : blockIdx.x % kCluster; }
+  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kSplits; }
+  __device__ static __forceinline__ int tile_step() { return gridDim.x / kSplits; }
+  __device__ static __forceinline__ int rank() { return kSplits == 1 ? 0 : blockIdx.x % kSplits; }
   /// The CTA's chunks, and where they end.
   __device__ static __forceinline__ int first_chunk(Geometry const& g) {
     return kSplits == 1 ? 0 : g.chunks * rank() / kSplits;
@@ -281,42 +275,23 @@ struct Sm90 {
         }
       }
     }
-    if constexpr (kMulticast > 1) {
-      // The barriers must outlive what the other CTA sends them: its word on the last stages.
-      for (int i = 0; i < g.filter_stages; ++i) {
-        barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
-        ring.advance(g.filter_stages);
-      }
-    }
   }
 
-  /// One tap's filter for the input channels of a chunk; of a pair of CTAs, each loads half.
+  /// One tap's filter for the input channels of a chunk.
   __device__ static __forceinline__ void load_stage(Parameters const& p, Memory const& memory,
                                                     int stage, Tile const& tile, int chunk,
                                                     int tap) {
     int const batch = p.geometry.filter_batch * tile.image;
-    int const half = kMulticast == 1 ? 0 : rank();
     ptx::Barrier& full = memory.barriers->filters_full[stage];
     full.arrive_and_expect(kFilterStage);
     std::uint32_t const to = memory.filters + stage * kFilterStage;
     if constexpr (kFilters == Filters::kKrsc) {
-      load_filter(p, full, to + half * (kFilterStage / 2), chunk * kChunk, tap,
-                  tile.channel + half * (kBlock * kFilterBlocks / 2), batch);
+      ptx::load(p.filters, full, to, chunk * kChunk, tap, tile.channel, batch);
     } else {
       for (int i = 0; i < kFilterBlocks; ++i) {
-        load_filter(p, full, to + i * kFilterBlock + half * (kFilterBlock / 2),
-                    tile.channel + i * kBlock, chunk * kChunk + half * (kChunk / 2), tap, batch);
+        ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kBlock, chunk * kChunk,
+                  tap, batch);
       }
-    }
-  }
-
-  __device__ static __forceinline__ void load_filter(Parameters const& p, ptx::Barrier& full,
-                                                     std::uint32_t to, int c0, int c1, int c2,
-                                                     int c3) {
-    if constexpr (kMulticast == 1) {
-      ptx::load(p.filters, full, to, c0, c1, c2, c3);
-    } else {
-      ptx::load_to_both(p.filters, full, to, c0, c1, c2, c3);
     }
   }
 
@@ -394,14 +369,6 @@ struct Sm90 {
   __device__ static __forceinline__ void release(ptx::Barrier& empty) {
     if ((threadIdx.x & 31) == 0) empty.arrive();
   }
-  /// The same to all that fill the stage.
-  __device__ static __forceinline__ void release_filters(ptx::Barrier& empty) {
-    if constexpr (kMulticast == 1) {
-      release(empty);
-    } else if ((threadIdx.x & 31) < kMulticast) {
-      ptx::arrive_at(ptx::in_cta(ptx::shared_address(&empty), threadIdx.x & 31));
-    }
-  }
 
   /// All products of a tile, the last of them still under way; returns the stages they read.
   __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
@@ -442,7 +409,7 @@ struct Sm90 {
           cute::warpgroup_commit_batch();
           // All but the products just issued are done with their stages.
           cute::warpgroup_wait<1>();
-          if (filter_stage >= 0) release_filters(barriers.filters_empty[filter_stage]);
+          if (filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
           if (free_pixels >= 0) release(barriers.pixels_empty[free_pixels]);
           free_pixels = -1;
           filter_stage = filters.stage;
@@ -688,7 +655,7 @@ struct Sm90 {
       for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
         cute::warpgroup_fence_operand(flat[i]);
       }
-      release_filters(barriers.filters_empty[filter_stage]);
+      release(barriers.filters_empty[filter_stage]);
       release(barriers.pixels_empty[pixel_stage]);
 #pragma unroll
       for (int nb = 0; nb < kPixelBlocks; ++nb) {
@@ -730,18 +697,15 @@ struct Sm90 {
           set_up(barriers.pixels_full, barriers.pixels_empty, g.pixel_stages, kReaders);
         } else if (warp == 1) {
           ptx::prefetch(p.filters);
-          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages,
-                 kReaders * kMulticast);
+          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, kReaders);
         } else if (kSides > 0 && warp - 2 < kWarpgroups) {
           set_up(barriers.sides_full[warp - 2], barriers.sides_empty[warp - 2], g.store_stages, 1);
         }
       }
       __syncwarp();
       ptx::arrive(kSetUp, kThreads);
-      if constexpr (kCluster > 1) ptx::arrive_cluster();
+      if constexpr (kSplits > 1) ptx::arrive_cluster();
       if (warp == 0) ptx::allow_next_kernel();
-      // Filters go to both CTAs of a pair, whose barriers must be set up.
-      if (kMulticast > 1 && warp == 1) ptx::wait_cluster();
       if (elected) {
         ptx::wait_for_earlier_kernels();
         if (warp == 0) {
@@ -752,22 +716,23 @@ struct Sm90 {
           load_sides(p, memory, warp - 2);
         }
       }
-      // The cluster's barrier wants all threads: once for a pair, twice where a tile is split.
+      // The cluster's barrier wants all threads, twice.
       __syncwarp();
-      if (kCluster > 1 && !(kMulticast > 1 && warp == 1)) ptx::wait_cluster();
-      if constexpr (kSplits > 1) ptx::arrive_cluster();
+      if constexpr (kSplits > 1) {
+        ptx::wait_cluster();
+        ptx::arrive_cluster();
+      }
     } else {
       if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
       if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
       if constexpr (kSplits > 1) {
         if ((threadIdx.x & 127) == 0) set_up_exchange(barriers, warpgroup);
         __syncwarp();
+        ptx::arrive_cluster();
       }
-      if constexpr (kCluster > 1) ptx::arrive_cluster();
       clear_tails(g, memory, threadIdx.x);
       ptx::sync(kSetUp, kThreads);
       ptx::wait_for_earlier_kernels();
-      if constexpr (kMulticast > 1) ptx::wait_cluster();
       consume(p, memory, warpgroup);
     }
   }
