@@ -44,6 +44,13 @@ class Candidate:
         return template.recipe(self.form.region, self.config, self.arch).encode()
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """The same where only a block's size and its stages differ."""
+        params = self.config.params
+        choices = (p for p in params if p[0] not in ("pixels", "block", "stages"))
+        return self.form.name, self.template.name, *choices
+
+    @property
     def text(self) -> str:
         return f"{self.template.name} {self.config.text} ({self.form.name})"
 
