@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -335,6 +336,7 @@ def test_a_request_says_what_the_kernel_reads() -> None:
         "vectors": [["f32", 64, 1.0, True], ["bf16", 2, 1.0, True]],
         "result_bytes": 24 * 16 * 4,
     }
+    assert json.loads(json.dumps(made)) == made
     assert made["dims"] == [24, 16, 64, 1]
     assert tuple(made["recipe"]) == found[0].recipe
 

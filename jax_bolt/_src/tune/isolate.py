@@ -38,7 +38,7 @@ _LIMIT_S = 20.0
 _POLL_S = 0.2
 _EXIT_S = 5.0
 _MAX_ANSWER = 1 << 20  # bytes
-_MAX_STARTS = 3  # in vain, in a row
+_MAX_STARTS = 2  # in vain, in a row
 _PROGRAM = Path(__file__).with_name("worker.py")
 
 

@@ -135,6 +135,8 @@ class _Run:
 
     def tune(self, sites: list[SiteInfo]) -> None:
         self._jobs = [job for site in sites if (job := self._job(site)) is not None]
+        if not self._jobs:
+            return
         try:
             with self.progress, self._builder:
                 self.progress.start("tuning", len(self._jobs))
@@ -149,7 +151,7 @@ class _Run:
             measure.release()
 
     def _tune_all(self) -> None:
-        self._find_base_programs()
+        self._build_base_programs()
         ready: collections.deque[_Job] = collections.deque()
         for job in list(self._jobs):
             with self._giving_a_reason(job):
@@ -193,34 +195,33 @@ class _Run:
 
     # --- Stage 1
 
-    def _find_base_programs(self) -> None:
-        """Those that stand for a candidate and are built, or are worth building.
+    def _build_base_programs(self) -> None:
+        """Those that are missing, where that is worth it.
 
         A program costs what a kernel does, and saves one only where enough of a
         region's candidates have one. So missing ones are built where there are fewer of
         them than of the kernels that are then not built; for other models they remain.
         """
-        target = self.target
         wanted = dict.fromkeys(
             stand.source
             for job in self._jobs
             for candidate in job.found
             if (stand := base.stand_in(candidate)) is not None
         )
-        missing: list[str] = []
-        for source in wanted:
-            digest = target.digest(source)
-            path = target.kernels.find(digest)
+        missing = [source for source in wanted if self._base_program(source) is None]
+        if 0 < len(missing) <= stages.savings([job.found for job in self._jobs]):
+            self._builder.add(missing)
+            self._builder.wait(missing, self.check)
+
+    def _base_program(self, source: str) -> tuple[str, Path] | None:
+        """Its digest and artifact, where it is built by now, here or elsewhere."""
+        if source not in self._base:
+            digest = self.target.digest(source)
+            path = self.target.kernels.find(digest)
             if path is None:
-                missing.append(source)
-            else:
-                self._base[source] = digest, path
-        if not 0 < len(missing) <= stages.savings([job.found for job in self._jobs]):
-            return
-        self._builder.add(missing)
-        for source, (digest, path) in self._builder.wait(missing, self.check).items():
-            if isinstance(path, Path):
-                self._base[source] = digest, path
+                return None
+            self._base[source] = digest, path
+        return self._base[source]
 
     def _first_stage(self, job: _Job) -> None:
         """Leaves those candidates in ``job`` that are to be built."""
@@ -229,7 +230,7 @@ class _Run:
         failed: set[Candidate] = set()
         for candidate in job.found:
             stand = base.stand_in(candidate)
-            built = None if stand is None else self._base.get(stand.source)
+            built = None if stand is None else self._base_program(stand.source)
             if stand is None or built is None:
                 continue
             timing = self._time(job, stand, *built, _REPEATS_BASE)
@@ -293,6 +294,8 @@ class _Run:
     def _finish(self, job: _Job, groups: list[list[Timed]], built: Built) -> db.Entry:
         """Verifies the fastest and compares it with XLA."""
         site, target = job.site, self.target
+        if not groups:
+            raise Untunable("no candidate ran: " + "; ".join(job.problems))
         operands = measure.make_operands(site, target.arch.l2_bytes)
         entry = db.Entry(
             choice="xla",
@@ -308,7 +311,7 @@ class _Run:
                 break
             entry = self._with_best(entry, job, group, built, operands)
         if entry.time_us is None:
-            raise Untunable("no candidate ran: " + "; ".join(job.problems))
+            raise Untunable("no candidate is right: " + "; ".join(job.problems))
         xla = reference_fun(site.reference)
         xla_us = measure.time_region(xla, operands, target.ordinal)
         chosen = stages.choice(entry.time_us, xla_us, job.before)

@@ -23,7 +23,7 @@ MARGIN = 0.98
 _MAX_TIE = 0.05  # a spread above this says that the GPU is shared, not that all tie
 
 _BY_TIME = 3
-_UNTIMED = 2  # of those without a base program
+_UNTIMED = 3  # of those without a base program
 # Fewer times than these say too little of a form: its kernels are built by rank.
 _ENOUGH = 4
 _FAR = 1.15  # of the best time: kinds that are slower than that are not tried
