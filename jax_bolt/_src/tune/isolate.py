@@ -15,11 +15,13 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +87,8 @@ class Worker:
         self._errors: Any = None
         self._rest = b""
         self._ready = False
-        self._starts = 0
+        self._ran = False  # once, at least
+        self._failed_starts = 0
 
     def __enter__(self) -> Worker:
         return self
@@ -100,7 +103,7 @@ class Worker:
         """
         if self._process is not None:
             return
-        if self._starts == _MAX_STARTS:
+        if self._failed_starts == _MAX_STARTS:
             raise Unavailable("not tuned: the tuning worker does not start")
         ours, theirs = socket.socketpair()
         us = str(theirs.fileno()), str(os.getpid())
@@ -121,11 +124,10 @@ class Worker:
             ours.close()
             if self._errors is not None:
                 self._errors.close()
-            self._starts = _MAX_STARTS
+            self._failed_starts = _MAX_STARTS
             raise Unavailable(
                 f"not tuned: the tuning worker cannot be started: {error}"
             ) from None
-        self._starts += 1
         self._socket, self._rest = ours, b""
 
     def time(
@@ -172,29 +174,32 @@ class Worker:
         process.kill()
         if self._socket is not None:
             self._socket.close()
-        # A GPU may take its time to let go of a process that it was working for.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10.0)
         self._errors.close()
+        try:
+            process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            # A GPU may take its time to let go of a process that it was working for.
+            threading.Thread(target=process.wait, daemon=True).start()
 
     def _wait_until_ready(self, poll: Callable[[], None]) -> None:
         while not self._ready:
-            if self._process is None and self._starts:
+            if self._process is None and self._ran:
                 store.count("restarts")
             self.start()
             try:
                 answer = self._receive(_START_S, poll)
             except Failed as error:
                 logger.warning("jax_bolt: the tuning worker: %s", error)
+                self._failed_starts += 1
                 self.stop()
                 continue
             if "ready" not in answer:
                 reason = answer.get("unavailable", "it does not understand")
-                self._starts = _MAX_STARTS
+                self._failed_starts = _MAX_STARTS
                 raise Unavailable(
                     f"not tuned: the tuning worker cannot use the GPU: {reason}"
                 )
-            self._ready, self._starts = True, 1
+            self._ready, self._ran, self._failed_starts = True, True, 0
 
     def _ask(
         self, request: dict[str, Any], limit_s: float, poll: Callable[[], None]
@@ -247,7 +252,9 @@ class Worker:
             self._errors.seek(0)
             logger.info("the tuning worker: %s", self._errors.read()[-2000:])
         if code < 0:
-            return Failed(f"crashed the worker (signal {-code})", fatal=True)
+            # Some are others' doing: memory was short, or the job was ended.
+            own = -code not in (signal.SIGKILL, signal.SIGTERM)
+            return Failed(f"crashed the worker (signal {-code})", fatal=own)
         return Failed(f"the worker ended (exit status {code})")
 
 
