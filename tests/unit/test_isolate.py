@@ -17,7 +17,6 @@ import fresh_python
 import pytest
 from fakes import Build
 
-from jax_bolt import _native
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import ir, plan
 from jax_bolt._src.jit import store
@@ -341,10 +340,37 @@ def test_a_request_says_what_the_kernel_reads() -> None:
     assert tuple(made["recipe"]) == found[0].recipe
 
 
-def test_the_worker_is_not_the_users_python(start: Callable, kernel: Path) -> None:
-    """No site-packages, no user's modules, nothing on stdout: see worker.py."""
-    source = Path(isolate._PROGRAM).read_text()
-    assert "jax" not in {
-        line.split()[1] for line in source.splitlines() if line.startswith("import")
-    }
-    assert _native.__file__ in Worker(UUID, 0)._program
+def test_the_worker_is_not_the_users_python(
+    start: Callable, kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in the user's directories, which may be gone."""
+    for name in ("json", "random", "sitecustomize", "usercustomize", "jax"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert start().time(request(kernel)).micros == pytest.approx(M)
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert start().time(request(kernel)).micros == pytest.approx(M)
+
+
+def test_nothing_of_it_is_on_the_users_terminal(build: Build, kernel: Path) -> None:
+    """Nor does it need the program to be importable: this one is a string."""
+    driver = build("cuda.cc", "libcuda.so.1")
+    loud = build(
+        *("kernel.cc", "loud.so", "-include", "cstdio"),
+        '-DFAKE_LAUNCH=puts("stdout");fputs("stderr",stderr);fflush(stdout);abort()',
+    )
+    code = (
+        "import sys\n"
+        "from jax_bolt._src.tune.isolate import Failed, Worker\n"
+        "with Worker(sys.argv[1], 0) as worker:\n"
+        "    try: worker.time(eval(sys.argv[2]))\n"
+        "    except Failed as error: print(error)\n"
+    )
+    places = str(driver.parent)
+    printed = fresh_python.run(code, UUID, repr(request(loud)), LD_LIBRARY_PATH=places)
+    assert printed == "crashed the worker (signal 6)\n"

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import pytest
 import region_cases as cases
+from fakes import Build
 
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import base, plan
@@ -554,3 +555,48 @@ def test_stages_overlap(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.micros = micros
     assert world.tune(*sites) == {}
     assert all(world.entry(site).choice == "kernel" for site in sites)
+
+
+# --- The real worker, on a driver that only counts
+
+
+@pytest.mark.parametrize("bad", ["", "std::abort()"])
+def test_the_real_worker(
+    world: World, build: Build, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    """Every request of a tuning for Ampere is one that it and the modules take."""
+    driver = build("cuda.cc", "libcuda.so.1")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver.parent))
+    uuid = "".join(f"{16 * i + 1:02x}" for i in range(16))
+    monkeypatch.setattr(isolate, "worker", lambda o: isolate.Worker(uuid, o))
+    good = build("kernel.cc", "good.so", "-DFAKE_RESULT_BYTES=2")
+    fatal = build(
+        "kernel.cc", f"bad{len(bad)}.so", f"-DFAKE_LAUNCH={bad or 'return 1'}"
+    )
+    shapes = cases.shape(96, 64), cases.shape(64, 32)
+    site = cases.Case("dense", lambda x, w: jax.nn.silu(x @ w), shapes).site()
+    ampere = arch_.from_name("sm_80")
+    found, _ = plan.candidates(site.region, ampere)
+    first = found[0].source
+
+    def compile_all(
+        tools: Any, sources: Any, arch: Any, jobs: Any, on_done: Any
+    ) -> None:
+        for source in sources:
+            path = fatal if source == first else good
+            on_done(world.digest(None, source, None), path)
+
+    def executable(
+        region: Any, candidate: Candidate, digest: str, path: Path, target: Any
+    ) -> Any:
+        assert path == good
+        return types.SimpleNamespace(digest=digest, micros=96.0, candidate=candidate)
+
+    monkeypatch.setattr(world, "build", compile_all)
+    monkeypatch.setattr(search, "executable", executable)
+    assert world.tune(site, arch=ampere) == {}
+    entry = world.results.get(ampere, site.region)
+    assert entry is not None
+    assert entry.kernel_time_us == pytest.approx(96.0)
+    assert entry.config == found[1].config.text
+    assert entry.notes.endswith("crashed the worker (signal 6)") == bool(bad)
