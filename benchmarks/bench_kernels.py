@@ -32,7 +32,7 @@ from benchmarks.kernel_problems import Problem
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import compat, kernels, options, resolve
 from jax_bolt._src.errors import CompileError, UnsupportedError
-from jax_bolt._src.tune import measure, search
+from jax_bolt._src.tune import isolate, measure, search
 
 TEMPLATES = tuple(template.name for template in kernels.TEMPLATES)
 # What an H100 reached; only sorts problems into classes where nothing is measured.
@@ -78,11 +78,12 @@ def run(problems: Sequence[Problem], target: search.Target, args: Any) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     results = document["problems"]
     print(kernel_table.header(templates), flush=True)
+    worker = isolate.worker(target.ordinal)
     try:
         for problem, candidates in zip(problems, found, strict=True):
             clock.check()
             result = kernel_times.measure_problem(
-                problem, candidates, built, target, ceilings, clock
+                problem, candidates, built, target, ceilings, clock, worker
             )
             results.append(result)
             print(kernel_table.row(result, templates), flush=True)
@@ -93,6 +94,8 @@ def run(problems: Sequence[Problem], target: search.Target, args: Any) -> int:
     except search.Stopped as reason:
         document["not_reached"] = [p.region.text for p in problems[len(results) :]]
         print(f"stopped: {reason}; {len(problems) - len(results)} problems not reached")
+    finally:
+        worker.stop()
     measure.release()
     _write(path, document)
     print(f"\n{kernel_table.summary_text(document['summary'])}\n")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures one problem on the GPU: every candidate, the library, XLA's region, a copy.
 
-Kernels are timed alone by the native profiler, once with rotated operands ("rot": the
-L2 cache does not hold them) and once with one set ("hot"). What XLA runs is timed by
-the device's stopwatch over the same rotated sets, as tuning does it. The best kernel
-of each template is timed that way as well ("in program"), its operands rearranged at
-every call.
+Kernels are timed alone, in the tuner's worker process: with rotated operands ("rot":
+the L2 cache does not hold them) and with one set ("hot"). What XLA runs is timed by the
+device's stopwatch over as many rotated sets, as tuning does it. The best kernel of each
+template is timed that way as well ("in program"), its operands rearranged at every
+call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax_bolt._src import invoke, ir
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
-from jax_bolt._src.tune import measure, search
+from jax_bolt._src.tune import isolate, measure, search
 
 from . import floor, kernel_problems, kernel_table
 from .kernel_problems import Problem
@@ -35,6 +35,7 @@ from .kernel_problems import Problem
 # Compiling may take this share of the budget: kernels that nobody times are no use.
 _COMPILING = 0.6
 _MAX_SETS = 32
+_REPEATS = 7
 _CALLS = re.compile(r'custom_call_target="([^"]+)"|"kind":"(__[^"]+)"')
 
 
@@ -74,6 +75,7 @@ def measure_problem(
     target: search.Target,
     ceilings: floor.Ceilings,
     clock: Clock,
+    worker: isolate.Worker,
 ) -> dict[str, Any]:
     """Everything measured of one problem, as JSON data; ``failures`` says what failed.
 
@@ -102,7 +104,7 @@ def measure_problem(
         operands = rotating_operands(problem.site, target.arch.l2_bytes)
         result["sets"] = len(operands.sets)
         with _noting(failures, "kernels"):
-            _kernels(result, operands, candidates, built, target, clock)
+            _kernels(result, operands, candidates, built, target, clock, worker)
         with _noting(failures, "library"):
             result["library"] = _library(operands, target.ordinal)
             result["library_us"] = min(v["us"] for v in result["library"].values())
@@ -174,9 +176,11 @@ def _kernels(
     built: search.Built,
     target: search.Target,
     clock: Clock,
+    worker: isolate.Worker,
 ) -> None:
     """Fills in ``candidates``, ``templates`` and the best times over all of them."""
-    timed = _timed(result["candidates"], operands, candidates, built, target, clock)
+    entries = result["candidates"]
+    timed = _timed(entries, operands, candidates, built, target, clock, worker)
     groups: dict[tuple[str, str], list[Any]] = {}
     for kernel, entry in sorted(timed, key=lambda pair: pair[1]["rot_us"]):
         groups.setdefault((entry["template"], entry["form"]), []).append(
@@ -214,36 +218,39 @@ def _timed(
     built: search.Built,
     target: search.Target,
     clock: Clock,
+    worker: isolate.Worker,
 ) -> list[tuple[invoke.Executable, dict[str, Any]]]:
     """Those that ran, with their entries; every candidate gets one in ``entries``."""
     ran: list[tuple[invoke.Executable, dict[str, Any]]] = []
-    one_set = measure.Operands(operands.site, operands.sets[:1])
-    for name in dict.fromkeys(c.form.name for c in candidates):
-        same_form = [c for c in candidates if c.form.name == name]
-        rotated = measure.Buffers(operands, same_form[0].form)
-        hot = measure.Buffers(one_set, same_form[0].form)
-        for candidate in same_form:
-            clock.check()
-            entry: dict[str, Any] = {
-                "template": candidate.template.name,
-                "form": name,
-                "config": candidate.config.text,
-            }
-            entries.append(entry)
-            region = operands.site.region
-            digest, artifact = built[candidate.source]
-            try:
-                kernel = search.executable(region, candidate, digest, artifact, target)
-                micros = measure.time_kernel(kernel, rotated, target.ordinal)
-                if measure.left_unwritten(rotated, operands):
-                    entry["failure"] = "left elements unwritten"
-                    continue
-                entry["rot_us"] = micros
-                entry["hot_us"] = measure.time_kernel(kernel, hot, target.ordinal)
-            except (CompileError, RuntimeError) as error:
-                entry["failure"] = _first_line(error)
-                continue
-            ran.append((kernel, entry))
+    region = operands.site.region
+
+    def micros(candidate: Candidate, sets: int) -> float:
+        digest, artifact = built[candidate.source]
+        if isinstance(artifact, CompileError):
+            raise artifact
+        request = isolate.request_for(
+            candidate, digest, artifact, sets, _REPEATS, verify=sets > 1
+        )
+        limit_s = isolate.limit_s(region, sets, target.arch.bandwidth)
+        return worker.time(request, limit_s).micros
+
+    for candidate in candidates:
+        clock.check()
+        entry: dict[str, Any] = {
+            "template": candidate.template.name,
+            "form": candidate.form.name,
+            "config": candidate.config.text,
+        }
+        entries.append(entry)
+        digest, artifact = built[candidate.source]
+        try:
+            entry["rot_us"] = micros(candidate, len(operands.sets))
+            entry["hot_us"] = micros(candidate, 1)
+            kernel = search.executable(region, candidate, digest, artifact, target)
+        except (CompileError, isolate.Failed) as error:
+            entry["failure"] = _first_line(error)
+            continue
+        ran.append((kernel, entry))
     return ran
 
 

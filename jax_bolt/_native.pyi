@@ -18,6 +18,7 @@ BufferSet: TypeAlias = tuple[int, int, int, Sequence[int], Sequence[int], int]
 
 class DeviceInfo(TypedDict):
     name: str
+    uuid: str  # 32 hex digits
     compute_capability: str  # "9.0"
     sm_count: int
     l2_bytes: int
@@ -100,6 +101,31 @@ def run(
     recipe: Sequence[int] = (),
 ) -> None:
     """Launches once and waits. Raises as ``profile`` does."""
+
+def writes_all(
+    digest: str,
+    kind: int,
+    dims: Sequence[int],
+    buffers: BufferSet,
+    bytes: int,
+    ordinal: int,
+    recipe: Sequence[int] = (),
+) -> bool:
+    """Whether a launch writes all ``bytes`` of its result. Raises as ``profile``."""
+
+class Memory:
+    """Buffers on a device that are freed with it, for a process without JAX.
+
+    While one lives the device's primary context does. Raises RuntimeError with the CUDA
+    error.
+    """
+
+    def __init__(self, ordinal: int) -> None: ...
+    def allocate(self, bytes: int, pattern: bytes) -> int:
+        """The address of ``bytes`` that repeat ``pattern``, zeros where it is empty.
+
+        Raises MemoryError where the device is full.
+        """
 
 def mark_handlers() -> dict[str, Any]:
     """FFI stage name -> capsule of "jax_bolt.mark", for "CUDA".

@@ -115,6 +115,12 @@ DeviceInfo QueryDevice(int ordinal) {
   char name[256] = {};
   driver.Check(driver.DeviceGetName(name, sizeof(name), device), "cuDeviceGetName");
   info.name = name;
+  CuUuid uuid;
+  driver.Check(driver.DeviceGetUuid(&uuid, device), "cuDeviceGetUuid");
+  for (unsigned char byte : uuid.bytes) {
+    constexpr char kDigits[] = "0123456789abcdef";
+    info.uuid += {kDigits[byte >> 4], kDigits[byte & 15]};
+  }
   info.sm_count = driver.Attribute(device, kCuMultiprocessorCount);
   info.l2_bytes = driver.Attribute(device, kCuL2CacheBytes);
   info.smem_per_block = driver.Attribute(device, kCuSharedMemoryPerBlockOptin);

@@ -15,6 +15,7 @@ namespace jax_bolt::native {
 
 using CuResult = int;
 using CuDevice = int;
+using CuDevicePointer = unsigned long long;
 using CuContext = struct CuContextOpaque*;
 using CuStream = struct CuStreamOpaque*;
 using CuEvent = struct CuEventOpaque*;
@@ -25,6 +26,7 @@ using CuKernel = struct CuKernelOpaque*;
 using CuFunction = struct CuFunctionOpaque*;  // a CuKernel may be cast to it for a launch
 
 inline constexpr CuResult kCuSuccess = 0;
+inline constexpr CuResult kCuOutOfMemory = 2;
 inline constexpr CuResult kCuNotReady = 600;
 inline constexpr unsigned kCuStreamNonBlocking = 1;
 inline constexpr unsigned kCuEventDefault = 0;
@@ -49,6 +51,10 @@ inline constexpr int kCuInterleaveNone = 0;
 inline constexpr int kCuSwizzleNone = 0, kCuSwizzle32 = 1, kCuSwizzle64 = 2, kCuSwizzle128 = 3;
 inline constexpr int kCuL2Promotion256 = 3;
 inline constexpr int kCuOutOfBoundsZeros = 0;
+
+struct CuUuid {
+  unsigned char bytes[16];
+};
 
 struct alignas(128) CuTensorMap {
   uint64_t opaque[16];
@@ -83,6 +89,7 @@ static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) =
   X(GetErrorString, "cuGetErrorString", (CuResult error, const char** text))                    \
   X(DeviceGet, "cuDeviceGet", (CuDevice * device, int ordinal))                                 \
   X(DeviceGetName, "cuDeviceGetName", (char* name, int length, CuDevice device))                \
+  X(DeviceGetUuid, "cuDeviceGetUuid_v2", (CuUuid * uuid, CuDevice device))                      \
   X(DeviceGetAttribute, "cuDeviceGetAttribute", (int* value, int attribute, CuDevice device))   \
   X(DeviceTotalMem, "cuDeviceTotalMem_v2", (size_t* bytes, CuDevice device))                    \
   X(DevicePrimaryCtxGetState, "cuDevicePrimaryCtxGetState",                                     \
@@ -92,6 +99,16 @@ static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) =
   X(CtxPushCurrent, "cuCtxPushCurrent_v2", (CuContext context))                                 \
   X(CtxPopCurrent, "cuCtxPopCurrent_v2", (CuContext * context))                                 \
   X(MemGetInfo, "cuMemGetInfo_v2", (size_t* free_bytes, size_t* total_bytes))                   \
+  X(CtxSynchronize, "cuCtxSynchronize", ())                                                     \
+  X(MemAlloc, "cuMemAlloc_v2", (CuDevicePointer * address, size_t bytes))                       \
+  X(MemFree, "cuMemFree_v2", (CuDevicePointer address))                                         \
+  X(MemsetD8, "cuMemsetD8_v2", (CuDevicePointer address, unsigned char value, size_t bytes))    \
+  X(MemsetD8Async, "cuMemsetD8Async",                                                           \
+    (CuDevicePointer address, unsigned char value, size_t bytes, CuStream stream))              \
+  X(MemcpyHtoD, "cuMemcpyHtoD_v2", (CuDevicePointer to, const void* from, size_t bytes))        \
+  X(MemcpyDtoD, "cuMemcpyDtoD_v2", (CuDevicePointer to, CuDevicePointer from, size_t bytes))    \
+  X(MemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2",                                                    \
+    (void* to, CuDevicePointer from, size_t bytes, CuStream stream))                            \
   X(StreamCreate, "cuStreamCreate", (CuStream * stream, unsigned flags))                        \
   X(StreamDestroy, "cuStreamDestroy_v2", (CuStream stream))                                     \
   X(StreamSynchronize, "cuStreamSynchronize", (CuStream stream))                                \
@@ -176,6 +193,7 @@ class ScopedContext {
 
 struct DeviceInfo {
   std::string name;
+  std::string uuid;  // 32 hex digits; a MIG instance's own
   int sm_count;
   int64_t l2_bytes;
   int64_t smem_per_block;

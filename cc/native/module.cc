@@ -16,6 +16,7 @@
 #include "jax_bolt/abi.h"
 #include "kernel.h"
 #include "launcher.h"
+#include "memory.h"
 #include "profiler.h"
 #include "registry.h"
 #include "stopwatch.h"
@@ -88,6 +89,12 @@ std::vector<double> ProfileKernel(const std::string& digest, int64_t kind, const
   return Profile(FindKernel(digest), CallProblem(kind, dims, recipe), sets, ordinal, repeats);
 }
 
+bool WritesAllOf(const std::string& digest, int64_t kind, const Dims& dims,
+                 const BufferSet& buffers, size_t bytes, int ordinal, const Dims& recipe) {
+  return WritesAll(FindKernel(digest), CallProblem(kind, dims, recipe), Buffers(buffers), bytes,
+                   ordinal);
+}
+
 void RunKernel(const std::string& digest, int64_t kind, const Dims& dims, const BufferSet& buffers,
                int ordinal, const Dims& recipe) {
   Run(FindKernel(digest), CallProblem(kind, dims, recipe), Buffers(buffers), ordinal);
@@ -142,6 +149,7 @@ py::dict DeviceInfoDict(int ordinal) {
   }
   py::dict dict;
   dict["name"] = info.name;
+  dict["uuid"] = info.uuid;
   dict["compute_capability"] =
       std::to_string(info.compute_major) + "." + std::to_string(info.compute_minor);
   dict["sm_count"] = info.sm_count;
@@ -192,8 +200,19 @@ PYBIND11_MODULE(_native, m) {
   m.def("profile", ProfileKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"),
         py::arg("buffer_sets"), py::arg("ordinal"), py::arg("repeats"), py::arg("recipe") = Dims(),
         Release());
+  m.def("writes_all", WritesAllOf, py::arg("digest"), py::arg("kind"), py::arg("dims"),
+        py::arg("buffers"), py::arg("bytes"), py::arg("ordinal"), py::arg("recipe") = Dims(),
+        Release());
   m.def("run", RunKernel, py::arg("digest"), py::arg("kind"), py::arg("dims"), py::arg("buffers"),
         py::arg("ordinal"), py::arg("recipe") = Dims(), Release());
+  py::class_<Memory>(m, "Memory")
+      .def(py::init<int>(), py::arg("ordinal"), Release())
+      .def(
+          "allocate",
+          [](Memory& memory, size_t bytes, const std::string& pattern) {
+            return memory.Allocate(bytes, pattern);
+          },
+          py::arg("bytes"), py::arg("pattern"), Release());
   m.def("mark_handlers", [] { return MarkHandlers(kMarkHandler); });
   m.def("host_mark_handlers", [] { return MarkHandlers(kHostMarkHandler); });
   m.def(

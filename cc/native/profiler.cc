@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -196,6 +197,31 @@ std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
     times.push_back(marks.Microseconds(i) / static_cast<double>(count));
   }
   return times;
+}
+
+bool WritesAll(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers,
+               size_t bytes, int ordinal) {
+  const Driver& driver = Driver::Get();
+  const Subject subject = MakeSubject(kernel, problem, ordinal);
+  const ScopedContext context(driver, driver.Device(ordinal));
+  const Stream stream(driver);
+  const auto d = static_cast<CuDevicePointer>(reinterpret_cast<uintptr_t>(buffers.d));
+  // What a kernel writes is the same both times, so that a byte which follows what was there
+  // before was not written.
+  constexpr unsigned char kBefore[] = {0x00, 0xff};
+  std::vector<unsigned char> after[2];
+  for (int i = 0; i < 2; ++i) {
+    after[i].resize(bytes);
+    driver.Check(driver.MemsetD8Async(d, kBefore[i], bytes, stream.get()), "cuMemsetD8Async");
+    subject.Launch(buffers, stream);
+    driver.Check(driver.MemcpyDtoHAsync(after[i].data(), d, bytes, stream.get()),
+                 "cuMemcpyDtoHAsync");
+    stream.Synchronize();
+  }
+  for (size_t i = 0; i < bytes; ++i) {
+    if (after[0][i] == kBefore[0] && after[1][i] == kBefore[1]) return false;
+  }
+  return true;
 }
 
 void Run(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers, int ordinal) {

@@ -6,6 +6,7 @@
 #ifndef JAX_BOLT_NATIVE_PROFILER_H_
 #define JAX_BOLT_NATIVE_PROFILER_H_
 
+#include <cstddef>
 #include <vector>
 
 #include "jax_bolt/abi.h"
@@ -18,6 +19,11 @@ namespace jax_bolt::native {
 // cold. Throws std::runtime_error with the CUDA or the kernel's error.
 std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
                             const std::vector<JaxBoltBuffers>& sets, int ordinal, int repeats);
+
+// Whether a launch writes every byte of its result, `bytes` at buffers.d. Launches twice, over
+// different values; throws as Profile does.
+bool WritesAll(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers,
+               size_t bytes, int ordinal);
 
 // Launches once and waits. Throws as Profile does.
 void Run(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers, int ordinal);

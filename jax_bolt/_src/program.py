@@ -157,6 +157,7 @@ def _site(
             xla_time_us=entry.xla_time_us,
             error=entry.error,
             xla_error=entry.xla_error,
+            notes=entry.notes,
         )
     if isinstance(made, Rejection):
         return dataclasses.replace(

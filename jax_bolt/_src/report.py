@@ -25,6 +25,7 @@ class Site:
     kernel: the template and its config, or "xla"; "" without an architecture.
     provenance: "shipped", "user", "heuristic" or "xla".
     time_us, xla_time_us: µs of the region, None where not measured.
+    notes: candidates that crashed or did not end when it was tuned.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     xla_time_us: float | None = None
     error: float | None = None
     xla_error: float | None = None
+    notes: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Report:
 
     ``arch`` is "" where there was none to plan for.
     ``counters`` are of the whole process: kernels found, compiled and loaded, regions
-    tuned.
+    tuned, candidates timed in either stage, restarts of the process that times them.
     """
 
     sites: tuple[Site, ...]

@@ -27,9 +27,9 @@ from benchmarks import (
     kernel_table,
     kernel_times,
 )
-from jax_bolt._src import arch, compat, forms, ir, plan, resolve
+from jax_bolt._src import arch, compat, forms, ir, resolve
 from jax_bolt._src.primitive import reference_fun
-from jax_bolt._src.tune import measure, search
+from jax_bolt._src.tune import isolate, measure, search
 
 CEILINGS = floor.Ceilings(flops=800e12, bandwidth=4e12)
 VGG = ["--models", "vgg16", "--batches", "1", "--image", "32"]
@@ -274,14 +274,26 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         disable=(),
         toolchain=None,
         kernels=Kernels(),
+        digest=lambda source: source,
         jobs=1,
     )
 
+    class Worker:
+        """A kernel's place among the candidates is its time."""
+
+        positions: dict[str, int] = {}  # noqa: RUF012
+
+        def time(self, request: dict[str, Any], limit_s: float) -> isolate.Timing:
+            position = self.positions.setdefault(request["digest"], len(self.positions))
+            return isolate.Timing(4.0 + position, 0.0)
+
+        def stop(self) -> None:
+            self.positions.clear()
+
+    worker = Worker()
+
     def executable(region: Any, candidate: Any, digest: str, *_: Any) -> Any:
-        others = tuple(name for name in bench_kernels.TEMPLATES if name != "conv_sm80")
-        found = plan.candidates(region, target.arch, others)[0]
-        position = [c.source for c in found].index(digest)
-        return types.SimpleNamespace(position=position)
+        return types.SimpleNamespace(position=worker.positions[digest])
 
     def time_region(fun: Any, operands: measure.Operands, ordinal: int) -> float:
         jax.block_until_ready([jax.jit(fun)(*values) for values in operands.sets])
@@ -295,7 +307,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(floor, "measure", lambda: floor.Ceilings(flops=800e12, bandwidth=1e12))
     patch(resolve, "target_for", lambda device, options: target)
     patch(search, "executable", executable)
-    patch(measure, "time_kernel", lambda kernel, *_: 4.0 + kernel.position)
+    patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
     patch(measure, "errors", lambda *_: measure.Errors(kernel=1e-3, xla=1e-3))
     patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: 8.0)
@@ -352,15 +364,19 @@ def test_wrong_kernels_never_count(
 def test_failing_parts_are_recorded_and_the_rest_is_measured(
     pretended: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def time_kernel(kernel: Any, *_: Any) -> float:
-        if kernel.position == 0:
-            raise RuntimeError("launch failed\nmore")
-        return 4.0 + kernel.position
+    worker = isolate.worker(0)
+    time = worker.time
+
+    def fail(request: dict[str, Any], limit_s: float) -> isolate.Timing:
+        timing = time(request, limit_s)
+        if timing.micros == 4.0:
+            raise isolate.Failed("launch failed")
+        return timing
 
     def library_functions(site: Any) -> Any:
         raise MemoryError("none left")
 
-    monkeypatch.setattr(measure, "time_kernel", time_kernel)
+    monkeypatch.setattr(worker, "time", fail)
     monkeypatch.setattr(kernel_times, "library_functions", library_functions)
     assert bench_kernels.main(pretended) == 1
     (result,) = _written(tmp_path)["problems"]
@@ -382,7 +398,11 @@ def test_spent_budget_stops_cleanly(
 
 def test_kernels_not_compiled_in_time_are_errors() -> None:
     target: Any = types.SimpleNamespace(
-        kernels=Kernels(), toolchain=None, arch=None, jobs=1
+        kernels=Kernels(),
+        digest=lambda source: source,
+        toolchain=None,
+        arch=None,
+        jobs=1,
     )
     names: Any = [types.SimpleNamespace(source=name) for name in ("a", "b")]
     built = kernel_times.build(names, target, kernel_times.Clock(0.0))

@@ -119,6 +119,7 @@ def test_device_info(profile: Any) -> None:
     seen = profile(20, 1, 1)
     want = {
         "name": "Fake H100",
+        "uuid": "01112131415161718191a1b1c1d1e1f1",
         "compute_capability": "9.0",
         "sm_count": 132,
         "l2_bytes": 50 << 20,

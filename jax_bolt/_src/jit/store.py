@@ -70,9 +70,13 @@ def stats() -> dict[str, int]:
 
     ``found``: answered from disk; ``compiled``: built here; ``failed``: did not
     compile; ``discarded``: damaged entries removed; ``loaded``: opened for launching;
-    ``tuned``: sites searched.
+    ``tuned``: regions searched; ``stage1``: candidates timed by base programs;
+    ``stage2``: candidates timed themselves; ``restarts``: of the process that times.
     """
-    names = ("found", "compiled", "failed", "discarded", "loaded", "tuned")
+    names = (
+        *("found", "compiled", "failed", "discarded", "loaded"),
+        *("tuned", "stage1", "stage2", "restarts"),
+    )
     with _counts_lock:
         return {name: _counts[name] for name in names}
 

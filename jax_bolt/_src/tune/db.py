@@ -46,9 +46,10 @@ class Entry:
 
     ``choice`` is "kernel" or "xla". Times are µs for the whole region, preparation
     of its operands included, ours and XLA's measured alike; ``kernel_time_us`` is of
-    the kernel alone. Errors are relative (2-norm) to a float32 reference. ``digest``
-    names the kernel's artifact, ``sources`` and ``compiler`` what it was built from
-    and with; with others the entry is void.
+    the kernel alone, and ``spread`` the relative distance of that one's quartiles.
+    ``notes`` name candidates that crashed or did not end. Errors are relative (2-norm)
+    to a float32 reference. ``digest`` names the kernel's artifact, ``sources`` and
+    ``compiler`` what it was built from and with; with others the entry is void.
     """
 
     choice: str
@@ -61,15 +62,17 @@ class Entry:
     time_us: float | None = None
     xla_time_us: float | None = None
     kernel_time_us: float | None = None
+    spread: float | None = None
     error: float | None = None
     xla_error: float | None = None
     candidates: int = 0
+    notes: str = ""
     versions: str = ""
     date: str = ""
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Entry)}
-_NUMBERS = {"time_us", "xla_time_us", "kernel_time_us", "error", "xla_error"}
+_NUMBERS = {"time_us", "xla_time_us", "kernel_time_us", "spread", "error", "xla_error"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times and errors of one region on the GPU: kernels alone, and whole against XLA.
+"""Times and errors of one region on the GPU: a kernel's against XLA's.
 
-Kernels are compared with each other by the native profiler (CUDA events around a
-replayed graph, buffers rotated to keep L2 cold). The best of them and XLA's own
-lowering are then compared as what a program would run, rearranged operands and all,
-through one and the same path: a jitted function that runs the region on several sets of
-operands, dispatched behind a long matrix product that hides the host's time.
+Kernels were compared with each other elsewhere (``isolate.py``). The best of them and
+XLA's own lowering are compared as what a program would run, rearranged operands and
+all, through one and the same path: a jitted function that runs the region on several
+sets of operands, dispatched behind a long matrix product that hides the host's time.
 
 All memory is JAX's own, so tuning fits into what JAX left free.
 """
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import evaluate, forms, invoke, ir
+from .. import evaluate, invoke, ir
 from ..chain import Chain
 from ..invoke import Executable
 from ..jit import loader
@@ -59,9 +58,14 @@ def split(site: SiteInfo, operands: Sequence[Any]) -> tuple[Any, Any, list, list
     return lhs, rhs, rest[:count], rest[count:]
 
 
+def sets_for(region: ir.Region, l2_bytes: int) -> int:
+    """How many sets of operands exceed the L2 cache twice: 2 to 8."""
+    return max(2, min(8, math.ceil(2 * l2_bytes / region.bytes_moved)))
+
+
 def make_operands(site: SiteInfo, l2_bytes: int, seed: int = 0) -> Operands:
-    """Random operands, enough sets to exceed the L2 cache twice (2 to 8)."""
-    count = max(2, min(8, math.ceil(2 * l2_bytes / site.region.bytes_moved)))
+    """Random operands, ``sets_for`` of them."""
+    count = sets_for(site.region, l2_bytes)
     sets = [
         tuple(
             jax.device_put(
@@ -102,76 +106,6 @@ def kernel_function(site: SiteInfo, kernel: Executable) -> Callable:
         return invoke.call(kernel, *split(site, operands), shape)
 
     return fun
-
-
-class Buffers:
-    """Prepared operands of one form, and a result, as device addresses."""
-
-    def __init__(self, operands: Operands, form: forms.Form):
-        site = operands.site
-        prepare = jax.jit(
-            lambda lhs, rhs: forms.prepare(form.name, site.region.problem, lhs, rhs)
-        )
-        problem = form.region.problem
-        dtype = invoke.JAX_DTYPES[form.region.epilogue.out_dtype]
-        self._arrays: list[tuple] = []
-        for index in range(len(operands.sets)):
-            lhs, rhs, sides, vectors = operands.roles(index)
-            a, b = prepare(lhs, rhs)
-            out = jnp.zeros((problem.rows, problem.channels), dtype)
-            self._arrays.append((a, b, out, sides, vectors))
-        jax.block_until_ready([entry[:3] for entry in self._arrays])
-
-    def poison(self) -> None:
-        """Fills the first set's result with NaN, for ``left_unwritten``."""
-        a, b, out, *rest = self._arrays[0]
-        out = jax.block_until_ready(jnp.full(out.shape, jnp.nan, out.dtype))
-        self._arrays[0] = (a, b, out, *rest)
-
-    @property
-    def result(self) -> jax.Array:
-        """The first set's result, as the last launch left it."""
-        return self._arrays[0][2]
-
-    def addresses(self, workspace: jax.Array | None) -> list[tuple]:
-        space = 0 if workspace is None else workspace.unsafe_buffer_pointer()
-        return [
-            (
-                *(x.unsafe_buffer_pointer() for x in (a, b, out)),
-                [side.unsafe_buffer_pointer() for side in sides],
-                [vector.unsafe_buffer_pointer() for vector in vectors],
-                space,
-            )
-            for a, b, out, sides, vectors in self._arrays
-        ]
-
-
-def time_kernel(kernel: Executable, buffers: Buffers, ordinal: int) -> float:
-    """Median µs per launch; raises RuntimeError with the CUDA error."""
-    buffers.poison()
-    workspace = None
-    if kernel.workspace_bytes:
-        workspace = jax.block_until_ready(jnp.zeros(kernel.workspace_bytes, jnp.uint8))
-    kind, dims = invoke.abi_problem(kernel.form.region.problem)
-    times = loader.native().profile(
-        kernel.digest,
-        kind,
-        dims,
-        buffers.addresses(workspace),
-        ordinal,
-        _REPEATS,
-        kernel.recipe,
-    )
-    return statistics.median(times)
-
-
-def left_unwritten(buffers: Buffers, operands: Operands) -> bool:
-    """Whether a kernel that was just timed left elements of its result as they were."""
-    nans = int(jnp.isnan(buffers.result).sum())
-    if not nans:
-        return False
-    xla = jax.jit(reference_fun(operands.site.reference))(*operands.sets[0])
-    return nans != int(jnp.isnan(xla).sum())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

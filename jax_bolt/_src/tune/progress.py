@@ -40,10 +40,13 @@ class Progress:
         if self._bar is not None and total:
             self._task = self._bar.add_task(f"jax_bolt: {stage}", total=total)
 
-    def step(self, what: str) -> None:
+    def step(self, what: str, building: int) -> None:
+        """One more; ``building`` kernels are being compiled for the next."""
         if self._bar is not None and self._task is not None:
             best = f", best {self._best:.2f}x" if self._best else ""
-            self._bar.update(self._task, advance=1, description=f"{what}{best}")
+            kernels = f", building {building} kernels" if building else ""
+            text = f"{what}{kernels}{best}"
+            self._bar.update(self._task, advance=1, description=text)
 
     def result(self, entry: db.Entry) -> None:
         """Takes note of a tuned region's speed-up."""

@@ -1,80 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tunes the regions of a program: build all candidates, time them, keep the best.
+"""Tunes the regions of a program, in two stages, and keeps the best.
 
-Candidates of all regions are compiled together, since compiling takes most of the
-time and runs in parallel; they are then timed one after the other. XLA's own lowering
-of the region is always among the candidates.
+Stage 1 times base programs (``base.py``): nothing is compiled. Stage 2 compiles the
+best few with the region's own epilogue, times them, verifies the fastest and compares
+it with XLA's own lowering. Compilers work on the next regions while the GPU times one.
+
+Whatever is launched for the first time is launched in a process of its own
+(``isolate.py``). Only what ran there, ended and wrote its whole result is then run in
+this one, to be verified and to be compared with XLA.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import jax
 
-from .. import ir, plan
-from ..arch import GpuArch
-from ..errors import CompileError
-from ..invoke import Executable, abi_problem
-from ..jit import loader, store, toolchain
+from .. import base, plan
+from ..errors import CacheError, CompileError
+from ..invoke import Executable
+from ..jit import store
 from ..plan import Candidate
 from ..primitive import SiteInfo, reference_fun
-from . import db, measure
+from . import db, isolate, measure, stages
+from .builder import Builder, Built, Stopped
+from .builder import build as build
+from .failures import Failures
+from .isolate import Timing
 from .progress import Progress
+from .stages import Timed
+from .target import Target as Target
+from .target import executable as executable
+from .target import origin as origin
 
 logger = logging.getLogger(__name__)
 
-# XLA keeps a site unless a kernel is faster by more than timing noise, so that
-# near-ties are decided the same way every time.
-_MARGIN = 0.98
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
-    """The device to tune for and the stores to tune into."""
-
-    device: Any  # jax.Device
-    ordinal: int  # CUDA's, in this process
-    arch: GpuArch
-    kernels: store.Store
-    results: db.Database
-    tools: toolchain.Toolchain | CompileError  # or why there is none
-    origin: plan.Origin
-    jobs: int | None
-    disable: tuple[str, ...]
-
-    @property
-    def toolchain(self) -> toolchain.Toolchain:
-        """Raises CompileError where there is none."""
-        if isinstance(self.tools, CompileError):
-            raise self.tools
-        return self.tools
-
-
-def origin(tools: toolchain.Toolchain | CompileError) -> plan.Origin:
-    """Raises CompileError where our headers or CUTLASS's are missing."""
-    compiler = None if isinstance(tools, CompileError) else f"nvcc {tools.version}"
-    return plan.Origin(toolchain.sources(), compiler)
+_REPEATS_BASE, _REPEATS = 3, 7
 
 
 class Untunable(Exception):
     """Why a region could not be tuned; it runs on XLA in this process."""
-
-
-# source -> (its digest, the path of its artifact or the CompileError)
-Built: TypeAlias = dict[str, tuple[str, Any]]
-
-
-class Stopped(Exception):
-    """The caller no longer waits, or the budget is spent."""
 
 
 def tune(
@@ -116,6 +89,26 @@ def tune(
     return run.failures
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class _Job:
+    """A region that is being tuned.
+
+    ``before`` is an earlier result for it. ``problems`` are for the log, ``notes`` for
+    the entry: candidates that crashed or did not end.
+    """
+
+    site: SiteInfo
+    found: list[Candidate]
+    before: db.Entry | None
+    sets: int
+    problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def sources(self) -> list[str]:
+        return [c.source for c in self.found]
+
+
 class _Run:
     """One tuning of several regions."""
 
@@ -126,81 +119,291 @@ class _Run:
         self.stop = threading.Event()
         self._budget_s = budget_s
         self._deadline = None if budget_s is None else time.monotonic() + budget_s
+        self._finish_s = 0.0  # the longest that the end of a region took
+        self._crashes = Failures(target.results.root)
+        self._builder = Builder(target)
+        self._jobs: list[_Job] = []  # those that have neither a result nor a reason
+        self._base: dict[str, tuple[str, Path]] = {}
 
-    def check(self) -> None:
-        """Raises Stopped when it is time to stop."""
+    def check(self, reserve_s: float = 0.0) -> None:
+        """Raises Stopped when it is time to stop, or will be in ``reserve_s``."""
         if self.stop.is_set():
             raise Stopped("tuning was interrupted")
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        late = time.monotonic() + reserve_s
+        if self._deadline is not None and late > self._deadline:
             raise Stopped(f"the tuning budget of {self._budget_s} s is spent")
 
     def tune(self, sites: list[SiteInfo]) -> None:
-        target = self.target
-        candidates = [
-            plan.candidates(site.region, target.arch, target.disable) for site in sites
-        ]
-        with self.progress:
-            built = self._build([c for found, _ in candidates for c in found])
-            self.progress.start("tuning", len(sites))
-            for site, (found, reasons) in zip(sites, candidates, strict=True):
-                if not found:
-                    reason = "no kernel takes it: " + "; ".join(reasons)
-                    self.failures[site.region.text] = reason
-                else:
-                    self._tune_one(site, found, built)
-                self.progress.step(site.label)
-        measure.release()
-
-    def _tune_one(self, site: SiteInfo, found: list[Candidate], built: Built) -> None:
+        self._jobs = [job for site in sites if (job := self._job(site)) is not None]
+        if not self._jobs:
+            return
         try:
-            self.check()
-            with _memory_guard():
-                entry = _tune_site(site, found, built, self)
-        except (Stopped, Untunable) as reason:
-            self.failures[site.region.text] = str(reason)
-        except Exception as error:  # a fault of the device, say: the others may work
-            logger.info("%s", site, exc_info=True)
-            reason = f"tuning failed: {_first_line(error)}"
+            with self.progress, self._builder:
+                self.progress.start("tuning", len(self._jobs))
+                with isolate.worker(self.target.ordinal) as self._worker:
+                    # Hidden behind looking for what is built.
+                    self._worker.start()
+                    self._tune_all()
+        except (Stopped, isolate.Unavailable) as error:
+            for job in self._jobs:
+                self.failures[job.site.region.text] = str(error)
+        finally:
+            measure.release()
+
+    def _tune_all(self) -> None:
+        self._build_base_programs()
+        ready: collections.deque[_Job] = collections.deque()
+        for job in list(self._jobs):
+            with self._giving_a_reason(job):
+                self._first_stage(job)
+                self._builder.add(job.sources)
+                ready.append(job)
+            # As long as compilers are behind, the next region's first stage.
+            while ready and self._builder.are_built(ready[0].sources):
+                self._second_stage(ready.popleft())
+        while ready:
+            self._second_stage(ready.popleft())
+
+    def _job(self, site: SiteInfo) -> _Job | None:
+        target = self.target
+        found, reasons = plan.candidates(site.region, target.arch, target.disable)
+        if not found:
+            reason = "no kernel takes it: " + "; ".join(reasons)
             self.failures[site.region.text] = reason
+            return None
+        before = target.results.get(target.arch, site.region)
+        sets = measure.sets_for(site.region, target.arch.l2_bytes)
+        return _Job(site, found, before, sets)
+
+    @contextlib.contextmanager
+    def _giving_a_reason(self, job: _Job) -> Iterator[None]:
+        """What ends the tuning of a region is its reason to run on XLA."""
+        try:
+            with _memory_guard():
+                yield
+        except (isolate.Unavailable, CacheError):
+            raise
+        except (Stopped, Untunable) as error:
+            reason = str(error)
+        except Exception as error:  # a fault of the device, say: the others may work
+            logger.info("%s", job.site, exc_info=True)
+            reason = f"tuning failed: {_first_line(error)}"
         else:
+            return
+        self._jobs.remove(job)
+        self.failures[job.site.region.text] = reason
+
+    # --- Stage 1
+
+    def _build_base_programs(self) -> None:
+        """Those that are missing, where that is worth it.
+
+        A program costs what a kernel does, and saves one only where enough of a
+        region's candidates have one. So missing ones are built where there are fewer of
+        them than of the kernels that are then not built; for other models they remain.
+        """
+        wanted = dict.fromkeys(
+            stand.source
+            for job in self._jobs
+            for candidate in job.found
+            if (stand := base.stand_in(candidate)) is not None
+        )
+        missing = [source for source in wanted if self._base_program(source) is None]
+        if 0 < len(missing) <= stages.savings([job.found for job in self._jobs]):
+            self._builder.add(missing)
+            self._builder.wait(missing, self.check)
+
+    def _base_program(self, source: str) -> tuple[str, Path] | None:
+        """Its digest and artifact, where it is built by now, here or elsewhere."""
+        if source not in self._base:
+            digest = self.target.digest(source)
+            path = self.target.kernels.find(digest)
+            if path is None:
+                return None
+            self._base[source] = digest, path
+        return self._base[source]
+
+    def _first_stage(self, job: _Job) -> None:
+        """Leaves those candidates in ``job`` that are to be built."""
+        self._check_for_finish()
+        times: dict[Candidate, float] = {}
+        failed: set[Candidate] = set()
+        for candidate in job.found:
+            stand = base.stand_in(candidate)
+            built = None if stand is None else self._base_program(stand.source)
+            if stand is None or built is None:
+                continue
+            timing = self._time(job, stand, *built, _REPEATS_BASE)
+            if timing is None:
+                failed.add(candidate)
+            else:
+                times[candidate] = timing.micros
+                store.count("stage1")
+        left = [c for c in job.found if c not in failed]
+        job.found = stages.finalists(left, times, job.before)
+
+    # --- Stage 2
+
+    def _second_stage(self, job: _Job) -> None:
+        site = job.site
+        self.progress.step(site.label, self._builder.left())
+        with self._giving_a_reason(job):
+            built = self._builder.wait(job.sources, self._check_for_finish)
+            groups = self._time_all(job, built)
+            start = time.monotonic()
+            entry = self._finish(job, groups, built)
+            self._finish_s = max(self._finish_s, time.monotonic() - start)
             store.count("tuned")
             self.target.results.put(self.target.arch, {site.region: entry})
             self.progress.result(entry)
+            self._jobs.remove(job)
+        for problem in job.problems:
+            logger.info("%s: %s", site, problem)
 
-    def _build(self, candidates: list[Candidate]) -> Built:
-        def step(digest: str) -> None:
-            self.progress.step(digest[:8])
-            self.check()
+    def _check_for_finish(self) -> None:
+        """As ``check``, keeping the time that verifying what was found takes."""
+        self.check(self._finish_s)
 
-        self.progress.start("compiling", len({c.source for c in candidates}))
-        return build(candidates, self.target, step)
+    def _time_all(self, job: _Job, built: Built) -> list[list[Timed]]:
+        """The candidates of each form that ran, the choice first.
 
-
-def build(
-    candidates: Sequence[Candidate], target: Target, step: Callable[[str], None]
-) -> Built:
-    """Compiles all of them together.
-
-    ``step`` is called with the digest of every kernel that is done. It may raise
-    Stopped, which ends the compilers; what they had left is a CompileError.
-    """
-    sources = list(dict.fromkeys(c.source for c in candidates))
-    keys = {
-        source: target.kernels.digest(target.toolchain, source, target.arch)
-        for source in sources
-    }
-    results: dict[str, Any] = {}
-
-    def on_done(digest: str, result: Any) -> None:
-        results[digest] = result
-        step(digest)
-
-    with contextlib.suppress(Stopped):
-        target.kernels.build(
-            target.toolchain, sources, target.arch, target.jobs, on_done
+        Those for which there is no time any more are left out, if there are others.
+        """
+        groups: dict[str, list[Timed]] = {}
+        try:
+            for candidate in job.found:
+                self._check_for_finish()
+                digest, path = built[candidate.source]
+                if isinstance(path, CompileError):
+                    job.problems.append(f"{candidate.text}: {_first_line(path)}")
+                    continue
+                timing = self._time(job, candidate, digest, path, _REPEATS, verify=True)
+                if timing is not None:
+                    store.count("stage2")
+                    timed = Timed(candidate, digest, timing)
+                    groups.setdefault(candidate.form.name, []).append(timed)
+        except Stopped:
+            if not groups or self.stop.is_set():
+                raise
+        ordered = [stages.in_order(group, job.before) for group in groups.values()]
+        # What was chosen before comes first, and stays unless it is clearly beaten.
+        return sorted(
+            ordered, key=lambda group: not stages.is_of(job.before, group[0].candidate)
         )
-    missing = CompileError("not compiled: tuning stopped before")
-    return {s: (keys[s], results.get(keys[s], missing)) for s in sources}
+
+    def _finish(self, job: _Job, groups: list[list[Timed]], built: Built) -> db.Entry:
+        """Verifies the fastest and compares it with XLA."""
+        site, target = job.site, self.target
+        if not groups:
+            raise Untunable("no candidate ran: " + "; ".join(job.problems))
+        operands = measure.make_operands(site, target.arch.l2_bytes)
+        entry = db.Entry(
+            choice="xla",
+            sources=target.origin.sources,
+            compiler=target.origin.compiler or "",
+            candidates=sum(map(len, groups)),
+            versions=db.versions(),
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            notes="; ".join(job.notes)[:500],
+        )
+        for group in groups:
+            if entry.time_us is not None and self._is_late():
+                break
+            entry = self._with_best(entry, job, group, built, operands)
+        if entry.time_us is None:
+            raise Untunable("no candidate is right: " + "; ".join(job.problems))
+        xla = reference_fun(site.reference)
+        xla_us = measure.time_region(xla, operands, target.ordinal)
+        chosen = stages.choice(entry.time_us, xla_us, job.before)
+        return dataclasses.replace(entry, choice=chosen, xla_time_us=xla_us)
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _with_best(
+        self,
+        entry: db.Entry,
+        job: _Job,
+        group: list[Timed],
+        built: Built,
+        operands: measure.Operands,
+    ) -> db.Entry:
+        """``entry`` with a form's first accurate kernel, if it is clearly faster."""
+        region, target = job.site.region, self.target
+        for timed in group:
+            candidate = timed.candidate
+            path = built[candidate.source][1]
+            try:
+                kernel = executable(region, candidate, timed.digest, path, target)
+            except CompileError as error:
+                job.problems.append(f"{candidate.text}: {_first_line(error)}")
+                continue
+            errors = measure.errors(operands, kernel)
+            if not measure.is_accurate(errors, region):
+                job.problems.append(
+                    f"{candidate.text}: error {errors.kernel:.2e}, "
+                    f"XLA's {errors.xla:.2e}"
+                )
+                continue
+            time_us = time_in_program(kernel, operands, target)
+            if entry.time_us is not None and time_us >= stages.MARGIN * entry.time_us:
+                return entry
+            return dataclasses.replace(
+                entry,
+                form=candidate.form.name,
+                template=candidate.template.name,
+                config=candidate.config.text,
+                digest=timed.digest,
+                time_us=time_us,
+                kernel_time_us=timed.timing.micros,
+                spread=timed.timing.spread,
+                error=errors.kernel,
+                xla_error=errors.xla,
+            )
+        return entry
+
+    # --- Both
+
+    def _time(
+        self,
+        job: _Job,
+        candidate: Candidate,
+        digest: str,
+        path: Path,
+        repeats: int,
+        *,
+        verify: bool = False,
+    ) -> Timing | None:
+        """Of a launch in the worker; None where there is none, which is noted."""
+        region, bandwidth = candidate.form.region, self.target.arch.bandwidth
+        try:
+            while True:
+                request = isolate.request_for(
+                    candidate, digest, path, job.sets, repeats, verify=verify
+                )
+                limit_s = isolate.limit_s(region, job.sets, bandwidth)
+                if before := self._crashes.get(request):
+                    raise isolate.Failed(f"{before}, before", fatal=True)
+                try:
+                    return self._worker.time(request, limit_s, self._check_for_finish)
+                except isolate.NoMemory:
+                    if job.sets == 1:
+                        raise Untunable(_NO_MEMORY) from None
+                    job.sets //= 2
+                except isolate.Failed as error:
+                    if error.fatal:
+                        self._crashes.add(request, str(error))
+                    raise
+        except isolate.Failed as error:
+            problem = f"{candidate.text}: {error}"
+            job.problems.append(problem)
+            if error.fatal:
+                logger.warning("jax_bolt: %s: %s", job.site, problem)
+                job.notes.append(problem)
+            return None
+
+
+_NO_MEMORY = "not tuned: too little free device memory"
 
 
 @contextlib.contextmanager
@@ -211,79 +414,7 @@ def _memory_guard() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise Untunable("not tuned: too little free device memory") from error
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Timed:
-    """A candidate that ran, and its own time in µs."""
-
-    candidate: Candidate
-    kernel: Executable
-    micros: float
-
-
-def _tune_site(
-    site: SiteInfo, found: list[Candidate], built: Built, run: _Run
-) -> db.Entry:
-    target = run.target
-    operands = measure.make_operands(site, target.arch.l2_bytes)
-    problems: list[str] = []
-    groups = _time_kernels(site, found, built, operands, run, problems)
-    xla = reference_fun(site.reference)
-    xla_us = measure.time_region(xla, operands, target.ordinal)
-    entry = db.Entry(
-        choice="xla",
-        sources=target.origin.sources,
-        compiler=target.origin.compiler or "",
-        xla_time_us=xla_us,
-        candidates=sum(map(len, groups)),
-        versions=db.versions(),
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    )
-    for group in groups:
-        entry = _with_best(entry, site, group, operands, target, problems)
-    if entry.time_us is None:
-        raise Untunable("no candidate ran: " + "; ".join(problems))
-    for problem in problems:
-        logger.info("%s: %s", site, problem)
-    if entry.time_us < _MARGIN * xla_us:
-        entry = dataclasses.replace(entry, choice="kernel")
-    return entry
-
-
-def _with_best(
-    entry: db.Entry,
-    site: SiteInfo,
-    group: list[_Timed],
-    operands: measure.Operands,
-    target: Target,
-    problems: list[str],
-) -> db.Entry:
-    """``entry`` with the fastest accurate kernel of one form, if it is faster."""
-    for timed in group:
-        errors = measure.errors(operands, timed.kernel)
-        if not measure.is_accurate(errors, site.region):
-            problems.append(
-                f"{timed.candidate.text}: error {errors.kernel:.2e}, "
-                f"XLA's {errors.xla:.2e}"
-            )
-            continue
-        time_us = time_in_program(timed.kernel, operands, target)
-        if entry.time_us is not None and time_us >= entry.time_us:
-            return entry
-        return dataclasses.replace(
-            entry,
-            form=timed.candidate.form.name,
-            template=timed.candidate.template.name,
-            config=timed.candidate.config.text,
-            digest=timed.kernel.digest,
-            time_us=time_us,
-            kernel_time_us=timed.micros,
-            error=errors.kernel,
-            xla_error=errors.xla,
-        )
-    return entry
+        raise Untunable(_NO_MEMORY) from error
 
 
 def time_in_program(
@@ -294,68 +425,6 @@ def time_in_program(
         return measure.time_in_sequence(kernel, operands, target.ordinal)
     fun = measure.kernel_function(operands.site, kernel)
     return measure.time_region(fun, operands, target.ordinal)
-
-
-def _time_kernels(
-    site: SiteInfo,
-    found: list[Candidate],
-    built: Built,
-    operands: measure.Operands,
-    run: _Run,
-    problems: list[str],
-) -> list[list[_Timed]]:
-    """The candidates of each form that ran, the fastest first."""
-    groups: list[list[_Timed]] = []
-    for name in dict.fromkeys(c.form.name for c in found):
-        timed: list[_Timed] = []
-        same_form = [c for c in found if c.form.name == name]
-        buffers = measure.Buffers(operands, same_form[0].form)
-        for candidate in same_form:
-            run.check()
-            digest, result = built[candidate.source]
-            try:
-                kernel = executable(site.region, candidate, digest, result, run.target)
-                micros = measure.time_kernel(kernel, buffers, run.target.ordinal)
-            except (CompileError, RuntimeError) as error:
-                problems.append(f"{candidate.text}: {_first_line(error)}")
-                continue
-            if measure.left_unwritten(buffers, operands):
-                problems.append(f"{candidate.text}: left elements unwritten")
-                continue
-            timed.append(_Timed(candidate, kernel, micros))
-        # Stable: of equal times the heuristic's earlier one.
-        groups.append(sorted(timed, key=lambda t: t.micros))
-    return groups
-
-
-def executable(
-    region: ir.Region,
-    candidate: Candidate,
-    digest: str,
-    artifact: Path | CompileError,
-    target: Any,
-) -> Executable:
-    """Loads a built kernel and asks it whether it takes the problem.
-
-    Raises:
-      CompileError: it was not built, cannot be loaded, or refuses.
-    """
-    if isinstance(artifact, CompileError):
-        raise artifact
-    loader.load(digest, artifact)
-    kind, dims = abi_problem(candidate.form.region.problem)
-    native = loader.native()
-    try:
-        recipe = candidate.recipe
-    except ValueError as error:
-        raise CompileError(f"{candidate.text} cannot be launched: {error}") from error
-    reason = native.check(digest, kind, dims, recipe)
-    if reason is not None:
-        raise CompileError(f"{candidate.text} refuses the problem: {reason}")
-    workspace = native.workspace_bytes(
-        digest, kind, dims, target.ordinal, target.arch.sm_count, recipe
-    )
-    return Executable(digest, region.problem, candidate.form, workspace, recipe)
 
 
 def _first_line(error: BaseException) -> str:

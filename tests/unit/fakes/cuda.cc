@@ -34,6 +34,7 @@ int retained = 0, pushed = 0, objects = 0, graph_launches = 0, stream_launches =
 int reached = 0;
 std::vector<uintptr_t> operands;
 int context;
+size_t allocated = 0;
 
 // A library is a text file: "cubin" or "cast" and the size of the parameters of its kernel.
 struct Kernel {
@@ -299,6 +300,56 @@ API cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
   NEEDS_CONTEXT();
   *free_bytes = size_t{20} << 30;
   *total = size_t{80} << 30;
+  return 0;
+}
+API cuDeviceGetUuid_v2(unsigned char* uuid, int) {
+  for (int i = 0; i < 16; ++i) uuid[i] = static_cast<unsigned char>(16 * i + 1);
+  return 0;
+}
+// Device memory is the host's; of FAKE_CUDA_MEMORY bytes, where that is set.
+API cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
+  FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
+  const char* limit = std::getenv("FAKE_CUDA_MEMORY");
+  allocated += bytes;
+  if (limit != nullptr && allocated > std::strtoull(limit, nullptr, 10)) return 2;
+  *address = reinterpret_cast<unsigned long long>(std::malloc(bytes));
+  return 0;
+}
+API cuMemFree_v2(unsigned long long address) {
+  NEEDS_CONTEXT();
+  std::free(reinterpret_cast<void*>(address));
+  allocated = 0;
+  return 0;
+}
+API cuMemsetD8_v2(unsigned long long address, unsigned char value, size_t bytes) {
+  FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
+  std::memset(reinterpret_cast<void*>(address), value, bytes);
+  return 0;
+}
+API cuMemsetD8Async(unsigned long long address, unsigned char value, size_t bytes, void*) {
+  return cuMemsetD8_v2(address, value, bytes);
+}
+API cuMemcpyHtoD_v2(unsigned long long to, const void* from, size_t bytes) {
+  FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
+  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  return 0;
+}
+API cuMemcpyDtoD_v2(unsigned long long to, unsigned long long from, size_t bytes) {
+  NEEDS_CONTEXT();
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+  return 0;
+}
+API cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, void*) {
+  FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
+  std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+  return 0;
+}
+API cuCtxSynchronize() {
+  NEEDS_CONTEXT();
   return 0;
 }
 API cuStreamCreate(void** stream, unsigned flags) {

@@ -1,15 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // A kernel module of host code: f32 gemm plus every side input and vector. Compiled several ways by
-// test_native.py: -DFAKE_ABI_VERSION=n, -DFAKE_WITHOUT_<function>.
+// the tests: -DFAKE_ABI_VERSION=n, -DFAKE_WITHOUT_<function>, and for a launch on a stream
+// -DFAKE_LAUNCH=<statement>, -DFAKE_RESULT_BYTES=<of an element>,
+// -DFAKE_LEAVES=<bytes of the result not written>.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "jax_bolt/abi.h"
 
 #ifndef FAKE_ABI_VERSION
 #define FAKE_ABI_VERSION JAX_BOLT_ABI_VERSION
+#endif
+#ifndef FAKE_LAUNCH
+#define FAKE_LAUNCH
+#endif
+#ifndef FAKE_RESULT_BYTES
+#define FAKE_RESULT_BYTES 4
+#endif
+#ifndef FAKE_LEAVES
+#define FAKE_LEAVES 0
 #endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -50,7 +64,9 @@ EXPORT JaxBoltStatus jax_bolt_launch(const JaxBoltProblem* problem, const JaxBol
   launches++;
   last_device = *device;
   if (stream != nullptr) {
-    // On the driver of cuda.cc: a launch of M microseconds.
+    FAKE_LAUNCH;
+    // On the driver of cuda.cc: a launch of M microseconds, which writes a result.
+    if (buffers->d != nullptr) std::memset(buffers->d, 1, m * n * FAKE_RESULT_BYTES - FAKE_LEAVES);
     using Launch = int (*)(void*, double, uintptr_t);
     static const auto launch =
         reinterpret_cast<Launch>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "fake_launch"));
