@@ -46,6 +46,14 @@ def stand_in(candidate: Candidate) -> Candidate | None:
     It takes the same operands, reads and writes as much, and is launched alike. None
     where the library has none. A second side input is left out.
     """
+    made = plain(candidate)
+    if made is None or made.source not in _known(candidate.arch):
+        return None
+    return made
+
+
+def plain(candidate: Candidate) -> Candidate | None:
+    """As ``stand_in``, whether or not the library has it; None for other dtypes."""
     region = candidate.form.region
     problem, epilogue = region.problem, region.epilogue
     dtype = _TIMED_AS.get(problem.dtype)
@@ -54,13 +62,12 @@ def stand_in(candidate: Candidate) -> Candidate | None:
         return None
     # What follows a stock template's main loop takes all its tiles as long.
     stock = candidate.template.artifact == "module"
-    base = ir.Region(
+    simple = ir.Region(
         problem=dataclasses.replace(problem, dtype=dtype),
         epilogue=_epilogue(with_side=bool(epilogue.sides) and not stock),
     )
-    form = forms.Form(candidate.form.name, base)
-    made = dataclasses.replace(candidate, form=form)
-    return made if made.source in _known(candidate.arch) else None
+    form = forms.Form(candidate.form.name, simple)
+    return dataclasses.replace(candidate, form=form)
 
 
 @functools.cache

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tuning costs, and how good its choices are.
+
+    python benchmarks/bench_tuning.py --models resnet50 --space 12
+
+For each model, in a cache of its own, three fresh processes: from the import with
+nothing built ("cold"), with the base library built and nothing tuned ("library"), and
+with everything there ("next"). Each counts what it compiled, tuned and timed.
+
+``--space N`` then times all tiles of N problems, drawn from the benchmark's, with base
+programs, compiles the best of them with the region's own epilogue as well, and compares
+with what the tuner's two stages take of it and with the rank model's order.
+
+Writes ``tuning-<device>-<date>.json``. Exits with 1 where a process did not end well or
+the "next" one compiled or tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+_MARK = "bench_tuning: "
+_COLD, _LIBRARY, _NEXT = "cold", "library", "next"
+_COUNTED = ("compiled", "tuned", "stage1", "stage2", "restarts")
+_BEST = 8  # tiles of the whole space that are compiled with the region's epilogue
+
+
+def tuned_here(name: str, batch: int, image: int) -> dict[str, Any]:
+    """Imports, tunes and runs once, in this process. Seconds from before the import."""
+    start = time.perf_counter()
+    import jax_bolt
+
+    imported = time.perf_counter()
+    from benchmarks.models import models
+
+    apply, variables, x = models.build(name, batch, image)
+    import jax
+
+    fun = jax_bolt.optimize(apply)
+    jax.block_until_ready((variables, x))
+    began = time.perf_counter()
+    report = fun.tune(variables, x, progress=False)
+    tuned = time.perf_counter()
+    jax.block_until_ready(fun(variables, x))
+    counters = report.counters
+    return {
+        "import_s": imported - start,
+        "model_s": began - imported,
+        "tune_s": tuned - began,
+        "from_import_s": tuned - start,
+        "first_call_s": time.perf_counter() - tuned,
+        "sites": len(report.sites),
+        "counters": {name: int(counters.get(name, 0)) for name in _COUNTED},
+    }
+
+
+def in_fresh_process(name: str, cache: Path, args: argparse.Namespace) -> Any:
+    """``tuned_here`` in a new process with that cache; RuntimeError if it dies."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", name]
+    command += ["--batch", str(args.batch), "--image", str(args.image)]
+    return json.loads(_run(command, cache))
+
+
+def built_library(cache: Path) -> float:
+    """Seconds of ``python -m jax_bolt warm``."""
+    start = time.perf_counter()
+    _run([sys.executable, "-P", "-m", "jax_bolt", "warm"], cache)
+    return time.perf_counter() - start
+
+
+def _run(command: list[str], cache: Path) -> str:
+    # JAX's own compilation cache would hide what is measured.
+    env = os.environ | {
+        "JAX_BOLT_CACHE_DIR": str(cache),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        log = (done.stdout + done.stderr)[-4000:]
+        raise RuntimeError(f"{command[1:4]} ended with {done.returncode}:\n{log}")
+    marked = [x for x in done.stdout.splitlines() if x.startswith(_MARK)]
+    return marked[-1].removeprefix(_MARK) if marked else ""
+
+
+def cost_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The three processes of one model."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        found[_COLD] = in_fresh_process(name, Path(folder) / "cold", args)
+        cache = Path(folder) / "library"
+        found["warm_s"] = built_library(cache)
+        found[_LIBRARY] = in_fresh_process(name, cache, args)
+        found[_NEXT] = in_fresh_process(name, cache, args)
+        if args.export:
+            export = [sys.executable, "-P", "-m", "jax_bolt", "cache", "export"]
+            _run([*export, str(args.export)], cache)
+    for key in (_COLD, _LIBRARY, _NEXT):
+        one = found[key]
+        print(
+            f"{name}, {key}: {one['from_import_s']:.1f} s from the import, "
+            f"{one['tune_s']:.1f} s of them tuning; {one['counters']}",
+            flush=True,
+        )
+    print(f"{name}: the base library took {found['warm_s']:.1f} s", flush=True)
+    return found
+
+
+# The whole space --------------------------------------------------------------------
+
+
+def drawn_problems(count: int) -> list[Any]:
+    """Some of the benchmark's problems that the Hopper family takes, at batch 32."""
+    from benchmarks import kernel_problems as problems
+
+    names = [n for n in problems.NAMES if not n.endswith("hard_swish")]
+    found = problems.collect(names, [32], 224, "bfloat16")
+    return random.Random(0).sample(found, min(count, len(found)))
+
+
+def whole_space(site: Any, arch: Any) -> list[Any]:
+    """A candidate for every tile of every form, the rank model's order."""
+    from jax_bolt._src import plan
+    from jax_bolt._src.kernels import implicit_gemm_sm90 as family
+    from jax_bolt._src.kernels import implicit_gemm_tiles as tiles
+    from jax_bolt._src.kernels.image import Image
+
+    listed, _ = plan.candidates(site.region, arch)
+    found: list[tuple[float, Any]] = []
+    for form in dict.fromkeys(c.form for c in listed if c.template is family):
+        image = Image.of(form.region.problem)
+        for tile in tiles.tiles_of(image, form.region.epilogue, arch):
+            made = plan.Candidate(form, family, tile.config(), arch)
+            found.append((tiles.cycles(tile, image, form.region, arch), made))
+    return [made for _, made in sorted(found, key=lambda pair: pair[0])]
+
+
+def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, Any]]:
+    """For each problem: the best tile there is, and what the two stages take."""
+    from benchmarks.kernel_problems import short
+    from jax_bolt._src import base, plan
+    from jax_bolt._src.tune import isolate, measure, search, stages
+
+    def times(candidates: Sequence[Any], sets: int, built: Any) -> dict[Any, float]:
+        found: dict[Any, float] = {}
+        for candidate in candidates:
+            digest, artifact = built[candidate.source]
+            if not isinstance(artifact, Path):
+                continue
+            request = isolate.request_for(
+                candidate, digest, artifact, sets, 5, verify=False
+            )
+            try:
+                found[candidate] = worker.time(request).micros
+            except isolate.Failed as error:
+                print(f"  {candidate.text}: {error}", flush=True)
+        return found
+
+    def build(candidates: Sequence[Any]) -> Any:
+        return search.build(list(candidates), target, lambda _: None)
+
+    results = []
+    spaces = [whole_space(p.site, target.arch) for p in problems]
+    plains = [[(c, base.plain(c)) for c in space] for space in spaces]
+    built = build([p for pairs in plains for _, p in pairs if p is not None])
+    rounds: list[tuple[Any, int, list[Any], dict[Any, float], list[Any]]] = []
+    with isolate.worker(target.ordinal) as worker:
+        for problem, pairs in zip(problems, plains, strict=True):
+            region = problem.region
+            sets = measure.sets_for(region, target.arch.l2_bytes)
+            timed = times([p for _, p in pairs if p is not None], sets, built)
+            micros = {c: timed[p] for c, p in pairs if p in timed}
+            best = sorted(micros, key=micros.__getitem__)[:_BEST]
+            listed, _ = plan.candidates(region, target.arch)
+            stage1 = {c: micros[c] for c in listed if c in micros and base.stand_in(c)}
+            chosen = stages.finalists(listed, stage1, None)
+            rounds.append((problem, sets, best, micros, chosen))
+        built = build([c for *_, best, _, chosen in rounds for c in (*best, *chosen)])
+        for problem, sets, best, micros, chosen in rounds:
+            found = times(list(dict.fromkeys((*best, *chosen))), sets, built)
+            if not any(c in found for c in chosen):
+                continue
+            winner = min(found, key=found.__getitem__)
+            listed, _ = plan.candidates(problem.region, target.arch)
+            taken = min(found[c] for c in chosen if c in found)
+            order = [c.config.text for c in listed]
+            near = [
+                order.index(c.config.text)
+                for c in found
+                if c.config.text in order and found[c] <= 1.02 * found[winner]
+            ]
+            results.append(
+                {
+                    "problem": short(problem.region.problem),
+                    "epilogue": problem.label,
+                    "tiles": len(micros),
+                    "best": winner.text,
+                    "best_us": found[winner],
+                    "tuned_us": taken,
+                    "ratio": taken / found[winner],
+                    # Of those within 2 % of the best, the first by the rank model.
+                    "rank": min(near) + 1 if near else None,
+                }
+            )
+            last = results[-1]
+            print(
+                f"{last['problem']} {last['epilogue']}: best of {last['tiles']} "
+                f"{last['best_us']:.1f} us, tuned {taken:.1f} us, rank {last['rank']}",
+                flush=True,
+            )
+    return results
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How far the choices are from the best, and the share of best ranked in the top 8."""
+    logs = [math.log(r["ratio"]) for r in results]
+    top = [r["rank"] is not None and r["rank"] <= 8 for r in results]
+    return {
+        "problems": len(results),
+        "ratio_geomean": math.exp(sum(logs) / len(logs)),
+        "ratio_max": max(r["ratio"] for r in results),
+        "in_top_8": sum(top) / len(top),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    args = _arguments(argv)
+    if args.child:
+        result = tuned_here(args.child, args.batch, args.image)
+        print(_MARK + json.dumps(result), flush=True)
+        return 0
+    document: dict[str, Any] = {"models": {}, "space": []}
+    failed = False
+    # In processes of their own, before this one takes the GPU's memory.
+    for name in args.models:
+        try:
+            found = document["models"][name] = cost_of(name, args)
+        except RuntimeError as error:
+            print(error, flush=True)
+            failed = True
+            continue
+        counters = found[_NEXT]["counters"]
+        failed = failed or bool(counters["compiled"] or counters["tuned"])
+    from benchmarks import environment
+    from jax_bolt._src import compat, options, resolve
+
+    document = {"environment": environment.describe()} | document
+    document["cpus"] = len(os.sched_getaffinity(0))
+    if args.space:
+        target = resolve.target_for(compat.cuda_device(), options.current())
+        found = against_the_space(drawn_problems(args.space), target)
+        document["space"] = found
+        if found:
+            document["space_summary"] = summary(found)
+            print(document["space_summary"], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    where = document["environment"]
+    name = f"tuning-{environment.slug(where['device'])}-{where['date'][:10]}.json"
+    path = args.out / name
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return int(failed)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="*", default=["resnet50"])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image", type=int, default=224, help="pixels per side")
+    parser.add_argument("--space", type=int, default=0, metavar="N", help="problems")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="the tuned cache")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
+    )
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
