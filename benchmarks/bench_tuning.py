@@ -224,7 +224,7 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How far the choices are from the best, and the share of best ranked in the top 8."""
+    """How far choices are from the best; how often the model has it in its top 8."""
     logs = [math.log(r["ratio"]) for r in results]
     top = [r["rank"] is not None and r["rank"] <= 8 for r in results]
     return {
