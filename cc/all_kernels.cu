@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // One instantiation of every kernel template: what an IDE indexes, and a compile check without a
 // GPU. A generated TU has one functor and one JAX_BOLT_KERNEL or JAX_BOLT_DEVICE_KERNEL instead.
-// The sm90 templates need -gencode=arch=compute_90a,code=sm_90a.
+// The sm90 template needs -gencode=arch=compute_90a,code=sm_90a.
 
 #include "jax_bolt/cast/cast.hpp"
 #include "jax_bolt/conv/sm80.hpp"
 #include "jax_bolt/gemm/sm80.hpp"
-#include "jax_bolt/gemm/sm90.hpp"
 #include "jax_bolt/implicit_gemm/sm90.hpp"
 
 namespace all_kernels {
@@ -42,9 +41,6 @@ template class jax_bolt::conv::Fprop80<all_kernels::Epilogue, all_kernels::Eleme
                                        128, 64, 64, 64, 64, 3>;
 template class jax_bolt::conv::Fprop80<all_kernels::Epilogue, all_kernels::Element, 8, 8, 8, 128,
                                        64, 64, 64, 32, 64, 4>;
-template class jax_bolt::gemm::Sm90<all_kernels::Epilogue, all_kernels::Element,
-                                    all_kernels::RowMajor, all_kernels::RowMajor, 128, 128, 64, 1,
-                                    1, jax_bolt::gemm::Pingpong>;
 template struct jax_bolt::implicit_gemm::Sm90<
     all_kernels::Epilogue, all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio, 104, 1, 1,
-    1, 2, jax_bolt::implicit_gemm::Schedule::kCooperative, false, 3, 9, 2>;
+    1, 2, jax_bolt::implicit_gemm::Schedule::kCooperative, 3, 1, 4>;

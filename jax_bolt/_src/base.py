@@ -23,7 +23,7 @@ from .arch import GpuArch
 from .jit import codegen
 from .kernels import conv_sm80, gemm_sm80, implicit_gemm_sm90
 from .kernels.geometry import Block
-from .kernels.implicit_gemm_tiles import Tile
+from .kernels.implicit_gemm_tiles import Tile, parts_of
 from .plan import Candidate
 
 # One instruction takes either, at one rate, and a kernel's arguments name neither: the
@@ -89,88 +89,89 @@ def _epilogue(*, with_side: bool) -> ir.Epilogue:
 
 _PAIR, _PINGPONG = "cooperative", "pingpong"
 # (blocks, channel blocks, warpgroups along channels and pixels, schedule), splits and
-# multicast -> the pixels of a block, without and with a side input. Counted over the
-# candidates of the benchmark's problems.
+# whether blocks leave in parts -> the pixels of a block, without and with a side input.
+# Counted over the candidates of the benchmark's problems, the first eight twice.
 _Shape: TypeAlias = tuple[int, int, int, int, str]
 _Pixels: TypeAlias = tuple[int, ...]
-_HOPPER: tuple[tuple[_Shape, int, int, _Pixels, _Pixels], ...] = (
+_HOPPER: tuple[tuple[_Shape, int, bool, _Pixels, _Pixels], ...] = (
     (
-        *((1, 1, 1, 1, _PINGPONG), 1, 1),
+        *((1, 1, 1, 1, _PINGPONG), 1, False),
         (
             *(8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128),
-            *(136, 144, 152, 176, 192, 208, 216, 232, 240),
+            *(136, 144, 152, 160, 176, 192, 208, 216, 224, 232, 240),
         ),
-        (8, 16, 24, 32, 40, 48, 56, 64, 120, 208),
+        (8, 16, 24, 32, 40, 48, 56, 64, 80, 88, 104, 112, 120, 128, 144, 208),
     ),
     (
-        *((1, 1, 1, 2, _PAIR), 1, 1),
+        *((1, 1, 1, 2, _PAIR), 1, False),
         (8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112, 120, 208),
-        (8, 16, 24, 32, 40, 48, 56, 64),
+        (8, 16, 24, 32, 48, 56, 64, 104),
     ),
     (
-        *((1, 2, 1, 1, _PINGPONG), 1, 1),
-        (8, 56, 64, 80, 88, 96, 104, 112, 120, 128, 144, 176, 192),
-        (8, 16, 56, 64, 72, 80, 88, 96, 104, 112, 128, 136, 144, 160),
+        *((1, 2, 1, 1, _PINGPONG), 1, False),
+        (
+            *(8, 16, 32, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 168),
+            *(176, 184, 192),
+        ),
+        (8, 16, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136),
     ),
     (
-        *((1, 1, 1, 1, _PAIR), 1, 1),
+        *((1, 1, 2, 1, _PAIR), 1, False),
+        (
+            *(8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 112, 120, 128, 192, 200),
+            *(208, 216, 232),
+        ),
+        (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 104, 112, 128, 200),
+    ),
+    (
+        *((1, 1, 1, 1, _PAIR), 1, False),
         (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 104, 112, 120, 128, 136, 144),
-        (8, 16, 24, 32, 40, 48, 56, 104, 112, 128),
+        (8, 16, 24, 32, 40, 48, 56, 64, 104),
     ),
     (
-        *((1, 1, 2, 1, _PAIR), 1, 1),
-        (8, 16, 24, 32, 48, 56, 64, 96, 104, 112, 120, 192, 200, 208, 216),
-        (8, 16, 24, 32, 48, 56, 64, 72, 96, 104, 112, 200),
-    ),
-    (
-        *((2, 1, 2, 1, _PAIR), 1, 1),
+        *((2, 1, 2, 1, _PAIR), 1, False),
         (8, 24, 32, 48, 56, 64, 96, 104, 112, 120, 128),
-        (8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112),
+        (8, 16, 24, 32, 40, 48, 56, 64, 96, 104, 112),
     ),
     (
-        *((1, 2, 1, 2, _PAIR), 1, 1),
+        *((1, 2, 1, 2, _PAIR), 1, False),
         (8, 24, 32, 48, 56, 64, 96, 104, 112, 120, 128),
-        (8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112),
+        (8, 16, 24, 32, 40, 48, 56, 64, 96, 104, 112),
     ),
     (
-        *((1, 2, 2, 1, _PAIR), 1, 1),
-        (8, 96, 104, 120, 128, 192),
-        (8, 16, 24, 32, 48, 56, 64, 96, 104, 112, 128),
+        *((1, 2, 2, 1, _PAIR), 1, False),
+        (8, 56, 96, 104, 120, 128, 192),
+        (8, 16, 24, 48, 56, 64, 96, 104, 112, 128),
     ),
+    ((2, 1, 1, 2, _PAIR), 1, False, (8, 16, 48, 56, 64, 112, 120), (8, 32, 56)),
+    ((1, 2, 1, 1, _PAIR), 1, False, (8,), (8, 16, 24, 32, 48, 56, 64)),
     (
-        *((2, 1, 1, 2, _PAIR), 1, 1),
-        (8, 16, 48, 56, 64, 120),
-        (8, 32, 40, 56),
+        *((1, 2, 1, 1, _PINGPONG), 1, True),
+        (96, 128, 144, 160, 192),
+        (96, 128, 144, 160, 192),
     ),
-    ((1, 2, 1, 1, _PAIR), 1, 1, (8,), (8, 16, 24, 32, 48, 56, 64)),
-    (
-        *((1, 1, 1, 1, _PINGPONG), 1, 2),
-        (56, 64, 80, 88, 104, 112, 120, 128, 144, 176, 208, 216, 232),
-        (208,),
-    ),
-    (
-        *((1, 2, 1, 1, _PINGPONG), 1, 2),
-        (16, 32, 56, 64, 72, 88, 104, 112, 120, 128, 176, 192),
-        (104, 112, 136),
-    ),
-    ((1, 1, 1, 2, _PAIR), 1, 2, (16, 32, 56, 64, 104, 120, 208), ()),
-    ((1, 1, 1, 1, _PAIR), 1, 2, (16, 32, 64, 104, 120, 144), ()),
-    ((1, 1, 2, 1, _PAIR), 1, 2, (16, 32, 56, 104, 208), ()),
-    ((1, 2, 1, 2, _PAIR), 1, 2, (56, 104), (32, 40, 56, 104)),
-    ((2, 1, 2, 1, _PAIR), 1, 2, (56, 104), (32, 40, 56, 104)),
-    ((1, 2, 2, 1, _PAIR), 1, 2, (96, 104), (96, 104)),
-    ((1, 1, 1, 1, _PAIR), 2, 1, (8,), ()),
-    ((1, 1, 1, 1, _PAIR), 3, 1, (8,), ()),
-    ((1, 1, 1, 1, _PAIR), 4, 1, (8, 16, 32), ()),
-    ((1, 1, 1, 1, _PAIR), 6, 1, (8,), ()),
-    ((1, 1, 1, 1, _PAIR), 8, 1, (8, 32), ()),
-    ((1, 1, 1, 2, _PAIR), 4, 1, (16, 32), ()),
-    ((1, 1, 1, 2, _PAIR), 6, 1, (16, 24), ()),
-    ((1, 1, 2, 1, _PAIR), 2, 1, (8,), ()),
-    ((1, 1, 2, 1, _PAIR), 3, 1, (8,), ()),
-    ((1, 1, 2, 1, _PAIR), 4, 1, (8,), ()),
-    ((1, 1, 2, 1, _PAIR), 6, 1, (8, 16), ()),
-    ((1, 1, 2, 1, _PAIR), 8, 1, (8, 32), ()),
+    ((1, 1, 1, 1, _PINGPONG), 1, True, (128, 144, 160, 192, 256), (128, 144)),
+    ((1, 1, 2, 1, _PAIR), 1, True, (96, 128, 192), (96, 128, 192)),
+    ((1, 2, 2, 1, _PAIR), 1, True, (96, 128, 192), (96, 128, 192)),
+    ((2, 1, 2, 1, _PAIR), 1, True, (96, 128), (96,)),
+    ((1, 2, 1, 2, _PAIR), 1, True, (96,), (96,)),
+    ((1, 1, 1, 1, _PAIR), 1, True, (96,), (96,)),
+    ((1, 1, 1, 2, _PAIR), 1, True, (96,), ()),
+    ((1, 1, 1, 1, _PAIR), 4, False, (8, 16, 32), ()),
+    ((1, 1, 2, 1, _PAIR), 8, False, (8, 24, 32), ()),
+    ((1, 1, 1, 1, _PAIR), 8, False, (8, 24, 32), ()),
+    ((1, 1, 1, 1, _PAIR), 6, False, (8, 16, 32), ()),
+    ((1, 1, 1, 2, _PAIR), 4, False, (16, 32), ()),
+    ((1, 1, 2, 1, _PAIR), 2, False, (8, 32), ()),
+    ((1, 1, 1, 2, _PAIR), 6, False, (16, 24), ()),
+    ((1, 1, 2, 1, _PAIR), 3, False, (8,), ()),
+    ((1, 1, 1, 2, _PAIR), 2, False, (32, 64), ()),
+    ((1, 1, 1, 1, _PAIR), 3, False, (8,), ()),
+    ((1, 1, 1, 2, _PAIR), 8, False, (32, 40), ()),
+    ((1, 1, 2, 1, _PAIR), 4, False, (8,), ()),
+    ((1, 1, 1, 1, _PAIR), 2, False, (8,), ()),
+    ((1, 1, 2, 1, _PAIR), 6, False, (8,), ()),
+    ((1, 1, 1, 2, _PAIR), 3, False, (56,), ()),
 )
 
 
@@ -181,10 +182,10 @@ def _hopper(arch: GpuArch) -> tuple[str, ...]:
     found: list[str] = []
     for with_side in (False, True):
         region = ir.Region(problem=problem, epilogue=_epilogue(with_side=with_side))
-        for shape, splits, multicast, *pixels in _HOPPER:
+        for shape, splits, in_parts, *pixels in _HOPPER:
             for count in pixels[with_side]:
-                block = Block(1, 1, count)
-                tile = Tile(count, *shape, block, splits=splits, multicast=multicast)
+                block, parts = Block(1, 1, count), parts_of(count) if in_parts else 1
+                tile = Tile(count, *shape, block, splits=splits, parts=parts)
                 config = tile.config()
                 found.append(codegen.source(region, implicit_gemm_sm90, config, arch))
     return tuple(dict.fromkeys(found))

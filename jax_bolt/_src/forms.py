@@ -127,11 +127,11 @@ def _direct(problem: ir.GemmProblem, lhs, rhs):
 
 def _wants_k_major(problem: ir.GemmProblem) -> bool:
     """Where a kernel may refuse the operands as they lie, or load them in pieces."""
-    if (problem.a_layout, problem.b_layout) == ("row", "col"):
-        return problem.k % _unit(problem) != 0
-    inner = (problem.k if problem.a_layout == "row" else problem.m, problem.n)
+    if problem.a_layout == "col" or problem.k % _unit(problem):
+        return True
     # TF32 tensor cores read K-major operands only.
-    return problem.dtype == "f32" or any(size % _unit(problem) for size in inner)
+    unaligned = problem.dtype == "f32" or problem.n % _unit(problem) != 0
+    return problem.b_layout == "row" and unaligned
 
 
 def _k_major_problem(problem: ir.GemmProblem) -> ir.GemmProblem:

@@ -88,3 +88,8 @@ def test_a_cubin_holds_its_one_kernel(kernels):
     assert b".text.jax_bolt_kernel\0" in data
     log = (binary.parent / "build.log").read_text()
     assert "0 bytes spill stores" in log and "Used" in log
+
+
+def test_every_template_compiles_as_it_is_indexed(kernels):
+    source = Path(__file__).parents[2] / "cc" / "all_kernels.cu"
+    assert isinstance(build(kernels, source.read_text(), "sm_90a"), Path)

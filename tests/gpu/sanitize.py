@@ -58,6 +58,8 @@ def main(part: int = 0, parts: int = 1) -> int:
             site = case.site()
             operands = measure.make_operands(site, l2_bytes=1).sets[0]
             for candidate in found[case.name]:
+                # Before the launch: the tool may speak of it, or never come back.
+                print(f"{case.name}: {candidate.text}", flush=True)
                 error = error_of(site, operands, candidate)
                 launched += 1
                 if not error <= TOLERANCE[site.region.problem.dtype]:

@@ -36,14 +36,14 @@ def chosen(case, candidates):
         groups.setdefault(key, []).append(candidate)
     turn = len(case.name)
     found = [group[turn % len(group)] for group in groups.values()]
-    return found + pairs(candidates) + (splits(candidates) if is_deep(case) else [])
+    return found + parts(candidates) + (splits(candidates) if is_deep(case) else [])
 
 
-def pairs(candidates):
-    """A candidate of each form whose CTAs load their filters in pairs."""
+def parts(candidates):
+    """A candidate of each form whose blocks leave in parts."""
     found = {}
     for candidate, tile in tiles(candidates):
-        if tile.multicast > 1:
+        if tile.parts > 1:
             found.setdefault(candidate.form.name, with_tile(candidate, tile))
     return list(found.values())
 
@@ -148,7 +148,7 @@ def test_every_template_ran():
     ran = {c.template.name for group in all_candidates()[0].values() for c in group}
     expected = {"gemm_sm80", "conv_sm80"}
     if target().arch.sm == 90:
-        expected |= {"gemm_sm90", "implicit_gemm_sm90"}
+        expected |= {"implicit_gemm_sm90"}
     assert ran == expected
     texts = {c.config.text for group in all_candidates()[0].values() for c in group}
     seen = {n for text in texts for n in re.findall(r"cluster=(\S+)", text)}

@@ -91,7 +91,7 @@ class Arguments:
     warps_n: int
     ping_pong: bool
     splits: int
-    multicast: int
+    parts: int
     steps: int
 
     @staticmethod
@@ -118,7 +118,7 @@ class Arguments:
             ping_pong=one_of("kSchedule", "Schedule", "kPingPong", "kCooperative")
             == "kPingPong",
             splits=int(given["kSplits"]),
-            multicast=int(given["kMulticast"]),
+            parts=int(given["kParts"]),
             steps=int(given["kSteps"]),
         )
 
@@ -319,18 +319,19 @@ class Launch:
         g, t = self.g, self.t
         assert t.pixels % 8 == 0 and 8 <= t.pixels <= 256
         assert t.warpgroups in (1, 2)
+        if t.parts > 1:
+            # A part is finished 16 pixels at a time, and lies in one line.
+            assert t.splits == 1 and t.pixels % (16 * t.parts) == 0
+            assert g.tile_rows == g.stores == 1
         assert not t.ping_pong or t.warps_m * t.warps_n == 1
         assert recipe.threads == 128 * (t.warpgroups + 1)
-        assert recipe.cluster == t.splits * t.multicast and recipe.programmatic
+        assert recipe.cluster == t.splits and recipe.programmatic
         if t.splits == 1:
-            assert t.multicast <= recipe.grid <= g.tiles * t.multicast
-            assert recipe.grid % t.multicast == 0 and t.multicast in (1, 2)
-            # Whose filters are its own, or loaded once, has nothing to share.
-            assert t.multicast == 1 or not (g.resident or g.filter_batch)
+            assert 1 <= recipe.grid <= g.tiles
         else:
             # A cluster has one tile, a warpgroup one block, and every CTA some chunks.
             assert recipe.grid == g.tiles * t.splits and t.splits <= g.chunks
-            assert not t.ping_pong and not g.resident and t.multicast == 1
+            assert not t.ping_pong and not g.resident
             assert t.blocks * t.channel_blocks == 1
         # What is beyond the products' depth is zeros.
         assert t.steps == 4 or g.chunks == 1
@@ -349,7 +350,7 @@ class Launch:
         # A barrier waits for as many bytes as its boxes have.
         assert self.pixels.bytes == g.load_bytes
         whole = t.filter_stage if t.krsc else FILTER_BLOCK
-        assert self.filters.bytes * t.multicast == whole
+        assert self.filters.bytes == whole
         assert all(side.bytes == g.side_bytes for side in self.sides)
         result, *sides = (x.item // 2 for x in (self.to, *self.sides))
         tiles = sum(sides) + (0 if sides and sides[0] == result else result)
@@ -369,18 +370,17 @@ class Launch:
 
     def run(self) -> Launch:
         with np.errstate(invalid="ignore"):
-            clusters = self.grid // (self.t.splits * self.t.multicast)
+            clusters = self.grid // self.t.splits
             for cluster in range(clusters):
-                for rank in range(self.t.multicast):
-                    self._run(range(cluster, self.g.tiles, clusters), rank)
+                self._run(range(cluster, self.g.tiles, clusters))
         return self
 
-    def _run(self, indices: range, rank: int) -> None:
+    def _run(self, indices: range) -> None:
         """The tiles of one CTA, or of a cluster that shares them; a resident filter
         serves them all."""
         g, resident = self.g, None
         for index in indices:
-            channel, image, row, col = self._origin(index, rank)
+            channel, image, row, col = self._origin(index)
             if not g.resident:
                 found = self._filters(channel, g.filter_batch * image)
             else:
@@ -390,19 +390,20 @@ class Launch:
             accumulators = self._multiply(image, row, col, found)
             for nb in range(self.t.warps_n * self.t.blocks):
                 for mb in range(self.t.filter_blocks):
-                    self._finish(
-                        accumulators[nb][:, mb * BLOCK : (mb + 1) * BLOCK],
-                        channel + mb * BLOCK,
-                        col + nb * g.block_cols,
-                        row + nb * g.block_rows,
-                        image + nb * g.block_images,
-                    )
+                    block = accumulators[nb][:, mb * BLOCK : (mb + 1) * BLOCK]
+                    for i, part in enumerate(np.split(block, self.t.parts)):
+                        self._finish(
+                            part,
+                            channel + mb * BLOCK,
+                            col + nb * g.block_cols + i * len(part),
+                            row + nb * g.block_rows,
+                            image + nb * g.block_images,
+                        )
 
-    def _origin(self, index: int, rank: int) -> tuple[int, int, int, int]:
+    def _origin(self, index: int) -> tuple[int, int, int, int]:
         """Sm90::Tile."""
         g = self.g
         pixels, channel = divmod(index, g.channel_tiles)
-        pixels = pixels * self.t.multicast + rank
         strip, col = divmod(pixels, g.col_tiles)
         group, row = divmod(strip, g.row_tiles)
         return (
@@ -420,30 +421,12 @@ class Launch:
             steps.append([])
             for tap in range(self.taps):
                 at = g.tap_filter[tap]
-                halves = range(t.multicast)
+                first = chunk * self.chunk
                 if t.krsc:
-                    width = BLOCK * t.filter_blocks // t.multicast
-                    boxes = [
-                        self.filters.load(
-                            chunk * self.chunk, at, channel + half * width, batch
-                        )
-                        for half in halves
-                    ]
-                    box = np.concatenate(boxes).T
+                    box = self.filters.load(first, at, channel, batch).T
                 else:
-                    depth = self.chunk // t.multicast
                     boxes = [
-                        np.concatenate(
-                            [
-                                self.filters.load(
-                                    channel + i * BLOCK,
-                                    chunk * self.chunk + half * depth,
-                                    at,
-                                    batch,
-                                )
-                                for half in halves
-                            ]
-                        )
+                        self.filters.load(channel + i * BLOCK, first, at, batch)
                         for i in range(t.filter_blocks)
                     ]
                     box = np.concatenate(boxes, axis=1)
@@ -493,8 +476,8 @@ class Launch:
     def _finish(
         self, accumulators: np.ndarray, channel: int, col: int, row: int, image: int
     ) -> None:
-        """The epilogue of a block and its stores."""
-        g, t = self.g, self.t
+        """The epilogue of a part of a block and its stores."""
+        g = self.g
         sides = []
         for side in self.sides:
             width = ROW // side.item  # channels in a tile
@@ -504,7 +487,7 @@ class Launch:
                 for i in range(g.stores):
                     box = side.load(channel + first, col, row + i, image)
                     _put(slot, i * g.store_bytes, box)
-                tiles.append(_take(slot, 0, t.pixels))
+                tiles.append(_take(slot, 0, len(accumulators)))
             sides.append(np.concatenate(tiles, axis=1))
         channels = np.minimum(channel + np.arange(BLOCK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]

@@ -184,12 +184,12 @@ def test_row_shows_what_is_there() -> None:
     moved = {"conv_sm80": {"us": 10.0, "moves_input": True}}
     text = kernel_table.row(
         _result("8x8", kernel_problems.STEM, 15.0, templates=moved, copy_us=3.5),
-        ["gemm_sm90", "conv_sm80"],
+        ["gemm_sm80", "conv_sm80"],
     )
     words = text.split()
     expected = "8x8 conv3x3+bn 5.0 - 10.0* 3.5 15.0 25.0 12.5 1.50 2.50 2.00"
     assert words == expected.split()
-    head, _ = kernel_table.header(["gemm_sm90", "conv_sm80"]).splitlines()
+    head, _ = kernel_table.header(["gemm_sm80", "conv_sm80"]).splitlines()
     assert len(head) == len(text)
 
 

@@ -35,7 +35,7 @@ OTHER = "int unused;"
 def entry(digest: str = "", **changes) -> db.Entry:
     made = db.Entry(
         choice="kernel",
-        template="gemm_sm90",
+        template="gemm_sm80",
         config="tile=64x64x64",
         digest=digest,
         sources="headers",
@@ -139,7 +139,7 @@ def test_ls_says_what_is_there(cache, run):
     assert re.search(rf"{other[:12]} +0 +\?$", printed, re.M)
     # What was tuned says it best; the last used comes first.
     assert "2001-09-09 " in lines[4]
-    assert lines[4].endswith(f"{winner[:12]}        1  gemm_sm90 tile=64x64x64")
+    assert lines[4].endswith(f"{winner[:12]}        1  gemm_sm80 tile=64x64x64")
     tuned = printed.partition("tuning results in")[2]
     assert re.search(rf"^ +2 +1 +1  20\d\d-\d\d-\d\d  {DEVICE}$", tuned, re.M)
 
@@ -148,14 +148,14 @@ def test_ls_of_a_winner_that_is_not_there_and_of_damage(cache, run):
     winner, cast, _ = cache.fill()
     (cache.kernels.root / winner / "manifest.json").write_text("{")
     (cache.kernels.root / cast / "source.cu").unlink()
-    assert re.search(rf"\? +{winner[:12]} +1 +gemm_sm90", run("ls"))
+    assert re.search(rf"\? +{winner[:12]} +1 +gemm_sm80", run("ls"))
     assert re.search(rf"\? +{cast[:12]} +0 +\?", run("ls"))
 
 
 def test_names_cannot_steer_the_terminal(cache, run):
     digest = cache.fake.build(cache.kernels, KERNEL).parent.name
     cache.save(problem=entry(digest, config="\x1b]0;title\x07"))
-    assert "gemm_sm90 ?]0;title?" in run("ls")
+    assert "gemm_sm80 ?]0;title?" in run("ls")
 
 
 def test_size(cache, run):

@@ -300,7 +300,7 @@ def test_any_conv(problem):
 
 def test_the_problems_cover_every_kind_of_tile():
     """So that the tests above leave no schedule, layout or shape of block out."""
-    kinds, blocks, resident, multicast = set(), set(), set(), set()
+    kinds, blocks, resident, parts = (set() for _ in range(4))
     for problem in PROBLEMS[::2]:
         image = Image.of(problem)
         for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, SMALL):
@@ -308,10 +308,10 @@ def test_the_problems_cover_every_kind_of_tile():
             shape = (tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n)
             kinds.add((*shape, tile.schedule))
             resident.add(tile.rings.resident)
-            multicast.add(tile.multicast)
+            parts.add(tile.parts)
             blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
     assert kinds == set(implicit_gemm_tiles._SHAPES)
-    assert resident == {0, 1} and multicast == {1, 2}
+    assert resident == {0, 1} and parts == {1, 2, 3, 4}
     deep = Image.of(gemm(40, 72, 1000))
     splits = {t.splits for t in implicit_gemm_tiles.tiles_of(deep, PLAIN, HOPPER)}
     assert splits == {1, 2, 3, 4, 6, 8}

@@ -25,7 +25,7 @@ def test_every_option_is_read_from_its_variable():
         "JAX_BOLT_ON_ERROR": "raise",
         "JAX_BOLT_BUDGET_S": "1.5",
         "JAX_BOLT_JOBS": "3",
-        "JAX_BOLT_DISABLE": "gemm_sm90, conv_sm80,",
+        "JAX_BOLT_DISABLE": "gemm_sm80, conv_sm80,",
         "JAX_BOLT_DUMP_DIR": "~/dump",
     }
     assert set(environ) == {f"JAX_BOLT_{n.upper()}" for n in Options.__slots__}
@@ -36,7 +36,7 @@ def test_every_option_is_read_from_its_variable():
         on_error="raise",
         budget_s=1.5,
         jobs=3,
-        disable=("gemm_sm90", "conv_sm80"),
+        disable=("gemm_sm80", "conv_sm80"),
         dump_dir=Path.home() / "dump",
     )
 

@@ -36,10 +36,18 @@ def test_hopper_has_one_family_for_convs_and_products():
         assert stock and not any(c.recipe for c in stock)
 
 
-def test_what_the_family_refuses_has_other_templates():
+def test_a_transposed_operand_is_turned_for_the_family():
     transposed = dataclasses.replace(region().problem, a_layout="col")
     found, _ = plan.candidates(region(transposed), H100)
-    assert {c.template.name for c in found} == {"gemm_sm90", "gemm_sm80"}
+    assert {(c.template.name, c.form.name) for c in found} == {
+        ("implicit_gemm_sm90", "k_major")
+    }
+
+
+def test_what_the_family_refuses_has_other_templates():
+    mask = region(sides=("bool",), ops=(ir.Op("acc"), ir.Op("side", attr=0)))
+    found, _ = plan.candidates(mask, H100)
+    assert {c.template.name for c in found} == {"gemm_sm80"}
 
 
 def test_a_filter_is_not_transposed_for_the_kernel_that_takes_it_as_it_lies():
@@ -74,9 +82,9 @@ def test_an_architecture_without_kernels_gives_the_reason():
 
 
 def test_disabled_templates_are_not_used():
-    found, reasons = plan.candidates(region(), H100, ("gemm_sm90",))
+    found, reasons = plan.candidates(region(), H100, ("gemm_sm80",))
     assert {c.template.name for c in found} == {"implicit_gemm_sm90"}
-    assert "gemm_sm90 is disabled" in reasons
+    assert "gemm_sm80 is disabled" in reasons
 
 
 def test_every_ragged_size_has_a_candidate():

@@ -17,7 +17,6 @@ header = "jax_bolt/gemm/sm80.hpp"
 artifact: Final = "module"
 
 _CANDIDATES = 3
-_CANDIDATES_SM90 = 2  # beside those of gemm_sm90
 _TILES = (
     Tile(256, 128, 32, 64, 64, 3, 1.0),
     Tile(128, 256, 32, 64, 64, 3, 1.0),
@@ -63,7 +62,7 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     fitting.sort(key=lambda t: tiles.cost(t, p.m, p.n, p.k, p.batch, arch.sm_count))
     return tuple(
         Config.of(name, tile=t.shape, warp=t.warp, stages=t.stages)
-        for t in fitting[: _CANDIDATES_SM90 if arch.sm == 90 else _CANDIDATES]
+        for t in fitting[:_CANDIDATES]
     )
 
 

@@ -52,12 +52,14 @@ NO_RINGS = Rings()
 
 @dataclasses.dataclass(frozen=True)  # no slots: the properties are kept
 class Layout:
-    """A block's pixels in shared memory and a tile of ``count`` blocks."""
+    """A block's pixels in shared memory and a tile of ``count`` blocks, each of which
+    leaves in ``parts``."""
 
     image: Image
     block: Block
     count: int
     pixels: int  # N of the wgmma
+    parts: int = 1
 
     @functools.cached_property
     def whole_images(self) -> bool:
@@ -145,7 +147,7 @@ class Layout:
     @functools.cached_property
     def store_box(self) -> tuple[int, int, int]:
         if self.image.is_line:
-            return 1, 1, self.pixels
+            return 1, 1, self.pixels // self.parts
         if not self.whole_rows:
             # Pixels between the rows would be stored over other tiles' outputs.
             rows = self.block.rows if self.pitch == self.tile_cols else 1
@@ -175,7 +177,7 @@ class Layout:
     def slot_bytes(self) -> int:
         images, rows, cols = self.store_box
         stored = (self.stores - 1) * self.pitch + images * rows * cols
-        return round_up(max(self.pixels, stored) * ROW, 1024)
+        return round_up(max(self.pixels // self.parts, stored) * ROW, 1024)
 
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
@@ -220,16 +222,11 @@ class Layout:
             return "more pixels than the accumulator has"
         return None
 
-    def tile_count(self, filter_blocks: int, multicast: int) -> int:
-        """Tiles of a launch; where ``multicast`` CTAs go together, groups of them."""
-        groups = -(-math.prod(self.tiles) // multicast)
-        return groups * self.image.channel_tiles(filter_blocks)
+    def tile_count(self, filter_blocks: int) -> int:
+        return math.prod(self.tiles) * self.image.channel_tiles(filter_blocks)
 
-    def integers(
-        self, filter_blocks: int, rings: Rings, multicast: int
-    ) -> tuple[int, ...]:
-        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile, and
-        ``multicast`` CTAs have one each, of the same channels."""
+    def integers(self, filter_blocks: int, rings: Rings) -> tuple[int, ...]:
+        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
         i, phases, taps = self.image, self.phases, self.taps
         _, row_tiles, col_tiles = self.tiles
         channel_tiles = i.channel_tiles(filter_blocks)
@@ -238,7 +235,7 @@ class Layout:
         whole, line = self.whole_images, i.is_line
         numbers = [
             i.k,
-            *(self.tile_count(filter_blocks, multicast), channel_tiles),
+            *(self.tile_count(filter_blocks), channel_tiles),
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
             *(i.chunks, len(phases), down, right),
@@ -273,11 +270,8 @@ class Layout:
         numbers += _filled([at for _, _, at in taps], MAX_TAPS)
         return tuple(numbers)
 
-    def maps(
-        self, filter_blocks: int, epilogue: ir.Epilogue, multicast: int
-    ) -> tuple[TensorMap, ...]:
-        """Pixels, filters (each of ``multicast`` CTAs loads its part), output and (at
-        least one) side input."""
+    def maps(self, filter_blocks: int, epilogue: ir.Epilogue) -> tuple[TensorMap, ...]:
+        """Pixels, filters, output and (at least one) side input."""
         i = self.image
         dtype = recipe.DTYPES.index("tf32" if i.dtype == "f32" else i.dtype)
         item = i.item
@@ -301,10 +295,10 @@ class Layout:
         taps = i.r * i.s
         if i.k_outer:
             sizes = (i.c, taps, i.k, i.filters)
-            box = (i.chunk, 1, BLOCK * filter_blocks // multicast, 1)
+            box = (i.chunk, 1, BLOCK * filter_blocks, 1)
         else:
             sizes = (i.k, i.c, taps, i.filters)
-            box = (BLOCK, i.chunk // multicast, 1, 1)
+            box = (BLOCK, i.chunk, 1, 1)
         filters = _contiguous(b, dtype, sizes, box, filter_offset)
         images, rows, cols = self.store_box
         out = (i.k, i.q, i.p, i.n)

@@ -120,7 +120,8 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         f"{scope}::Filters::{'kKrsc' if krsc else 'kHwio'}",
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
-        *(tile.splits, tile.multicast, Image.of(region.problem).k_steps),
+        *(tile.splits, tile.parts),
+        Image.of(region.problem).k_steps,
     )
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
 
@@ -140,12 +141,12 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=grid(tile, image, arch),
-        cluster=tile.splits * tile.multicast,
+        cluster=tile.splits,
         smem_bytes=shared_bytes(tile, layout, slot_tiles_of(epilogue)),
         programmatic=True,
-        maps=layout.maps(tile.filter_blocks, epilogue, tile.multicast),
+        maps=layout.maps(tile.filter_blocks, epilogue),
         pointers=vectors or (recipes.NULL,),
-        ints=layout.integers(tile.filter_blocks, tile.rings, tile.multicast),
+        ints=layout.integers(tile.filter_blocks, tile.rings),
         workspace_bytes=image.packing.workspace_bytes if image.packing else 0,
         prologue=image.packing.recipe() if image.packing else None,
     )

@@ -32,7 +32,6 @@ _BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
 _START = 3400  # from launch to the first product, and the last store
 _FINISH = 2.0  # of an epilogue: a pixel of a block, for every instruction
 _EXCHANGE = 4500  # of sums and results between the CTAs of a split tile
-_PAIRING = 1000  # of CTAs that load filters together: each waits for the other
 _PIXEL_WAIT = 2200  # from asking for a box of pixels, mostly in device memory, to it
 _FILTER_WAIT = 1800
 _BOX, _STEP = 60, 8  # of each, beside what it moves and multiplies
@@ -47,8 +46,8 @@ class Tile:
 
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
-    pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels, and
-    ``multicast`` those that load a filter together, each for tiles of its own.
+    pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels. A
+    block leaves in ``parts``.
     """
 
     pixels: int
@@ -60,7 +59,7 @@ class Tile:
     block: Block
     rings: Rings = NO_RINGS
     splits: int = 1
-    multicast: int = 1
+    parts: int = 1
 
     @property
     def filter_blocks(self) -> int:
@@ -76,7 +75,8 @@ class Tile:
         return 2 if self.warpgroups == 1 else 1
 
     def layout(self, image: Image) -> Layout:
-        return _layout(image, self.block, self.blocks * self.warps_n, self.pixels)
+        count = self.blocks * self.warps_n
+        return _layout(image, self.block, count, self.pixels, self.parts)
 
     def config(self) -> Config:
         b, rings = self.block, self.rings
@@ -89,7 +89,8 @@ class Tile:
             resident=rings.resident,
             block=f"{b.images}x{b.rows}x{b.cols}",
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
-            cluster=f"{self.splits}x{self.multicast}",
+            splits=self.splits,
+            parts=self.parts,
         )
 
     @staticmethod
@@ -100,7 +101,6 @@ class Tile:
         blocks, channel_blocks = split("blocks")
         warps_m, warps_n = split("warpgroups")
         images, rows, cols = split("block")
-        splits, multicast = split("cluster")
         pixel_stages, filter_stages, store_stages = split("stages")
         return Tile(
             pixels=int(config["pixels"]),
@@ -113,8 +113,8 @@ class Tile:
             rings=Rings(
                 pixel_stages, filter_stages, store_stages, int(config["resident"])
             ),
-            splits=splits,
-            multicast=multicast,
+            splits=int(config["splits"]),
+            parts=int(config["parts"]),
         )
 
 
@@ -147,12 +147,14 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
                 dataclasses.replace(base, splits=splits)
                 for splits in _splits(base, image, arch)
             ]
-            if image.filters == 1 and _count(base, image) > image.channel_tiles(
-                base.filter_blocks
-            ):
-                variants.append(dataclasses.replace(base, multicast=2))
+            if image.is_line and (parts := parts_of(pixels)) > 1:
+                variants += [
+                    dataclasses.replace(variant, parts=parts)
+                    for variant in variants
+                    if variant.splits == 1
+                ]
             for variant in variants:
-                tile = _staged(variant, layout, epilogue, arch)
+                tile = _staged(variant, variant.layout(image), epilogue, arch)
                 if tile is not None:
                     yield tile
 
@@ -170,6 +172,12 @@ _SHAPES = (
     (1, 1, 1, 1, "cooperative"),
     (1, 2, 1, 1, "cooperative"),
 )
+
+
+def parts_of(pixels: int) -> int:
+    """In how many a large block may leave: slots are smaller then, and rings deeper."""
+    fitting = [n for n in (2, 3, 4) if pixels % (16 * n) == 0 and pixels // n >= 48]
+    return max(fitting, default=1)
 
 
 def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
@@ -269,6 +277,7 @@ def _staged(
         used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
         return room - used
 
+    units = tile.blocks * tile.channel_blocks * tile.parts  # of a warpgroup, to leave
     # Steps of the main loop that one box of pixels serves.
     reach = len(layout.taps) / len(layout.phases)
     most_pixels = min(MAX_RINGS[0], max(2, 3 * boxes))
@@ -289,10 +298,15 @@ def _staged(
             if fits and left(*wanted, slots) >= 0:
                 (pixels, filters), more = wanted, True
                 break
-        # What leaves is not waited for as what comes is.
-        ahead = min((pixels - 1) * reach, filters - 1) >= 3 or not more
-        if ahead and slots < most_slots and left(pixels, filters, slots + 1) >= 0:
-            slots, more = slots + 1, True
+        # Slots are a ring of side inputs, too. What leaves is not waited for as what
+        # comes is.
+        ahead = min((pixels - 1) * reach, filters - 1) >= 3
+        if sides:
+            turns = 2 if tile.schedule == "pingpong" else 1
+            ahead = ahead and slots * turns / units <= pixels / boxes
+        if (ahead or not more) and slots < most_slots:
+            if left(pixels, filters, slots + 1) >= 0:
+                slots, more = slots + 1, True
     rings = Rings(pixels, filters, slots, tile.rings.resident)
     return dataclasses.replace(tile, rings=rings)
 
@@ -319,7 +333,7 @@ def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
 
 
 def _count(tile: Tile, image: Image) -> int:
-    return tile.layout(image).tile_count(tile.filter_blocks, tile.multicast)
+    return tile.layout(image).tile_count(tile.filter_blocks)
 
 
 def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
@@ -331,9 +345,6 @@ def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
 def grid(tile: Tile, image: Image, arch: GpuArch) -> int:
     if tile.splits > 1:
         return _count(tile, image) * tile.splits  # a cluster has one tile
-    if tile.multicast > 1:
-        pairs = arch.sm_count * tile.ctas // tile.multicast
-        return min(_count(tile, image), pairs) * tile.multicast
     most = min(_count(tile, image), arch.sm_count * tile.ctas)
     channel_tiles = image.channel_tiles(tile.filter_blocks)
     if tile.rings.resident and most >= channel_tiles:
@@ -357,7 +368,7 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     steps, boxes = _steps(tile, layout)
     rings, epilogue = tile.rings, region.epilogue
     ctas = grid(tile, image, arch)
-    turns = -(-_count(tile, image) * tile.splits * tile.multicast // ctas)
+    turns = -(-_count(tile, image) * tile.splits // ctas)
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)
     sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
@@ -366,10 +377,10 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
     loads = boxes * layout.loads * layout.load_bytes
     waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
     if not rings.resident:
-        loads += steps * _FILTER_BLOCK * tile.filter_blocks / tile.multicast
+        loads += steps * _FILTER_BLOCK * tile.filter_blocks
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
     moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
-    moved *= blocks * sharing * layout.slot_bytes
+    moved *= blocks * sharing * tile.parts * layout.slot_bytes
     busy = max(products + steps * _STEP, (loads + moved) / _LOAD_RATE + boxes * _BOX)
     main = max(busy, waiting)
     finish = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
@@ -381,8 +392,6 @@ def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
         own = turns * (main + finish)
     if tile.splits > 1:
         own += _EXCHANGE + _partial_bytes(tile) / _LOAD_RATE
-    if tile.multicast > 1:
-        own += _PAIRING
     first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
     memory = region.bytes_moved / arch.bandwidth * _CLOCK
     return _START + first + max(own, memory) + _OVERLAP * min(own, memory)

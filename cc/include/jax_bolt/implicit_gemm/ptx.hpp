@@ -82,13 +82,6 @@ struct Barrier {
   }
 };
 
-/// Arrives at the barrier that has this address in another CTA of the cluster (`in_cta`). It orders
-/// no writes of this thread for that CTA: a release over the cluster takes longer than a main
-/// loop's step.
-__device__ __forceinline__ void arrive_at(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 /// Makes initialised barriers visible to other threads and to TMA.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -163,17 +156,6 @@ __device__ __forceinline__ void load(TensorMap const& map, Barrier& full, std::u
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(&map), "r"(shared_address(&full)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
-
-/// The same into every CTA of a cluster of two, each at this place and counted by its own barrier.
-__device__ __forceinline__ void load_to_both(TensorMap const& map, Barrier& full, std::uint32_t to,
-                                             int c0, int c1, int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
-      "l"(&map), "r"(shared_address(&full)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
-      "h"(static_cast<std::uint16_t>(3))
       : "memory");
 }
 

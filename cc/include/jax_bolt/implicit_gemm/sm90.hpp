@@ -62,11 +62,11 @@ struct Ring {
 /// kPixels: of one wgmma. kPixelBlocks, kChannelBlocks: wgmmas of one warpgroup side by side.
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster
 /// that share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
-/// kMulticast: 2 where CTAs share their filters' loads in pairs, or 1. kSteps: products in a chunk,
-/// of 32 bytes each.
+/// kParts: what a block leaves in, one slot after the other; more than 1 for pixels of one line
+/// only. kSteps: products in a chunk, of 32 bytes each.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
-          int kMulticast, int kSteps>
+          int kParts, int kSteps>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -87,8 +87,6 @@ struct Sm90 {
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
   static_assert(kSplits == 1 || (!kPingPong && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
-  static_assert(kMulticast == 1 || (kMulticast == 2 && kSplits == 1), "a cluster does one of both");
-  static constexpr int kCluster = kSplits * kMulticast;
 
   static constexpr int kBlock = 64;                     // output channels
   static constexpr int kChunk = 128 / sizeof(Element);  // input channels: the widest swizzle
@@ -125,6 +123,9 @@ struct Sm90 {
   // Of a split tile, each CTA finishes some groups of 8 pixels, from first_group(rank) on. The
   // others send it theirs: 64 channels by 8 pixels in f32.
   static constexpr int kGroups = kPixels / 8;
+  static constexpr int kPartGroups = kGroups / kParts;
+  static_assert(kParts == 1 || (kSplits == 1 && kPixels % (16 * kParts) == 0),
+                "a part is finished in pairs of groups, by one CTA");
   static constexpr int kPartial = 2048;
   static constexpr int kPartials =
       kWarpgroups * (kSplits - 1) * ((kGroups + kSplits - 1) / kSplits) * kPartial;
@@ -165,16 +166,19 @@ struct Sm90 {
     int channel, image, row, col;
 
     __device__ __forceinline__ Tile(Geometry const& g, int index) {
-      int const group_of_pixels = index / g.channel_tiles;
-      channel = (index - group_of_pixels * g.channel_tiles) * kBlock * kFilterBlocks;
-      // Of an odd number of pixel tiles the last CTA's is beyond the images: TMA finds nothing
-      // there.
-      int const pixels = kMulticast == 1 ? group_of_pixels : group_of_pixels * kMulticast + rank();
+      int const pixels = index / g.channel_tiles;
+      channel = (index - pixels * g.channel_tiles) * kBlock * kFilterBlocks;
       int const strip = pixels / g.col_tiles;
       col = (pixels - strip * g.col_tiles) * g.tile_cols;
       int const group = strip / g.row_tiles;
       row = (strip - group * g.row_tiles) * g.tile_rows;
       image = group * g.tile_images;
+    }
+    /// Part `index` of a block.
+    __device__ __forceinline__ Tile part(int index) const {
+      Tile moved = *this;
+      moved.col += index * 8 * kPartGroups;
+      return moved;
     }
     /// Pixel block `pixel` and channel block `channel_block` of this tile.
     __device__ __forceinline__ Tile block(Geometry const& g, int pixel, int channel_block) const {
@@ -188,9 +192,9 @@ struct Sm90 {
   };
 
   // A cluster is a worker: its tiles are first_tile(), and every tile_step() further.
-  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kCluster; }
-  __device__ static __forceinline__ int tile_step() { return gridDim.x / kCluster; }
-  __device__ static __forceinline__ int rank() { return kCluster == 1 ? 0 : blockIdx.x % kCluster; }
+  __device__ static __forceinline__ int first_tile() { return blockIdx.x / kSplits; }
+  __device__ static __forceinline__ int tile_step() { return gridDim.x / kSplits; }
+  __device__ static __forceinline__ int rank() { return kSplits == 1 ? 0 : blockIdx.x % kSplits; }
   /// The CTA's chunks, and where they end.
   __device__ static __forceinline__ int first_chunk(Geometry const& g) {
     return kSplits == 1 ? 0 : g.chunks * rank() / kSplits;
@@ -271,42 +275,23 @@ struct Sm90 {
         }
       }
     }
-    if constexpr (kMulticast > 1) {
-      // The barriers must outlive what the other CTA sends them: its word on the last stages.
-      for (int i = 0; i < g.filter_stages; ++i) {
-        barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
-        ring.advance(g.filter_stages);
-      }
-    }
   }
 
-  /// One tap's filter for the input channels of a chunk; of a pair of CTAs, each loads half.
+  /// One tap's filter for the input channels of a chunk.
   __device__ static __forceinline__ void load_stage(Parameters const& p, Memory const& memory,
                                                     int stage, Tile const& tile, int chunk,
                                                     int tap) {
     int const batch = p.geometry.filter_batch * tile.image;
-    int const half = kMulticast == 1 ? 0 : rank();
     ptx::Barrier& full = memory.barriers->filters_full[stage];
     full.arrive_and_expect(kFilterStage);
     std::uint32_t const to = memory.filters + stage * kFilterStage;
     if constexpr (kFilters == Filters::kKrsc) {
-      load_filter(p, full, to + half * (kFilterStage / 2), chunk * kChunk, tap,
-                  tile.channel + half * (kBlock * kFilterBlocks / 2), batch);
+      ptx::load(p.filters, full, to, chunk * kChunk, tap, tile.channel, batch);
     } else {
       for (int i = 0; i < kFilterBlocks; ++i) {
-        load_filter(p, full, to + i * kFilterBlock + half * (kFilterBlock / 2),
-                    tile.channel + i * kBlock, chunk * kChunk + half * (kChunk / 2), tap, batch);
+        ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kBlock, chunk * kChunk,
+                  tap, batch);
       }
-    }
-  }
-
-  __device__ static __forceinline__ void load_filter(Parameters const& p, ptx::Barrier& full,
-                                                     std::uint32_t to, int c0, int c1, int c2,
-                                                     int c3) {
-    if constexpr (kMulticast == 1) {
-      ptx::load(p.filters, full, to, c0, c1, c2, c3);
-    } else {
-      ptx::load_to_both(p.filters, full, to, c0, c1, c2, c3);
     }
   }
 
@@ -319,8 +304,10 @@ struct Sm90 {
     for (int index = first_tile(); index < g.tiles; index += tile_step(), ++turn) {
       if (!takes(warpgroup, turn)) continue;
       Tile const tile(g, index);
-      for (int unit = 0; unit < kPixelBlocks * kChannelBlocks; ++unit) {
-        Tile const block = part(g, tile, warpgroup, unit / kChannelBlocks, unit % kChannelBlocks);
+      for (int unit = 0; unit < kPixelBlocks * kChannelBlocks * kParts; ++unit) {
+        int const index = unit / kParts;
+        Tile const block = part(g, tile, warpgroup, index / kChannelBlocks, index % kChannelBlocks)
+                               .part(unit % kParts);
         ptx::Barrier& full = barriers.sides_full[warpgroup][ring.stage];
         barriers.sides_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
         constexpr int kTiles = kSlotTiles - side_tile<0>();
@@ -382,14 +369,6 @@ struct Sm90 {
   __device__ static __forceinline__ void release(ptx::Barrier& empty) {
     if ((threadIdx.x & 31) == 0) empty.arrive();
   }
-  /// The same to all that fill the stage.
-  __device__ static __forceinline__ void release_filters(ptx::Barrier& empty) {
-    if constexpr (kMulticast == 1) {
-      release(empty);
-    } else if ((threadIdx.x & 31) < kMulticast) {
-      ptx::arrive_at(ptx::in_cta(ptx::shared_address(&empty), threadIdx.x & 31));
-    }
-  }
 
   /// All products of a tile, the last of them still under way; returns the stages they read.
   __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
@@ -430,7 +409,7 @@ struct Sm90 {
           cute::warpgroup_commit_batch();
           // All but the products just issued are done with their stages.
           cute::warpgroup_wait<1>();
-          if (filter_stage >= 0) release_filters(barriers.filters_empty[filter_stage]);
+          if (filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
           if (free_pixels >= 0) release(barriers.pixels_empty[free_pixels]);
           free_pixels = -1;
           filter_stage = filters.stage;
@@ -573,8 +552,9 @@ struct Sm90 {
     return false;
   }
 
-  /// One block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle, and the
-  /// slot to the output by TMA, which leaves out what lies beyond it.
+  /// One part of a block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle,
+  /// and the slot to the output by TMA, which leaves out what lies beyond it.
+  template <int kPart>
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup, Ring& ring,
                                                int& unreleased, float (&accumulators)[kPixels / 2],
@@ -602,9 +582,10 @@ struct Sm90 {
     std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
     if constexpr (kSplits == 1) {
 #pragma unroll
-      for (int j = 0; j < kGroups / 2; ++j) {
+      for (int j = 0; j < kPartGroups / 2; ++j) {
         std::uint32_t const first = 2 * j * kGroupBytes;
-        finish<4>(accumulators + 8 * j, columns, at + first, slot + first, g.slot_bytes);
+        finish<4>(accumulators + 4 * (kPart * kPartGroups + 2 * j), columns, at + first,
+                  slot + first, g.slot_bytes);
       }
       if constexpr (kGroups % 2 != 0) {
         std::uint32_t const first = (kGroups - 1) * kGroupBytes;
@@ -674,14 +655,18 @@ struct Sm90 {
       for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
         cute::warpgroup_fence_operand(flat[i]);
       }
-      release_filters(barriers.filters_empty[filter_stage]);
+      release(barriers.filters_empty[filter_stage]);
       release(barriers.pixels_empty[pixel_stage]);
 #pragma unroll
       for (int nb = 0; nb < kPixelBlocks; ++nb) {
 #pragma unroll
         for (int mb = 0; mb < kChannelBlocks; ++mb) {
-          store(p, memory, part(g, tile, warpgroup, nb, mb), warpgroup, slots, unreleased,
-                accumulators[nb][mb], columns[mb]);
+          Tile const block = part(g, tile, warpgroup, nb, mb);
+          for_each_index<kParts>([&](auto index) {
+            constexpr int i = decltype(index)::value;
+            store<i>(p, memory, block.part(i), warpgroup, slots, unreleased, accumulators[nb][mb],
+                     columns[mb]);
+          });
         }
       }
     }
@@ -712,18 +697,15 @@ struct Sm90 {
           set_up(barriers.pixels_full, barriers.pixels_empty, g.pixel_stages, kReaders);
         } else if (warp == 1) {
           ptx::prefetch(p.filters);
-          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages,
-                 kReaders * kMulticast);
+          set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, kReaders);
         } else if (kSides > 0 && warp - 2 < kWarpgroups) {
           set_up(barriers.sides_full[warp - 2], barriers.sides_empty[warp - 2], g.store_stages, 1);
         }
       }
       __syncwarp();
       ptx::arrive(kSetUp, kThreads);
-      if constexpr (kCluster > 1) ptx::arrive_cluster();
+      if constexpr (kSplits > 1) ptx::arrive_cluster();
       if (warp == 0) ptx::allow_next_kernel();
-      // Filters go to both CTAs of a pair, whose barriers must be set up.
-      if (kMulticast > 1 && warp == 1) ptx::wait_cluster();
       if (elected) {
         ptx::wait_for_earlier_kernels();
         if (warp == 0) {
@@ -734,22 +716,23 @@ struct Sm90 {
           load_sides(p, memory, warp - 2);
         }
       }
-      // The cluster's barrier wants all threads: once for a pair, twice where a tile is split.
+      // The cluster's barrier wants all threads, twice.
       __syncwarp();
-      if (kCluster > 1 && !(kMulticast > 1 && warp == 1)) ptx::wait_cluster();
-      if constexpr (kSplits > 1) ptx::arrive_cluster();
+      if constexpr (kSplits > 1) {
+        ptx::wait_cluster();
+        ptx::arrive_cluster();
+      }
     } else {
       if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
       if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
       if constexpr (kSplits > 1) {
         if ((threadIdx.x & 127) == 0) set_up_exchange(barriers, warpgroup);
         __syncwarp();
+        ptx::arrive_cluster();
       }
-      if constexpr (kCluster > 1) ptx::arrive_cluster();
       clear_tails(g, memory, threadIdx.x);
       ptx::sync(kSetUp, kThreads);
       ptx::wait_for_earlier_kernels();
-      if constexpr (kMulticast > 1) ptx::wait_cluster();
       consume(p, memory, warpgroup);
     }
   }
