@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TypeAlias
 
 from . import forms, ir, plan
 from .arch import GpuArch
 from .jit import codegen
 from .kernels import conv_sm80, gemm_sm80, implicit_gemm_sm90
 from .kernels.geometry import Block
-from .kernels.implicit_gemm_tiles import Tile, parts_of
+from .kernels.implicit_gemm_tiles import Tile
 from .plan import Candidate
 
 # One instruction takes either, at one rate, and a kernel's arguments name neither: the
@@ -87,92 +86,72 @@ def _epilogue(*, with_side: bool) -> ir.Epilogue:
 
 # Hopper -----------------------------------------------------------------------------
 
-_PAIR, _PINGPONG = "cooperative", "pingpong"
-# (blocks, channel blocks, warpgroups along channels and pixels, schedule), splits and
-# whether blocks leave in parts -> the pixels of a block, without and with a side input.
-# Counted over the candidates of the benchmark's problems, the first eight twice.
-_Shape: TypeAlias = tuple[int, int, int, int, str]
-_Pixels: TypeAlias = tuple[int, ...]
-_HOPPER: tuple[tuple[_Shape, int, bool, _Pixels, _Pixels], ...] = (
-    (
-        *((1, 1, 1, 1, _PINGPONG), 1, False),
-        (
-            *(8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128),
-            *(136, 144, 152, 160, 176, 192, 208, 216, 224, 232, 240),
-        ),
-        (8, 16, 24, 32, 40, 48, 56, 64, 80, 88, 104, 112, 120, 128, 144, 208),
-    ),
-    (
-        *((1, 1, 1, 2, _PAIR), 1, False),
-        (8, 16, 24, 32, 40, 48, 56, 64, 72, 96, 104, 112, 120, 208),
-        (8, 16, 24, 32, 48, 56, 64, 104),
-    ),
-    (
-        *((1, 2, 1, 1, _PINGPONG), 1, False),
-        (
-            *(8, 16, 32, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144, 168),
-            *(176, 184, 192),
-        ),
-        (8, 16, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, 136),
-    ),
-    (
-        *((1, 1, 2, 1, _PAIR), 1, False),
-        (
-            *(8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 112, 120, 128, 192, 200),
-            *(208, 216, 232),
-        ),
-        (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 104, 112, 128, 200),
-    ),
-    (
-        *((1, 1, 1, 1, _PAIR), 1, False),
-        (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 104, 112, 120, 128, 136, 144),
-        (8, 16, 24, 32, 40, 48, 56, 64, 104),
-    ),
-    (
-        *((2, 1, 2, 1, _PAIR), 1, False),
-        (8, 24, 32, 48, 56, 64, 96, 104, 112, 120, 128),
-        (8, 16, 24, 32, 40, 48, 56, 64, 96, 104, 112),
-    ),
-    (
-        *((1, 2, 1, 2, _PAIR), 1, False),
-        (8, 24, 32, 48, 56, 64, 96, 104, 112, 120, 128),
-        (8, 16, 24, 32, 40, 48, 56, 64, 96, 104, 112),
-    ),
-    (
-        *((1, 2, 2, 1, _PAIR), 1, False),
-        (8, 56, 96, 104, 120, 128, 192),
-        (8, 16, 24, 48, 56, 64, 96, 104, 112, 128),
-    ),
-    ((2, 1, 1, 2, _PAIR), 1, False, (8, 16, 48, 56, 64, 112, 120), (8, 32, 56)),
-    ((1, 2, 1, 1, _PAIR), 1, False, (8,), (8, 16, 24, 32, 48, 56, 64)),
-    (
-        *((1, 2, 1, 1, _PINGPONG), 1, True),
-        (96, 128, 144, 160, 192),
-        (96, 128, 144, 160, 192),
-    ),
-    ((1, 1, 1, 1, _PINGPONG), 1, True, (128, 144, 160, 192, 256), (128, 144)),
-    ((1, 1, 2, 1, _PAIR), 1, True, (96, 128, 192), (96, 128, 192)),
-    ((1, 2, 2, 1, _PAIR), 1, True, (96, 128, 192), (96, 128, 192)),
-    ((2, 1, 2, 1, _PAIR), 1, True, (96, 128), (96,)),
-    ((1, 2, 1, 2, _PAIR), 1, True, (96,), (96,)),
-    ((1, 1, 1, 1, _PAIR), 1, True, (96,), (96,)),
-    ((1, 1, 1, 2, _PAIR), 1, True, (96,), ()),
-    ((1, 1, 1, 1, _PAIR), 4, False, (8, 16, 32), ()),
-    ((1, 1, 2, 1, _PAIR), 8, False, (8, 24, 32), ()),
-    ((1, 1, 1, 1, _PAIR), 8, False, (8, 24, 32), ()),
-    ((1, 1, 1, 1, _PAIR), 6, False, (8, 16, 32), ()),
-    ((1, 1, 1, 2, _PAIR), 4, False, (16, 32), ()),
-    ((1, 1, 2, 1, _PAIR), 2, False, (8, 32), ()),
-    ((1, 1, 1, 2, _PAIR), 6, False, (16, 24), ()),
-    ((1, 1, 2, 1, _PAIR), 3, False, (8,), ()),
-    ((1, 1, 1, 2, _PAIR), 2, False, (32, 64), ()),
-    ((1, 1, 1, 1, _PAIR), 3, False, (8,), ()),
-    ((1, 1, 1, 2, _PAIR), 8, False, (32, 40), ()),
-    ((1, 1, 2, 1, _PAIR), 4, False, (8,), ()),
-    ((1, 1, 1, 1, _PAIR), 2, False, (8,), ()),
-    ((1, 1, 2, 1, _PAIR), 6, False, (8,), ()),
-    ((1, 1, 1, 2, _PAIR), 3, False, (56,), ()),
-)
+# Blocks, warpgroups, schedule, splits and parts as in Tile; side inputs; and pixels, of
+# which "a-b" are all multiples of 8. Counted over the candidates of the benchmark's
+# problems.
+_HOPPER = """
+1x1 1x1 pingpong    1 1 0: 8-176 192 208-240 256
+1x1 1x1 pingpong    1 1 1: 16-64 80 88 104-128 144 208
+1x1 2x1 cooperative 1 1 0: 8-64 80 96-128 192-216 232
+1x1 2x1 cooperative 1 1 1: 8-80 96-112 128 200
+1x2 1x1 pingpong    1 1 0: 8 16 32 56-144 168-192
+1x2 1x1 pingpong    1 1 1: 8 16 56-136
+1x1 1x1 cooperative 1 1 0: 8-80 104-144
+1x1 1x1 cooperative 1 1 1: 8-64 104 128
+1x1 1x2 cooperative 1 1 0: 8-72 96-120 208
+1x1 1x2 cooperative 1 1 1: 8-32 48-64 104
+2x1 2x1 cooperative 1 1 0: 8 24 32 48-64 96-128
+2x1 2x1 cooperative 1 1 1: 8-64 96 104
+1x2 1x2 cooperative 1 1 0: 8 24 32 48-64 96-128
+1x2 1x2 cooperative 1 1 1: 8-64 96 104
+1x2 2x1 cooperative 1 1 0: 8 56 96-128 192
+1x2 2x1 cooperative 1 1 1: 8-24 48-64 96-112 128
+2x1 1x2 cooperative 1 1 0: 8 16 48-64 112 120
+2x1 1x2 cooperative 1 1 1: 8 32 56
+1x2 1x1 cooperative 1 1 0: 8
+1x2 1x1 cooperative 1 1 1: 8-32 48-64
+1x2 1x1 pingpong    1 2 0: 96 128 160
+1x2 1x1 pingpong    1 2 1: 96 128
+1x2 2x1 cooperative 1 2 0: 96 128
+1x2 2x1 cooperative 1 2 1: 96 128
+1x1 2x1 cooperative 1 2 0: 96 128
+1x1 2x1 cooperative 1 2 1: 96 128
+2x1 2x1 cooperative 1 2 0: 96 128
+2x1 2x1 cooperative 1 2 1: 96
+1x1 1x1 pingpong    1 2 0: 128 160
+1x1 1x1 pingpong    1 2 1: 128
+1x2 1x1 pingpong    1 4 0: 192
+1x2 1x1 pingpong    1 4 1: 192
+1x2 1x2 cooperative 1 2 0: 96
+1x2 1x2 cooperative 1 2 1: 96
+1x1 2x1 cooperative 1 4 0: 192
+1x1 2x1 cooperative 1 4 1: 192
+1x1 1x1 pingpong    1 4 0: 192 256
+1x2 1x1 pingpong    1 3 0: 144
+1x2 1x1 pingpong    1 3 1: 144
+1x2 2x1 cooperative 1 4 0: 192
+1x2 2x1 cooperative 1 4 1: 192
+1x1 1x1 pingpong    1 3 0: 144
+1x1 1x1 pingpong    1 3 1: 144
+1x1 1x1 cooperative 1 2 0: 96
+1x1 1x1 cooperative 1 2 1: 96
+1x1 1x2 cooperative 1 2 0: 96
+1x1 1x1 cooperative 4 1 0: 8 16 32
+1x1 2x1 cooperative 8 1 0: 8 24 32
+1x1 1x1 cooperative 8 1 0: 8 24 32
+1x1 1x1 cooperative 6 1 0: 8 16 32
+1x1 2x1 cooperative 2 1 0: 8 32
+1x1 1x2 cooperative 4 1 0: 16 32
+1x1 1x2 cooperative 6 1 0: 16 24
+1x1 1x2 cooperative 2 1 0: 32 64
+1x1 1x2 cooperative 8 1 0: 32 40
+1x1 2x1 cooperative 3 1 0: 8
+1x1 2x1 cooperative 4 1 0: 8
+1x1 1x1 cooperative 3 1 0: 8
+1x1 1x1 cooperative 2 1 0: 8
+1x1 2x1 cooperative 6 1 0: 8
+1x1 1x2 cooperative 3 1 0: 56
+"""
 
 
 def _hopper(arch: GpuArch) -> tuple[str, ...]:
@@ -180,15 +159,34 @@ def _hopper(arch: GpuArch) -> tuple[str, ...]:
     # chunk of its channels is full.
     problem = ir.GemmProblem(m=4096, n=512, k=512, dtype=_DTYPE)
     found: list[str] = []
-    for with_side in (False, True):
-        region = ir.Region(problem=problem, epilogue=_epilogue(with_side=with_side))
-        for shape, splits, in_parts, *pixels in _HOPPER:
-            for count in pixels[with_side]:
-                block, parts = Block(1, 1, count), parts_of(count) if in_parts else 1
-                tile = Tile(count, *shape, block, splits=splits, parts=parts)
-                config = tile.config()
-                found.append(codegen.source(region, implicit_gemm_sm90, config, arch))
+    for line in _HOPPER.strip().splitlines():
+        arguments, counts = line.split(":")
+        sides = int(arguments.split()[-1])
+        region = ir.Region(problem=problem, epilogue=_epilogue(with_side=sides > 0))
+        for pixels in _multiples(counts):
+            config = _tile(arguments, pixels).config()
+            found.append(codegen.source(region, implicit_gemm_sm90, config, arch))
     return tuple(dict.fromkeys(found))
+
+
+def _tile(arguments: str, pixels: int) -> Tile:
+    blocks, warpgroups, schedule, splits, parts, _ = arguments.split()
+    return Tile(
+        pixels,
+        *map(int, (*blocks.split("x"), *warpgroups.split("x"))),
+        schedule=schedule,
+        block=Block(1, 1, pixels),
+        splits=int(splits),
+        parts=int(parts),
+    )
+
+
+def _multiples(text: str) -> list[int]:
+    found: list[int] = []
+    for run in text.split():
+        first, _, last = run.partition("-")
+        found += range(int(first), int(last or first) + 1, 8)
+    return found
 
 
 # Stock templates --------------------------------------------------------------------

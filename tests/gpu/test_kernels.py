@@ -151,9 +151,8 @@ def test_every_template_ran():
         expected |= {"implicit_gemm_sm90"}
     assert ran == expected
     texts = {c.config.text for group in all_candidates()[0].values() for c in group}
-    seen = {n for text in texts for n in re.findall(r"cluster=(\S+)", text)}
-    clusters = {"1x1", "1x2", *(f"{n}x1" for n in (2, 3, 4, 6, 8))}
-    assert seen == (clusters if target().arch.sm == 90 else set())
+    seen = {int(n) for text in texts for n in re.findall(r"splits=(\d+)", text)}
+    assert seen == ({1, 2, 3, 4, 6, 8} if target().arch.sm == 90 else set())
 
 
 REPEATED = [

@@ -266,7 +266,7 @@ def test_one_text(world, nvcc):  # noqa: F811
     assert world.text(1) == first
     # Each built it for itself, and whatever it is told later it stays.
     assert len(nvcc.calls) == 2
-    other = options.options(disable=("gemm_sm90", "implicit_gemm_sm90"))
+    other = options.options(disable=("gemm_sm80", "implicit_gemm_sm90"))
     with other:
         assert world.text(0) == world.text(1) == first
 

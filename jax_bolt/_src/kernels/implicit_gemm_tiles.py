@@ -147,7 +147,7 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
                 dataclasses.replace(base, splits=splits)
                 for splits in _splits(base, image, arch)
             ]
-            if image.is_line and (parts := parts_of(pixels)) > 1:
+            if image.is_line and (parts := _parts(pixels)) > 1:
                 variants += [
                     dataclasses.replace(variant, parts=parts)
                     for variant in variants
@@ -174,7 +174,7 @@ _SHAPES = (
 )
 
 
-def parts_of(pixels: int) -> int:
+def _parts(pixels: int) -> int:
     """In how many a large block may leave: slots are smaller then, and rings deeper."""
     fitting = [n for n in (2, 3, 4) if pixels % (16 * n) == 0 and pixels // n >= 48]
     return max(fitting, default=1)
