@@ -70,9 +70,9 @@ def stats() -> dict[str, int]:
 
     ``found``: answered from disk; ``compiled``: built here; ``failed``: did not
     compile; ``discarded``: damaged entries removed; ``loaded``: opened for launching;
-    ``tuned``: sites searched.
+    ``tuned``: sites searched; ``adopted``: results of other versions taken over.
     """
-    names = ("found", "compiled", "failed", "discarded", "loaded", "tuned")
+    names = "found compiled failed discarded loaded tuned adopted".split()
     with _counts_lock:
         return {name: _counts[name] for name in names}
 

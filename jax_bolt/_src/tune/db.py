@@ -28,6 +28,7 @@ from typing import Any
 
 import filelock
 
+from .. import arch as arch_
 from .. import ir
 from ..arch import GpuArch
 from ..errors import CacheError
@@ -48,7 +49,7 @@ class Entry:
     of its operands included, ours and XLA's measured alike; ``kernel_time_us`` is of
     the kernel alone. Errors are relative (2-norm) to a float32 reference. ``digest``
     names the kernel's artifact, ``sources`` and ``compiler`` what it was built from
-    and with; with others the entry is void.
+    and with; with others the entry is void until ``tune.adopt`` has taken it over.
     """
 
     choice: str
@@ -98,6 +99,18 @@ class Merged:
 def device_key(arch: GpuArch) -> str:
     """What a tuning result depends on besides the problem; no driver version."""
     return f"{arch.gpu or arch.name} {arch.sm_count} SMs {arch.name}"
+
+
+def arch_of(device: str) -> GpuArch:
+    """The architecture of a ``device_key``.
+
+    Raises UnsupportedError where it is unknown, ValueError where it is no such key.
+    """
+    parts = re.fullmatch(r"(.+) (\d+) SMs sm_(\d+)(\d)a?", device)
+    if parts is None:
+        raise ValueError(f"{device!r} names no kind of GPU")
+    gpu, sm_count, major, minor = parts.groups()
+    return arch_.of_device(f"{major}.{minor}", gpu, int(sm_count))
 
 
 def file_name(device: str) -> str:
