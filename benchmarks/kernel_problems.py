@@ -78,13 +78,13 @@ def collect(
 def candidates(
     problem: Problem, arch: GpuArch, disable: tuple[str, ...], quick: bool = False
 ) -> list[plan.Candidate]:
-    """As ``plan.candidates``, superseded ones included.
+    """The likeliest of ``plan.candidates``, superseded ones included.
 
     ``quick`` takes two of each template and form.
     """
     found, _ = plan.candidates(problem.region, arch, disable, superseded=True)
     if not quick:
-        return found
+        return plan.likeliest(found)
     groups: dict[tuple[str, str], list[plan.Candidate]] = {}
     for candidate in found:
         key = (candidate.template.name, candidate.form.name)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, cast
 
 from . import forms, ir, kernels
@@ -12,6 +14,9 @@ from .jit import codegen
 from .kernels.config import Config
 from .kernels.template import CubinTemplate, Template
 from .tune import db
+
+# The winner is among the first eight for nearly every problem (docs/kernels.md).
+_BY_RANK = 8
 
 Provenance: TypeAlias = Literal["shipped", "user", "heuristic", "xla"]
 
@@ -115,6 +120,18 @@ def candidates(
         reasons += [f"{name}: {better} takes it" for name in names if name in others]
         found = [c for c in found if c.template.name not in others]
     return found, list(dict.fromkeys(reasons))
+
+
+def likeliest(found: Sequence[Candidate]) -> list[Candidate]:
+    """The first few of every form and template: what to build by their rank alone."""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    chosen: list[Candidate] = []
+    for candidate in found:
+        group = (candidate.form.name, candidate.template.name)
+        counts[group] += 1
+        if counts[group] <= _BY_RANK:
+            chosen.append(candidate)
+    return chosen
 
 
 def heuristic(

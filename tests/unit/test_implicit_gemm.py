@@ -338,7 +338,9 @@ def test_configs(problem):
         implicit_gemm_tiles.cycles(Tile.of(config), image, taken, HOPPER)
         for config in found
     ]
-    assert costs == sorted(costs)
+    first = implicit_gemm_sm90._FIRST
+    assert costs[:first] == sorted(costs[:first])
+    assert costs[first:] == sorted(costs[first:])
     for tile in implicit_gemm_tiles.tiles_of(image, SIDE, HOPPER):
         assert Tile.of(tile.config()) == tile
         # Only numbers and words: what the database's text can carry.

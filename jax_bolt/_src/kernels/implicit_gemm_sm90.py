@@ -5,6 +5,7 @@ wgmma with the operands swapped (``jax_bolt/implicit_gemm/sm90.hpp``).
 
 from __future__ import annotations
 
+import collections
 import functools
 
 from .. import ir
@@ -29,8 +30,9 @@ name = NAME
 header = "jax_bolt/implicit_gemm/sm90.hpp"
 artifact: Artifact = "cubin"
 
-_CANDIDATES = 8
-_OF_A_KIND = 3
+_CANDIDATES = 24
+# Neighbours in size are near-ties: few of a kind, fewer yet among the first.
+_FIRST, _OF_A_KIND_FIRST, _OF_A_KIND = 8, 3, 8
 _MAX_EXTENT = 2**31 - 1 - 65536  # the kernel counts pixels and tiles in 32 bits
 
 
@@ -84,18 +86,25 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
         tiles_of(image, region.epilogue, arch),
         key=lambda tile: cycles(tile, image, region, arch),
     )
-    # Neighbours in size are near-ties: few of a kind.
-    kinds: dict[tuple[object, ...], int] = {}
-    chosen: list[Config] = []
-    for tile in found:
+    first = _varied(found, _FIRST, _OF_A_KIND_FIRST)
+    rest = [tile for tile in found if tile not in first]
+    more = _varied(rest, _CANDIDATES - len(first), _OF_A_KIND)
+    return tuple(tile.config() for tile in (*first, *more))
+
+
+def _varied(tiles: list[Tile], count: int, of_a_kind: int) -> list[Tile]:
+    """The first ``count`` of which at most ``of_a_kind`` differ in size alone."""
+    kinds: collections.Counter[tuple[object, ...]] = collections.Counter()
+    chosen: list[Tile] = []
+    for tile in tiles:
         kind = (
             *(tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
             *(tile.schedule, tile.rings.resident),
         )
-        kinds[kind] = kinds.get(kind, 0) + 1
-        if kinds[kind] <= _OF_A_KIND:
-            chosen.append(tile.config())
-    return tuple(chosen[:_CANDIDATES])
+        kinds[kind] += 1
+        if kinds[kind] <= of_a_kind and len(chosen) < count:
+            chosen.append(tile)
+    return chosen
 
 
 def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
