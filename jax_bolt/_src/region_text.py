@@ -58,12 +58,13 @@ def _region(text: str) -> ir.Region:
 def _problem(text: str) -> ir.Problem:
     if text.startswith("gemm"):
         found: dict[str, Any] = _match(_GEMM, text).groupdict()
+        sizes: dict[str, Any]
         sizes = {name: int(found.pop(name) or 1) for name in ("batch", "m", "n", "k")}
         dtype = _dtype(found.pop("dtype"))
         return ir.GemmProblem(**found, **sizes, dtype=dtype)
     found = _match(_CONV, text).groupdict()
     layout = "hwio" if found.pop("hwio") else "krsc"
-    windows = {
+    windows: dict[str, Any] = {
         name: tuple(map(int, found.pop(name).split("x")))
         for name in ("stride", "padding", "dilation")
     }

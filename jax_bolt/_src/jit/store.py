@@ -221,6 +221,9 @@ class Store:
         for entry in self.entries():
             directories.discard(entry.path)
         self._remove_hidden(older_than_s=0.0)
+        for root in self._readable():  # what warm.start and warm.background note
+            for note in root.glob(".warm/*-*"):
+                note.unlink(missing_ok=True)
         _failures.clear()
 
     def _readable(self) -> Iterator[Path]:
