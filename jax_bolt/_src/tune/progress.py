@@ -54,10 +54,10 @@ class Progress:
         self._stage = stage
         self._task = self._try(self._bar.add_task, self._text(), total=total)
 
-    def step(self, what: str = "") -> None:
-        """One step, of ``what``, is done."""
+    def step(self, what: str = "", building: int = 0) -> None:
+        """One step, of ``what``, is done; ``building`` kernels are being compiled."""
         if self._bar is not None and self._task is not None:
-            text = self._text(what)
+            text = self._text(what, building)
             self._try(self._bar.update, self._task, advance=1, description=text)
 
     def result(self, entry: db.Entry) -> None:
@@ -65,11 +65,10 @@ class Progress:
         if entry.time_us and entry.xla_time_us:
             self._best = max(self._best, entry.xla_time_us / entry.time_us)
 
-    def _text(self, what: str = "") -> str:
-        from rich.markup import escape
-
-        # A name of the user's may look like markup.
-        text = f"jax_bolt: {self._stage}" + (f" {escape(what)}" if what else "")
+    def _text(self, what: str = "", building: int = 0) -> str:
+        text = f"jax_bolt: {self._stage}"
+        text += f" {what}" if what else ""
+        text += f", building {building} kernels" if building else ""
         return text + (f", best {self._best:.2f}x" if self._best else "")
 
     def _try(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +90,7 @@ def _bar(console: Any) -> Any:
     if _others():
         return None
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
