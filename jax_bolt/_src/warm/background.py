@@ -22,7 +22,7 @@ from .. import options
 from ..errors import CacheError, CompileError
 from ..jit import compiler, manifest, toolchain
 from ..options import Options
-from . import start, usage
+from . import gpus, start, usage
 
 _POLL_S = 0.5
 _END_S = 3.0  # to remove what unfinished builds left
@@ -40,14 +40,12 @@ def main(told: str) -> None:
     message = json.loads(told)
     stamp = Path(message["stamp"])
     lower_priority()
-    # nvcc must not hold the lock on when this process is killed.
-    os.set_inheritable(message["builder"], False)
     threading.Thread(target=_end_with_users, args=[stamp.parent], daemon=True).start()
     try:
         active = options.current()
         read_ahead(active)
         if message["mode"] == "build":
-            _build(stamp.parent, active)
+            _build(active)
     except _Ended:
         time.sleep(2 * _END_S)
     except (CompileError, CacheError, OSError) as error:
@@ -98,20 +96,19 @@ def read_ahead(active: Options) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _build(folder: Path, active: Options) -> None:
-    from . import gpus, library
-
+def _build(active: Options) -> None:
     tools = toolchain.find(active)
     for arch in gpus.architectures():
-        complete = folder / f"complete-{library.version(arch, tools)}"
+        complete = usage.complete(arch, active, tools)
         if complete.exists():
-            complete.touch()
+            complete.touch()  # or it would be forgotten
             continue
+        from . import library  # and JAX
+
         wanted = library.sources(arch, active, tools)
-        jobs = active.jobs or default_jobs()
+        jobs = min(active.jobs or math.inf, default_jobs())
         print(f"{arch.name}: {len(wanted)} kernels", flush=True)
-        print(library.build(arch, wanted, active, tools, jobs, _step), flush=True)
-        complete.touch()
+        print(library.build(arch, wanted, active, tools, int(jobs), _step), flush=True)
 
 
 class _Ended(Exception):

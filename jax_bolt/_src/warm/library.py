@@ -8,11 +8,8 @@ changed, since a program may want them next; then the casts and the base program
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from .. import base, paths, plan, region_text
 from ..arch import GpuArch
@@ -76,6 +73,8 @@ def build(
     results = kernels.build(tools, wanted, arch, jobs, done)
     after = store.stats()
     errors = [r for r in results.values() if isinstance(r, CompileError)]
+    if not errors:
+        usage.complete(arch, active, tools).touch()
     return Built(
         there=after["found"] - before["found"],
         built=after["compiled"] - before["compiled"],
@@ -83,19 +82,6 @@ def build(
         seconds=time.monotonic() - start,
         error=errors[0] if errors else None,
     )
-
-
-def version(arch: GpuArch, tools: Toolchain) -> str:
-    """What the contents of a library depend on, as a digest."""
-    code = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    parts = [
-        *(arch.name, toolchains.sources(), tools.version, code.hexdigest()),
-        compiler.flags(arch),
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _stale(arch: GpuArch, active: Options, tools: Toolchain) -> Iterator[str]:

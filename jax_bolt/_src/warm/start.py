@@ -94,8 +94,8 @@ def _start(active: Options) -> None:
 
 
 def _spawn(mode: str, stamp: Path, builder: int) -> None:
-    """Starts ``background.main``, which is given the lock ``builder``."""
-    told = json.dumps({"mode": mode, "stamp": str(stamp), "builder": builder})
+    """Starts ``background.main``, which inherits the lock ``builder``."""
+    told = json.dumps({"mode": mode, "stamp": str(stamp)})
     package = str(Path(__file__).parents[2])
     command = [sys.executable, "-P", "-c", _CODE, package, told, *sys.path]
     environ = {**os.environ, "JAX_BOLT_WARM": "off", "JAX_PLATFORMS": "cpu"}
