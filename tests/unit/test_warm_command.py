@@ -156,7 +156,7 @@ def test_the_program_itself(nvcc, cache_dir):
 
 def region(n: int) -> ir.Region:
     problem = ir.GemmProblem(m=256, n=n, k=256, dtype="bf16")
-    ops = (ir.Op("acc"), ir.Op("const", attr=0.5), ir.Op("add", (0, 1)))
+    ops = (ir.Op("acc"), ir.Op("const", attr=float(n)), ir.Op("add", (0, 1)))
     return ir.Region(problem=problem, epilogue=ir.Epilogue(ops, 2, "bf16"))
 
 
