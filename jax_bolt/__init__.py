@@ -18,8 +18,11 @@ from ._src.errors import UnsupportedError as UnsupportedError
 from ._src.options import options as options
 from ._src.report import Report as Report
 from ._src.report import Site as Site
+from ._src.warm import start as _warm
 
 try:
     __version__ = _metadata.version("jax_bolt")
 except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
+
+_warm.start()

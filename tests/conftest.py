@@ -20,6 +20,9 @@ from pathlib import Path
 import jax
 import pytest
 
+# What is started in the background is no part of a test, before anything is imported.
+os.environ["JAX_BOLT_WARM"] = "off"
+
 from jax_bolt._src import errors, options
 from jax_bolt._src.jit import toolchain
 

@@ -262,8 +262,8 @@ def _import(args: argparse.Namespace) -> None:
             )
         if other:
             _note(
-                f"{other} results are of another jax_bolt, CUTLASS or nvcc; they are "
-                "used only by those, and their problems are tuned again here"
+                f"{other} results are of another jax_bolt, CUTLASS or nvcc; their "
+                "kernels are checked once more where they are first used"
             )
     if args.kernels:
         _print(f"{sum(added)} kernels added, {len(added) - sum(added)} were there")

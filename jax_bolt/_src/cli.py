@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import cache_command, options
+from . import cache_command, options, warm_command
 from .errors import CacheError, CompileError, UnsupportedError
 
 PROGRAM = "python -m jax_bolt"
@@ -21,10 +21,11 @@ PROGRAM = "python -m jax_bolt"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status. Only a fault of ours ends in a traceback."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Looks after what jax_bolt keeps on disk."
+        prog=PROGRAM, description="Builds and looks after what jax_bolt keeps on disk."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     cache_command.add_to(commands)
+    warm_command.add_to(commands)
     args = parser.parse_args(arguments)  # exits itself, with 0 or 2
     try:
         options.current()

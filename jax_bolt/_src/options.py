@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 OnMiss: TypeAlias = Literal["tune", "heuristic", "xla", "error"]
 OnError: TypeAlias = Literal["xla", "raise"]
+Warm: TypeAlias = Literal["build", "load", "off"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Options:
     cuda_home: the CUDA toolkit to compile with; None looks for one.
     on_miss: what to do at a site that has no tuning result.
     on_error: what to do at a site whose kernel cannot be used.
+    warm: what ``import jax_bolt`` starts in the background, where there is a GPU; only
+        the environment variable can change it.
     budget_s: seconds one tuning run may take; None is no bound.
     jobs: compilers run at once; None is one per CPU.
     disable: names of kernel templates that are never used. "cast" keeps the casts of
@@ -41,6 +44,7 @@ class Options:
     cuda_home: Path | None = None
     on_miss: OnMiss = "tune"
     on_error: OnError = "xla"
+    warm: Warm = "build"
     budget_s: float | None = None
     jobs: int | None = None
     disable: tuple[str, ...] = ()
@@ -133,6 +137,7 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "cuda_home": (_path, "a directory"),
     "on_miss": _one_of("tune", "heuristic", "xla", "error"),
     "on_error": _one_of("xla", "raise"),
+    "warm": _one_of("build", "load", "off"),
     "budget_s": (_seconds, "a number of seconds, at least 0"),
     "jobs": (_count, "a whole number, at least 1"),
     "disable": (_names, "template names, separated by commas"),

@@ -31,6 +31,11 @@ def tuning_root(options: Options) -> Path:
     return cache_root(options) / "tuned"
 
 
+def shipped_tuning(package: Path = _PACKAGE) -> Path:
+    """The directory of the tuning files that come with jax_bolt; it may be missing."""
+    return package / "data" / "tuned"
+
+
 def own_include(package: Path = _PACKAGE) -> Path | None:
     """The directory to give ``-I`` for ``jax_bolt/abi.h``; None when it is missing."""
     # Installed, the headers lie inside the package; in a checkout, beside it.

@@ -83,9 +83,14 @@ class Origin:
     compiler: str | None
 
     def holds(self, entry: db.Entry) -> bool:
-        """Whether the kernels of a tuning result were made from the same."""
+        """Whether the kernels of a tuning result were made from the same.
+
+        Of a choice of XLA only the headers count: another compiler hardly makes a
+        kernel win that lost.
+        """
         same_compiler = self.compiler in (None, entry.compiler)
-        return entry.sources == self.sources and same_compiler
+        same = same_compiler or entry.choice == "xla"
+        return entry.sources == self.sources and same
 
 
 def candidates(
@@ -152,6 +157,7 @@ def tuned(
     entry: db.Entry,
     origin: Origin,
     disable: tuple[str, ...] = (),
+    provenance: Provenance = "user",
 ) -> Plan | Rejection | None:
     """What a tuning result says, or None where it no longer holds.
 
@@ -164,10 +170,20 @@ def tuned(
         ours = "" if entry.time_us is None else f" (kernel {entry.time_us:.1f} µs)"
         time = "" if entry.xla_time_us is None else f": {entry.xla_time_us:.1f} µs"
         return Rejection(f"XLA was timed faster{time}{ours}", entry)
-    if entry.template in disable:
+    found = chosen(region, arch, entry, disable)
+    return None if found is None else Plan(found, provenance, entry)
+
+
+def chosen(
+    region: ir.Region, arch: GpuArch, entry: db.Entry, disable: tuple[str, ...] = ()
+) -> Candidate | None:
+    """The candidate that a tuning result chose, whatever it was made from.
+
+    None where it chose XLA, or the candidate no longer exists.
+    """
+    if entry.choice != "kernel" or entry.template in disable:
         return None
-    found = named(region, arch, entry.form, entry.template, entry.config)
-    return None if found is None else Plan(found, "user", entry)
+    return named(region, arch, entry.form, entry.template, entry.config)
 
 
 def named(

@@ -3,10 +3,13 @@
 
 In this order:
 
-1. The tuning results have the region, made from the headers we have: their choice.
-2. ``on_miss="tune"``: all sites of the same program are tuned now, then 1 again.
+1. The tuning results have the region, made from the headers we have and with the
+   compiler we have: their choice. The user's come before those shipped with jax_bolt.
+2. They have it made with others: their choice, when its kernel still compiles and was
+   found accurate here, which is recorded (``tune.adopt``).
+3. ``on_miss="tune"``: all sites of the same program are tuned now, then 1 again.
    ``"heuristic"``: the first candidate. ``"xla"``: XLA. ``"error"``: an error.
-3. The kernel's artifact is taken from the store, or compiled, and loaded.
+4. The kernel's artifact is taken from the store, or compiled, and loaded.
 
 In a program of several processes one does that for all of them (``agree``).
 """
@@ -29,12 +32,14 @@ from .jit import codegen, loader, store, toolchain
 from .options import Options
 from .plan import Plan, Rejection
 from .primitive import Family, SiteInfo
-from .tune import db, search
+from .tune import adopt, db, search
 
 Resolution: TypeAlias = tuple[Plan, Executable] | Rejection
 
 # Regions that failed here, with the reason: not tried again by this process.
 failures: dict[tuple[str, str], str] = {}
+# Regions whose results of other versions were looked at by this process.
+_tried: set[tuple[str, str]] = set()
 _lock = threading.RLock()
 
 
@@ -187,10 +192,52 @@ def stored(
     region: ir.Region, arch: GpuArch, options: Options, origin: plan.Origin
 ) -> Plan | Rejection | None:
     """What the tuning results say of ``region``, or None where they say nothing."""
-    entry = database(options).get(arch, region)
-    if entry is None:
-        return None
-    return plan.tuned(region, arch, entry, origin, options.disable)
+    for provenance, entry in _entries(region, arch, options):
+        made = plan.tuned(region, arch, entry, origin, options.disable, provenance)
+        if made is not None:
+            return made
+    return None
+
+
+def _entries(
+    region: ir.Region, arch: GpuArch, options: Options
+) -> Iterator[tuple[plan.Provenance, db.Entry]]:
+    """The tuning results of ``region``, the user's own first."""
+    user, shipped = database(options), _database(paths.shipped_tuning())
+    entry = user.get(arch, region)
+    if entry is not None:
+        yield "user", entry
+    entry = shipped.get(arch, region)
+    if entry is not None:
+        yield "shipped", entry
+
+
+def adopt_missing(
+    sites: Sequence[SiteInfo], target: search.Target, options: Options
+) -> None:
+    """Takes over what results of other versions say of sites without a result.
+
+    Each is tried once by this process.
+    """
+    device = db.device_key(target.arch)
+    with _lock:
+        if isinstance(target.tools, CompileError):
+            return
+        old: list[adopt.Old] = []
+        for site in {site.region.text: site for site in sites}.values():
+            key = (device, site.region.text)
+            if key in _tried or stored(
+                site.region, target.arch, options, target.origin
+            ):
+                continue
+            _tried.add(key)
+            for _, entry in _entries(site.region, target.arch, options):
+                found = plan.chosen(site.region, target.arch, entry, options.disable)
+                if found is not None:
+                    old.append(adopt.Old(site, found, entry))
+                    break
+        if old:
+            adopt.adopt(old, target)
 
 
 def tune_missing(
@@ -208,6 +255,7 @@ def tune_missing(
     """
     device = db.device_key(target.arch)
     with _lock:
+        adopt_missing(sites, target, options)
         missing = [
             site
             for site in sites
@@ -227,6 +275,7 @@ def tune_missing(
 def forget() -> None:
     """Drops what this process remembers of tuning: results and failures."""
     failures.clear()
+    _tried.clear()
     _database.cache_clear()
 
 
@@ -240,6 +289,9 @@ def _plan(
 ) -> Plan | Rejection:
     key = (db.device_key(target.arch), site.region.text)
     known = stored(site.region, target.arch, options, target.origin)
+    if known is None:
+        adopt_missing(family.sites, target, options)
+        known = stored(site.region, target.arch, options, target.origin)
     if known is not None:
         return known
     if key in failures:

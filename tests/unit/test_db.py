@@ -244,3 +244,11 @@ def test_results_that_cannot_be_saved_last_for_the_process(tmp_path):
     with pytest.warns(UserWarning, match="JAX_BOLT_CACHE_DIR"):
         database.put(ARCH, {region(8): ENTRY})
     assert database.get(ARCH, region(8)) == ENTRY
+
+
+def test_a_device_key_names_its_architecture():
+    for gpu, dotted, count in (("NVIDIA H200", "9.0", 132), ("Odd 7 SMs", "12.0", 7)):
+        found = arch.of_device(dotted, gpu, count)
+        assert db.arch_of(db.device_key(found)) == found
+    with pytest.raises(ValueError, match="no kind of GPU"):
+        db.arch_of("an H200")

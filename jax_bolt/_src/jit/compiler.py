@@ -193,21 +193,23 @@ def _run(
     with (cwd / LOG).open("wb") as log:
         log.write((shlex.join(args) + "\n").encode())
         log.flush()
-        try:
-            # Its own group, so that ending it ends ptxas and the host compiler too.
-            process = subprocess.Popen(
-                args,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-        except OSError as error:
-            return f"cannot run {args[0]}: {error}"
         with _live_lock:
+            if _ended:
+                return "it was interrupted"
             _end_at_exit()
+            try:
+                # Its own group, so that ending it ends ptxas and the host compiler too.
+                process = subprocess.Popen(
+                    args,
+                    cwd=cwd,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+            except OSError as error:
+                return f"cannot run {args[0]}: {error}"
             _live.add(process)
         try:
             return _wait(process, timeout_s, stop)
@@ -234,11 +236,23 @@ def _wait(
 
 _live: set[subprocess.Popen[bytes]] = set()
 _live_lock = threading.Lock()
+_ended = False
+
+
+def end_all() -> None:
+    """Ends every compiler of this process, for good: none starts after this."""
+    global _ended
+    with _live_lock:
+        _ended = True
+        for process in _live:
+            _end(process)
 
 
 @functools.cache
 def _end_at_exit() -> None:
-    atexit.register(lambda: [_end(process) for process in list(_live)])
+    owner = os.getpid()
+    # A forked child has no compilers, and may have the lock as another thread had it.
+    atexit.register(lambda: os.getpid() == owner and end_all())
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

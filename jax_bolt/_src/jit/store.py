@@ -71,11 +71,12 @@ def stats() -> dict[str, int]:
     ``found``: answered from disk; ``compiled``: built here; ``failed``: did not
     compile; ``discarded``: damaged entries removed; ``loaded``: opened for launching;
     ``tuned``: regions searched; ``stage1``: candidates timed by base programs;
-    ``stage2``: candidates timed themselves; ``restarts``: of the process that times.
+    ``stage2``: candidates timed themselves; ``restarts``: of the process that times;
+    ``adopted``: results of other versions taken over.
     """
     names = (
         *("found", "compiled", "failed", "discarded", "loaded"),
-        *("tuned", "stage1", "stage2", "restarts"),
+        *("tuned", "stage1", "stage2", "restarts", "adopted"),
     )
     with _counts_lock:
         return {name: _counts[name] for name in names}
@@ -225,6 +226,9 @@ class Store:
         for entry in self.entries():
             directories.discard(entry.path)
         self._remove_hidden(older_than_s=0.0)
+        for root in self._readable():  # what warm.start and warm.background note
+            for note in root.glob(".warm/*-*"):
+                note.unlink(missing_ok=True)
         _failures.clear()
 
     def _readable(self) -> Iterator[Path]:

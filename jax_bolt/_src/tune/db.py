@@ -28,6 +28,7 @@ from typing import Any
 
 import filelock
 
+from .. import arch as arch_
 from .. import ir
 from ..arch import GpuArch
 from ..errors import CacheError
@@ -49,7 +50,8 @@ class Entry:
     the kernel alone, and ``spread`` the relative distance of that one's quartiles.
     ``notes`` name candidates that crashed or did not end. Errors are relative (2-norm)
     to a float32 reference. ``digest`` names the kernel's artifact, ``sources`` and
-    ``compiler`` what it was built from and with; with others the entry is void.
+    ``compiler`` what it was built from and with; with others the entry is void
+    until ``tune.adopt`` has taken it over.
     """
 
     choice: str
@@ -101,6 +103,18 @@ class Merged:
 def device_key(arch: GpuArch) -> str:
     """What a tuning result depends on besides the problem; no driver version."""
     return f"{arch.gpu or arch.name} {arch.sm_count} SMs {arch.name}"
+
+
+def arch_of(device: str) -> GpuArch:
+    """The architecture of a ``device_key``.
+
+    Raises UnsupportedError where it is unknown, ValueError where it is no such key.
+    """
+    parts = re.fullmatch(r"(.+) (\d+) SMs sm_(\d+)(\d)a?", device)
+    if parts is None:
+        raise ValueError(f"{device!r} names no kind of GPU")
+    gpu, sm_count, major, minor = parts.groups()
+    return arch_.of_device(f"{major}.{minor}", gpu, int(sm_count))
 
 
 def file_name(device: str) -> str:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A region's canonical text → the region.
+
+Tuning files are keyed by texts alone; to make an entry's kernel ahead of the program
+that needs it, or to check a file, the region itself is wanted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from . import ir
+
+_REGION = re.compile(
+    r"(?P<problem>(?:gemm|conv)\[[^\]]*\]) "
+    r"\((?P<vectors>[^()]*)\)\((?P<sides>[^()]*)\)"
+    r"\{(?P<body>.*);(?P<out>\w+):%(?P<result>\d+)\}"
+)
+_GEMM = re.compile(
+    r"gemm\[(?P<dtype>\w+) (?P<a_layout>row|col),(?P<b_layout>row|col) "
+    r"(?:b(?P<batch>\d+))?m(?P<m>\d+)n(?P<n>\d+)k(?P<k>\d+)\]"
+)
+_CONV = re.compile(
+    r"conv\[(?P<dtype>\w+) n(?P<n>\d+)h(?P<h>\d+)w(?P<w>\d+)c(?P<c>\d+) "
+    r"k(?P<k>\d+)r(?P<r>\d+)s(?P<s>\d+) st(?P<stride>[\dx]+) "
+    r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?P<hwio> hwio)?\]"
+)
+_OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
+_VECTOR = re.compile(r"(\w+)\[(n?)\]")
+
+
+def parse(text: str) -> ir.Region:
+    """The region whose ``text`` it is; raises ValueError where there is none."""
+    try:
+        region = _region(text)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{text!r} is no region: {error}") from error
+    # Whatever the patterns let through, the text itself decides.
+    if region.text != text:
+        raise ValueError(f"{text!r} is no region's text")
+    return region
+
+
+def _region(text: str) -> ir.Region:
+    found = _match(_REGION, text)
+    vectors = [_match(_VECTOR, each) for each in _list(found["vectors"])]
+    epilogue = ir.Epilogue(
+        ops=tuple(_op(each) for each in found["body"].split(";")),
+        result=int(found["result"]),
+        out_dtype=_dtype(found["out"]),
+        vectors=tuple(ir.Vector(_dtype(v[1]), scalar=not v[2]) for v in vectors),
+        sides=tuple(_dtype(each) for each in _list(found["sides"])),
+    )
+    return ir.Region(problem=_problem(found["problem"]), epilogue=epilogue)
+
+
+def _problem(text: str) -> ir.Problem:
+    if text.startswith("gemm"):
+        found: dict[str, Any] = _match(_GEMM, text).groupdict()
+        sizes: dict[str, Any]
+        sizes = {name: int(found.pop(name) or 1) for name in ("batch", "m", "n", "k")}
+        dtype = _dtype(found.pop("dtype"))
+        return ir.GemmProblem(**found, **sizes, dtype=dtype)
+    found = _match(_CONV, text).groupdict()
+    layout = "hwio" if found.pop("hwio") else "krsc"
+    windows: dict[str, Any] = {
+        name: tuple(map(int, found.pop(name).split("x")))
+        for name in ("stride", "padding", "dilation")
+    }
+    dtype = _dtype(found.pop("dtype"))
+    sizes = {name: int(value) for name, value in found.items()}
+    return ir.ConvProblem(**sizes, **windows, dtype=dtype, filter_layout=layout)
+
+
+def _op(text: str) -> ir.Op:
+    _, name, attr, args = _match(_OP, text).groups()
+    number = None if attr is None else _number(attr)
+    return ir.Op(name, tuple(int(each[1:]) for each in _list(args)), number)
+
+
+def _number(text: str) -> float | int:
+    # Floats are written in hexadecimal, or as inf and nan.
+    return int(text) if re.fullmatch(r"-?\d+", text) else float.fromhex(text)
+
+
+def _list(text: str) -> list[str]:
+    return text.split(",") if text else []
+
+
+def _dtype(name: str) -> Any:
+    if name not in ir.ITEM_BYTES:
+        raise ValueError(f"there is no dtype {name!r}")
+    return name
+
+
+def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+    found = pattern.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is no part of a region's text")
+    return found

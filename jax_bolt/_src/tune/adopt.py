@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuning results of other versions: built here, checked once, and recorded as ours.
+
+What was shipped, and what was tuned before our headers or nvcc changed, names a kernel
+that is likely still the best one. It is used only if it still compiles and is accurate
+on this GPU; then it costs seconds, where tuning anew would cost minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from .. import ir
+from ..errors import CompileError
+from ..jit import store
+from ..plan import Candidate
+from ..primitive import SiteInfo
+from . import db, isolate, measure, search
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Old:
+    """A site, the tuning result that another version left for it, and its kernel."""
+
+    site: SiteInfo
+    candidate: Candidate
+    entry: db.Entry
+
+
+def adopt(old: Sequence[Old], target: search.Target) -> None:
+    """Records those of ``old`` whose kernels compile and are accurate here.
+
+    The others are left as they are. Runs in a thread of its own, as ``search.tune``.
+    """
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def step(digest: str) -> None:
+        if stop.is_set():
+            raise search.Stopped("it was interrupted")
+
+    def work() -> None:
+        taken: dict[ir.Region, db.Entry] = {}
+        try:
+            with jax.default_device(target.device), jax.debug_nans(False):
+                built = search.build([each.candidate for each in old], target, step)
+                with isolate.worker(target.ordinal) as worker:
+                    for each in old:
+                        step("")
+                        known = built[each.candidate.source]
+                        entry = _checked(each, *known, target, worker)
+                        if entry is not None:
+                            taken[each.site.region] = entry
+        except search.Stopped:
+            pass
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            target.results.put(target.arch, taken)
+
+    thread = threading.Thread(target=work, name="jax_bolt-adopt", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        stop.set()
+        raise
+    if failed:
+        logger.info("results of other versions are left as they are: %s", failed[0])
+
+
+def _checked(
+    old: Old,
+    digest: str,
+    artifact: Path | CompileError,
+    target: search.Target,
+    worker: isolate.Worker,
+) -> db.Entry | None:
+    """The entry with what was found here; None where its kernel cannot be used."""
+    site = old.site
+    try:
+        if isinstance(artifact, CompileError):
+            raise artifact
+        errors = check(site, old.candidate, digest, artifact, target, worker)
+    except Exception as error:  # too little memory, say: then it is tuned, or XLA's
+        logger.info("%s: %s is not taken over: %s", site, old.candidate.text, error)
+        return None
+    store.count("adopted")
+    return dataclasses.replace(
+        old.entry,
+        digest=digest,
+        sources=target.origin.sources,
+        compiler=target.origin.compiler or "",
+        error=errors.kernel,
+        xla_error=errors.xla,
+    )
+
+
+def check(
+    site: SiteInfo,
+    candidate: Candidate,
+    digest: str,
+    artifact: Path,
+    target: search.Target,
+    worker: isolate.Worker,
+) -> measure.Errors:
+    """Runs a kernel on random operands, as tuning does before it trusts one.
+
+    Raises search.Untunable where it is wrong, and isolate's errors where it does not
+    run or leaves elements unwritten.
+    """
+    request = isolate.request_for(candidate, digest, artifact, 1, 1, verify=True)
+    # For the first launches, which may do harm, and not for the time.
+    worker.time(request, isolate.limit_s(site.region, 1, target.arch.bandwidth))
+    kernel = search.executable(site.region, candidate, digest, artifact, target)
+    operands = measure.make_operands(site, l2_bytes=0)
+    errors = measure.errors(operands, kernel)
+    if not measure.is_accurate(errors, site.region):
+        raise search.Untunable(
+            f"its error is {errors.kernel:.2e}, XLA's {errors.xla:.2e}"
+        )
+    return errors

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of regions are read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import region_cases
+
+from jax_bolt._src import ir, region_text
+
+
+@pytest.mark.parametrize("case", region_cases.GEMMS + region_cases.CONVS, ids=str)
+def test_what_is_written_is_read(case):
+    region = case.site().region
+    assert region_text.parse(region.text) == region
+
+
+def test_all_that_a_problem_can_be():
+    ops = (
+        ir.Op("acc"),
+        ir.Op("const", attr=math.inf),
+        ir.Op("const", attr=-0.1),
+        ir.Op("vector", attr=0),
+        ir.Op("integer_pow", (0,), attr=-3),
+        ir.Op("clamp", (1, 4, 2)),
+    )
+    vectors = (ir.Vector("f32", scalar=True), ir.Vector("bf16"))
+    epilogue = ir.Epilogue(ops, 5, "f16", vectors, ("bf16", "bool"))
+    problems = (
+        ir.GemmProblem(m=1, n=20, k=300, batch=4, dtype="f32", b_layout="col"),
+        ir.ConvProblem(
+            **dict.fromkeys("nhwckrs", 3),
+            stride=(1, 2),
+            padding=(-1, 2, 30, 4),
+            dilation=(2, 1),
+            dtype="f16",
+            filter_layout="hwio",
+        ),
+    )
+    for problem in problems:
+        region = ir.Region(problem=problem, epilogue=epilogue)
+        assert region_text.parse(region.text) == region
+    nan = dataclasses.replace(epilogue, ops=(ir.Op("const", attr=math.nan), *ops))
+    text = ir.Region(problem=problems[0], epilogue=nan).text
+    assert region_text.parse(text).text == text
+
+
+GOOD = "gemm[bf16 row,row m8n8k8] ()(){%0=acc();bf16:%0}"
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("gemm", "germ"),
+        ("bf16 row", "f64 row"),
+        ("m8", "m08"),
+        ("m8", ""),
+        ("acc", "ack"),
+        ("acc()", "acc(%0)"),
+        ("%0=", "%1="),
+        (":%0", ":%1"),
+        ("()(", "(bf16)("),
+        (";bf16:%0}", ""),
+        ("}", "} "),
+    ],
+)
+def test_what_is_no_region(old, new):
+    region_text.parse(GOOD)
+    with pytest.raises(ValueError):
+        region_text.parse(GOOD.replace(old, new))
