@@ -130,16 +130,26 @@ def drawn_problems(count: int) -> list[Any]:
     return random.Random(0).sample(found, min(count, len(found)))
 
 
+def listed(site: Any, arch: Any) -> list[Any]:
+    """The tuner's candidates. Kernels are timed alone here, so that forms which
+    rearrange activations first are left out."""
+    from benchmarks.kernel_problems import moves_input
+    from jax_bolt._src import plan
+
+    found, _ = plan.candidates(site.region, arch)
+    return [c for c in found if not moves_input(site, c.form.name)]
+
+
 def whole_space(site: Any, arch: Any) -> list[Any]:
-    """A candidate for every tile of every form, the rank model's order."""
+    """A candidate for every tile of these forms, in the rank model's order."""
     from jax_bolt._src import plan
     from jax_bolt._src.kernels import implicit_gemm_sm90 as family
     from jax_bolt._src.kernels import implicit_gemm_tiles as tiles
     from jax_bolt._src.kernels.image import Image
 
-    listed, _ = plan.candidates(site.region, arch)
     found: list[tuple[float, Any]] = []
-    for form in dict.fromkeys(c.form for c in listed if c.template is family):
+    forms = dict.fromkeys(c.form for c in listed(site, arch) if c.template is family)
+    for form in forms:
         image = Image.of(form.region.problem)
         for tile in tiles.tiles_of(image, form.region.epilogue, arch):
             made = plan.Candidate(form, family, tile.config(), arch)
@@ -150,7 +160,7 @@ def whole_space(site: Any, arch: Any) -> list[Any]:
 def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, Any]]:
     """For each problem: the best tile there is, and what the two stages take."""
     from benchmarks.kernel_problems import short
-    from jax_bolt._src import base, plan
+    from jax_bolt._src import base
     from jax_bolt._src.tune import isolate, measure, search, stages
 
     def times(candidates: Sequence[Any], sets: int, built: Any) -> dict[Any, float]:
@@ -183,9 +193,9 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
             timed = times([p for _, p in pairs if p is not None], sets, built)
             micros = {c: timed[p] for c, p in pairs if p in timed}
             best = sorted(micros, key=micros.__getitem__)[:_BEST]
-            listed, _ = plan.candidates(region, target.arch)
-            stage1 = {c: micros[c] for c in listed if c in micros and base.stand_in(c)}
-            chosen = stages.finalists(listed, stage1, None)
+            offered = listed(problem.site, target.arch)
+            stage1 = {c: micros[c] for c in offered if c in micros and base.stand_in(c)}
+            chosen = stages.finalists(offered, stage1, None)
             rounds.append((problem, sets, best, micros, chosen))
         built = build([c for *_, best, _, chosen in rounds for c in (*best, *chosen)])
         for problem, sets, best, micros, chosen in rounds:
@@ -193,13 +203,12 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
             if not any(c in found for c in chosen):
                 continue
             winner = min(found, key=found.__getitem__)
-            listed, _ = plan.candidates(problem.region, target.arch)
             taken = min(found[c] for c in chosen if c in found)
-            order = [c.config.text for c in listed]
+            order = listed(problem.site, target.arch)
             near = [
-                order.index(c.config.text)
+                order.index(c)
                 for c in found
-                if c.config.text in order and found[c] <= 1.02 * found[winner]
+                if c in order and found[c] <= 1.02 * found[winner]
             ]
             results.append(
                 {
