@@ -218,26 +218,31 @@ def test_the_check_itself(world, monkeypatch):
     seen: list[dict[str, Any]] = []
 
     class Worker:
-        def __init__(self, unwritten: bool):
-            self.unwritten = unwritten
+        def __init__(self, failed: isolate.Failed | None):
+            self.failed = failed
 
-        def time(self, request: dict[str, Any], limit_s: float) -> None:
+        def time(self, request: dict[str, Any], limit_s: float, poll: Any) -> None:
             seen.append(request)
-            if self.unwritten:
-                raise isolate.Failed("left elements unwritten")
+            if self.failed is not None:
+                raise self.failed
 
-    def check(unwritten: bool, error: float) -> measure.Errors:
+    def check(failed: isolate.Failed | None, error: float) -> measure.Errors:
         found = measure.Errors(error, 1e-3)
         monkeypatch.setattr(measure, "errors", lambda *args: found)
         monkeypatch.setattr(search, "executable", lambda *args: "the kernel")
-        worker: Any = Worker(unwritten)
+        worker: Any = Worker(failed)
         known = "digest", Path("artifact")
         return adopt.check(world.site, candidate, *known, world.target, worker)
 
-    assert check(False, 1.2e-3).kernel == 1.2e-3
+    assert check(None, 1.2e-3).kernel == 1.2e-3
     with pytest.raises(isolate.Failed, match="unwritten"):
-        check(True, 0.0)
+        check(isolate.Failed("left elements unwritten"), 0.0)
     with pytest.raises(search.Untunable, match="its error is"):
-        check(False, 1.3e-3)
-    assert [request["digest"] for request in seen] == ["digest"] * 3
+        check(None, 1.3e-3)
+    with pytest.raises(isolate.Failed, match="crashed"):
+        check(isolate.Failed("crashed the worker", fatal=True), 0.0)
+    assert [request["digest"] for request in seen] == ["digest"] * 4
+    with pytest.raises(isolate.Failed, match="crashed the worker, before"):
+        check(None, 0.0)
+    assert len(seen) == 4
     assert all(request["verify"] for request in seen)

@@ -22,6 +22,7 @@ from ..jit import store
 from ..plan import Candidate
 from ..primitive import SiteInfo
 from . import db, isolate, measure, search
+from .failures import Failures
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ def check(
     """
     request = isolate.request_for(candidate, digest, artifact, 1, 1, verify=True)
     # For the first launches, which may do harm, and not for the time.
-    worker.time(request, isolate.limit_s(site.region, 1, target.arch.bandwidth))
+    limit_s = isolate.limit_s(site.region, 1, target.arch.bandwidth)
+    isolate.launch(worker, request, limit_s, Failures(target.results.root))
     kernel = search.executable(site.region, candidate, digest, artifact, target)
     operands = measure.make_operands(site, l2_bytes=0)
     errors = measure.errors(operands, kernel)

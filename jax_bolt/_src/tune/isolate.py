@@ -32,6 +32,7 @@ from ..errors import CompileError
 from ..invoke import abi_problem
 from ..jit import loader, store
 from ..plan import Candidate
+from .failures import Failures
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +270,24 @@ def worker(ordinal: int) -> Worker:
     except (CompileError, RuntimeError) as error:
         raise Unavailable(f"not tuned: {error}") from error
     return Worker(uuid, ordinal)
+
+
+def launch(
+    worker: Worker,
+    request: dict[str, Any],
+    limit_s: float,
+    crashes: Failures,
+    poll: Callable[[], None] = lambda: None,
+) -> Timing:
+    """``worker.time``, but of nothing that is known to crash; what does is recorded."""
+    if before := crashes.get(request):
+        raise Failed(f"{before}, before", fatal=True)
+    try:
+        return worker.time(request, limit_s, poll)
+    except Failed as error:
+        if error.fatal:
+            crashes.add(request, str(error))
+        raise
 
 
 def request_for(

@@ -382,18 +382,15 @@ class _Run:
                     candidate, digest, path, job.sets, repeats, verify=verify
                 )
                 limit_s = isolate.limit_s(region, job.sets, bandwidth)
-                if before := self._crashes.get(request):
-                    raise isolate.Failed(f"{before}, before", fatal=True)
                 try:
-                    return self._worker.time(request, limit_s, self._check_for_finish)
+                    return isolate.launch(
+                        *(self._worker, request, limit_s),
+                        *(self._crashes, self._check_for_finish),
+                    )
                 except isolate.NoMemory:
                     if job.sets == 1:
                         raise Untunable(_NO_MEMORY) from None
                     job.sets //= 2
-                except isolate.Failed as error:
-                    if error.fatal:
-                        self._crashes.add(request, str(error))
-                    raise
         except isolate.Failed as error:
             problem = f"{candidate.text}: {error}"
             job.problems.append(problem)
