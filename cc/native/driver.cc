@@ -94,6 +94,39 @@ ScopedContext::~ScopedContext() {
   driver_.DevicePrimaryCtxRelease(device_);
 }
 
+namespace {
+
+// A device whose primary context exists already, or -1: making one takes the device's memory.
+CuDevice ActiveDevice(const Driver& driver) {
+  CuDevice device;
+  for (int ordinal = 0; driver.DeviceGet(&device, ordinal) == kCuSuccess; ++ordinal) {
+    unsigned flags = 0;
+    int active = 0;
+    if (driver.DevicePrimaryCtxGetState(device, &flags, &active) == kCuSuccess && active) {
+      return device;
+    }
+  }
+  return -1;
+}
+
+// Bytes of a kernel's parameters, 0 where they cannot be known. Asking wants a context, whichever:
+// this thread may have none.
+size_t ParameterBytes(const Driver& driver, CuKernel kernel) {
+  if (driver.KernelGetParamInfo == nullptr) return 0;
+  size_t offset = 0, bytes = 0;
+  CuResult result = driver.KernelGetParamInfo(kernel, 0, &offset, &bytes);
+  if (result == kCuInvalidContext) {
+    const CuDevice device = ActiveDevice(driver);
+    if (device < 0) return 0;
+    const ScopedContext context(driver, device);
+    result = driver.KernelGetParamInfo(kernel, 0, &offset, &bytes);
+  }
+  driver.Check(result, "cuKernelGetParamInfo");
+  return bytes;
+}
+
+}  // namespace
+
 LoadedKernel LoadKernel(const Driver& driver, const std::string& path, const char* symbol) {
   LoadedKernel loaded;
   driver.Check(driver.LibraryLoadFromFile(&loaded.library, path.c_str(), nullptr, nullptr, 0,
@@ -101,10 +134,7 @@ LoadedKernel LoadKernel(const Driver& driver, const std::string& path, const cha
                "cuLibraryLoadFromFile");
   const std::string what = std::string("cuLibraryGetKernel of ") + symbol;
   driver.Check(driver.LibraryGetKernel(&loaded.kernel, loaded.library, symbol), what.c_str());
-  if (driver.KernelGetParamInfo == nullptr) return loaded;
-  size_t offset = 0;
-  driver.Check(driver.KernelGetParamInfo(loaded.kernel, 0, &offset, &loaded.parameter_bytes),
-               "cuKernelGetParamInfo");
+  loaded.parameter_bytes = ParameterBytes(driver, loaded.kernel);
   return loaded;
 }
 

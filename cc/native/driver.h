@@ -27,6 +27,7 @@ using CuFunction = struct CuFunctionOpaque*;  // a CuKernel may be cast to it fo
 
 inline constexpr CuResult kCuSuccess = 0;
 inline constexpr CuResult kCuOutOfMemory = 2;
+inline constexpr CuResult kCuInvalidContext = 201;
 inline constexpr CuResult kCuNotReady = 600;
 inline constexpr unsigned kCuStreamNonBlocking = 1;
 inline constexpr unsigned kCuEventDefault = 0;

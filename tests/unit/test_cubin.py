@@ -246,6 +246,7 @@ def test_bad_recipes(call: Call, cubin: Any, numbers: list[int], message: str) -
         ["load", "k", cubin(BYTES)],
         ["check", "k", GEMM, DIMS, numbers],
         ["run", "k", GEMM, DIMS, SET, 0, numbers],
+        FAKE_CUDA_ACTIVE="1",
     )
     assert message in check["value"]
     assert run["error"] == f"RuntimeError: check: {check['value']}"
@@ -262,8 +263,15 @@ def test_too_many_parameters(call: Call, cubin: Any) -> None:
 def test_a_padded_struct(call: Call, cubin: Any) -> None:
     check = ["check", "k", GEMM, DIMS, ENCODED]
     for size, fits in ((256, True), (BYTES + 128, False), (BYTES - 4, False)):
-        seen = call(["load", "k", cubin(size)], check)[1]
+        seen = call(["load", "k", cubin(size)], check, FAKE_CUDA_ACTIVE="1")[1]
         assert (seen["value"] is None) == fits
+
+
+def test_a_thread_without_a_context_loads_kernels(call: Call, cubin: Any) -> None:
+    """The number of parameters is then unknown, and no context is made to know it."""
+    check = ["check", "k", GEMM, DIMS, ENCODED]
+    loaded, checked = call(["load", "k", cubin(BYTES - 4)], check)
+    assert loaded.get("error") is None and checked["value"] is None
 
 
 @pytest.mark.parametrize(

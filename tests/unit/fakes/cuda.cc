@@ -129,6 +129,7 @@ API cuLibraryGetKernel(void** kernel, void* library, const char* name) {
 }
 API cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* bytes) {
   FAIL_IF_ASKED();
+  NEEDS_CONTEXT();
   if (index > 0) return 1;
   *offset = 0;
   *bytes = static_cast<Kernel*>(kernel)->parameter_bytes;
@@ -271,7 +272,7 @@ API cuDeviceTotalMem_v2(size_t* bytes, int) {
 }
 API cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   *flags = 0;
-  *active = std::getenv("FAKE_CUDA_ACTIVE") != nullptr;
+  *active = retained > 0 || std::getenv("FAKE_CUDA_ACTIVE") != nullptr;
   return 0;
 }
 API cuDevicePrimaryCtxRetain(void** out, int device) {
