@@ -149,6 +149,7 @@ def listed(site: Any, arch: Any) -> list[Any]:
 def whole_space(site: Any, arch: Any) -> list[Any]:
     """A candidate for every tile of these forms, in the rank model's order."""
     from jax_bolt._src import plan
+    from jax_bolt._src.kernels import implicit_gemm_rank as rank
     from jax_bolt._src.kernels import implicit_gemm_sm90 as family
     from jax_bolt._src.kernels import implicit_gemm_tiles as tiles
     from jax_bolt._src.kernels.image import Image
@@ -159,7 +160,7 @@ def whole_space(site: Any, arch: Any) -> list[Any]:
         image = Image.of(form.region.problem)
         for tile in tiles.tiles_of(image, form.region.epilogue, arch):
             made = plan.Candidate(form, family, tile.config(), arch)
-            found.append((tiles.cycles(tile, image, form.region, arch), made))
+            found.append((rank.cycles(tile, image, form.region, arch), made))
     return [made for _, made in sorted(found, key=lambda pair: pair[0])]
 
 
