@@ -22,7 +22,17 @@ import pytest
 from fake_nvcc import FakeNvcc
 
 import jax_bolt
-from jax_bolt._src import cli, compat, lower, options, paths, plan, program, resolve
+from jax_bolt._src import (
+    cli,
+    compat,
+    lower,
+    options,
+    paths,
+    plan,
+    program,
+    resolve,
+    results,
+)
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import directories, loader, store
 from jax_bolt._src.jit import toolchain as toolchains
@@ -64,7 +74,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     # What a process remembers, so as to say and try things once.
     monkeypatch.setattr(lower, "_warned", set())
     monkeypatch.setattr(store, "_failures", {})
-    monkeypatch.setattr(resolve, "failures", {})
+    monkeypatch.setattr(results, "failures", {})
     return gpu
 
 

@@ -25,6 +25,7 @@ from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo
 from jax_bolt._src.tune import db, isolate, measure, search, stages
 from jax_bolt._src.tune.isolate import Failed, NoMemory, Timing, Unavailable
+from jax_bolt._src.tune.target import Target
 
 HOPPER = arch_.from_name("sm_90a")
 XLA_US = 100.0
@@ -86,7 +87,7 @@ class World:
                 stand = base.stand_in(candidate)
                 if stand is not None:
                     self._know(stand, True)
-        target = search.Target(
+        target = Target(
             device=jax.devices("cpu")[0],
             ordinal=0,
             arch=arch,

@@ -32,14 +32,11 @@ from ..plan import Candidate
 from ..primitive import SiteInfo, reference_fun
 from . import db, isolate, measure, stages
 from .builder import Builder, Built, Stopped
-from .builder import build as build
 from .failures import Failures
 from .isolate import Timing
 from .progress import Progress
 from .stages import Timed
-from .target import Target as Target
-from .target import executable as executable
-from .target import origin as origin
+from .target import Target, executable
 
 logger = logging.getLogger(__name__)
 
