@@ -145,6 +145,16 @@ def test_a_kernel_that_does_not_compile_is_not_used(world, nvcc):  # noqa: F811
     assert not world.checked and world.own is None
 
 
+def test_what_cannot_be_recorded_is_left(world, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise UserWarning("tuning results cannot be saved")  # python -W error
+
+    world.save(world.entry())
+    monkeypatch.setattr(db.Database, "put", fail)
+    assert not world.runs_on_a_kernel()
+    assert len(world.checked) == 1
+
+
 def test_what_fails_is_tuned(world, monkeypatch):
     tuned: list[Any] = []
 

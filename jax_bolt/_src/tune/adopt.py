@@ -8,6 +8,7 @@ on this GPU; then it costs seconds, where tuning anew would cost minutes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -55,19 +56,19 @@ def adopt(old: Sequence[Old], target: Target) -> None:
         try:
             with jax.default_device(target.device), jax.debug_nans(False):
                 built = builder.build([each.candidate for each in old], target, step)
-                with isolate.worker(target.ordinal) as worker:
+                with (
+                    contextlib.suppress(Stopped),
+                    isolate.worker(target.ordinal) as worker,
+                ):
                     for each in old:
                         step("")
                         known = built[each.candidate.source]
                         entry = _checked(each, *known, target, worker)
                         if entry is not None:
                             taken[each.site.region] = entry
-        except Stopped:
-            pass
+            target.results.put(target.arch, taken)
         except BaseException as error:
             failed.append(error)
-        finally:
-            target.results.put(target.arch, taken)
 
     thread = threading.Thread(target=work, name="jax_bolt-adopt", daemon=True)
     thread.start()
