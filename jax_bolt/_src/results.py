@@ -123,6 +123,8 @@ def tune_missing(
             return
         if isinstance(target.tools, CompileError):
             raise target.tools
+        # Before anything is done for it: every site of the program comes here.
+        target.kernels.check()
         for site in missing:
             failures.pop((device, site.region.text), None)
         failed = search.tune(missing, target, options.budget_s, show_progress)

@@ -36,7 +36,7 @@ from jax_bolt._src import (
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import directories, loader, store
 from jax_bolt._src.jit import toolchain as toolchains
-from jax_bolt._src.tune import db
+from jax_bolt._src.tune import db, search
 
 TARGET = "jax_bolt.launch"
 
@@ -250,6 +250,21 @@ def test_a_cache_that_others_can_write(gpu, nvcc, cache_dir):
     (cache_dir / "kernels").mkdir(parents=True)
     (cache_dir / "kernels").chmod(0o777)
     assert f"chmod go-w '{cache_dir / 'kernels'}'" in warning_of()
+
+
+def test_for_a_cache_that_others_can_write_nothing_is_tuned(
+    gpu, nvcc, cache_dir, monkeypatch
+):
+    """Which would be begun once more for every site."""
+
+    def tune(*_: Any) -> Any:
+        raise AssertionError("it was begun")
+
+    (cache_dir / "kernels").mkdir(parents=True)
+    (cache_dir / "kernels").chmod(0o777)
+    monkeypatch.setattr(search, "tune", tune)
+    with options.options(on_miss="tune"):
+        assert f"chmod go-w '{cache_dir / 'kernels'}'" in warning_of(two_sites)
     assert not nvcc.calls
 
 

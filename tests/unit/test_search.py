@@ -82,12 +82,18 @@ class World:
         self, *sites: SiteInfo, budget_s: float | None = None, arch: Any = HOPPER
     ) -> dict[str, str]:
         for site in sites:
-            for candidate in plan.candidates(site.region, arch)[0]:
-                self._know(candidate, False)
-                stand = base.stand_in(candidate)
-                if stand is not None:
-                    self._know(stand, True)
-        target = Target(
+            self.know(site, arch)
+        return search.tune(sites, self.target(arch), budget_s, show_progress=False)
+
+    def know(self, site: SiteInfo, arch: Any = HOPPER) -> None:
+        for candidate in plan.candidates(site.region, arch)[0]:
+            self._know(candidate, False)
+            stand = base.stand_in(candidate)
+            if stand is not None:
+                self._know(stand, True)
+
+    def target(self, arch: Any = HOPPER) -> Target:
+        return Target(
             device=jax.devices("cpu")[0],
             ordinal=0,
             arch=arch,
@@ -98,7 +104,6 @@ class World:
             jobs=None,
             disable=(),
         )
-        return search.tune(sites, target, budget_s, show_progress=False)
 
     def _know(self, candidate: Candidate, is_base: bool) -> None:
         key = self.digest(None, candidate.source, None), candidate.recipe
@@ -368,6 +373,25 @@ def test_a_store_that_others_write_is_an_error(world: World, monkeypatch: Any) -
     monkeypatch.setattr(world, "build", build)
     with pytest.raises(CacheError, match="chmod"):
         world.tune(site_of())
+
+
+def test_a_region_that_cannot_be_listed_costs_only_itself(
+    world: World, monkeypatch: Any
+) -> None:
+    good, bad = site_of(32), site_of(16)
+    listed = plan.candidates
+
+    def candidates(region: Any, *args: Any) -> Any:
+        if region == bad.region:
+            raise ZeroDivisionError("of ours")
+        return listed(region, *args)
+
+    world.know(good)
+    monkeypatch.setattr(plan, "candidates", candidates)
+    assert search.tune([good, bad], world.target(), None, False) == {
+        bad.region.text: "no kernel takes it: of ours"
+    }
+    assert world.entry(good).choice == "kernel"
 
 
 def test_kernels_that_do_not_compile(world: World, monkeypatch: Any) -> None:

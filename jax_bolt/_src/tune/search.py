@@ -163,7 +163,11 @@ class _Run:
 
     def _job(self, site: SiteInfo) -> _Job | None:
         target = self.target
-        found, reasons = plan.candidates(site.region, target.arch, target.disable)
+        try:
+            found, reasons = plan.candidates(site.region, target.arch, target.disable)
+        except Exception as error:  # a fault of ours: the other regions have none
+            logger.info("%s", site, exc_info=True)
+            found, reasons = [], [_first_line(error)]
         if not found:
             reason = "no kernel takes it: " + "; ".join(reasons)
             self.failures[site.region.text] = reason
