@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import random
 import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -555,6 +556,31 @@ def test_an_interrupt_ends_it(world: World, monkeypatch: Any) -> None:
     failed = world.tune(*sites)
     assert failed == {s.region.text: "tuning was interrupted" for s in sites}
     assert len(world.timed) == 1
+
+
+def test_an_interrupted_caller_leaves_nothing_running(
+    world: World, monkeypatch: Any
+) -> None:
+    """Neither a worker nor a terminal without its cursor."""
+    begun = threading.Event()
+
+    class Thread(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            if self.name == "jax_bolt-tune" and timeout is None:
+                assert begun.wait(30)
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    def micros(candidate: Candidate, is_base: bool) -> float:
+        begun.set()
+        time.sleep(0.5)  # of a poll
+        return 50.0
+
+    monkeypatch.setattr(threading, "Thread", Thread)
+    world.micros = micros
+    with pytest.raises(KeyboardInterrupt):
+        world.tune(site_of())
+    assert world.events == ["stop"]
 
 
 # --- Compilers work ahead

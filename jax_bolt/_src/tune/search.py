@@ -41,6 +41,7 @@ from .target import Target, executable
 logger = logging.getLogger(__name__)
 
 _REPEATS_BASE, _REPEATS = 3, 7
+_END_S = 5.0
 
 
 class Untunable(Exception):
@@ -80,6 +81,7 @@ def tune(
         thread.join()
     except BaseException:
         run.stop.set()
+        thread.join(_END_S)  # it has a bar on the terminal, and a worker
         raise
     if error:
         raise error[0]
