@@ -111,7 +111,8 @@ def measure_problem(
             result["library_us"] = min(v["us"] for v in result["library"].values())
         with _noting(failures, "XLA's region"):
             xla = reference_fun(problem.site.reference)
-            result["region_us"] = measure.time_region(xla, operands, target.ordinal)
+            run = measure.time_region(xla, operands, target.ordinal)
+            result["region_us"] = run.micros
             result["region_runs"] = what_runs(xla, operands.sets[0])
         if result["memory_bound"]:
             with _noting(failures, "copy"):
@@ -193,7 +194,7 @@ def _kernels(
         if best is None:
             continue
         kernel, entry = best
-        entry["in_program_us"] = search.time_in_program(kernel, operands, target)
+        entry["in_program_us"] = search.time_in_program(kernel, operands, target).micros
         moves = kernel_problems.moves_input(operands.site, form)
         entry["moves_input"] = moves
         entry["us"] = entry["in_program_us" if moves else "rot_us"]
@@ -278,7 +279,7 @@ def _library(operands: measure.Operands, ordinal: int) -> dict[str, dict[str, An
         jax.block_until_ready(sets)
         bare = measure.Operands(operands.site, sets)
         found[name] = {
-            "us": measure.time_region(fun, bare, ordinal),
+            "us": measure.time_region(fun, bare, ordinal).micros,
             "runs": what_runs(fun, sets[0]),
         }
     return found
@@ -292,7 +293,8 @@ def _copy(site: SiteInfo, root: floor.Root, count: int, ordinal: int) -> float:
     sizes = [root.bytes // 4 + 64 * i for i in range(count)]
     sets = tuple((jax.device_put(np.resize(drawn, size)),) for size in sizes)
     jax.block_until_ready(sets)
-    return measure.time_region(jnp.negative, measure.Operands(site, sets), ordinal)
+    operands = measure.Operands(site, sets)
+    return measure.time_region(jnp.negative, operands, ordinal).micros
 
 
 def _dot(problem: ir.GemmProblem) -> Callable:

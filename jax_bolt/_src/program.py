@@ -164,7 +164,10 @@ def _site(
             base, reason=made.reason, kernel="xla", provenance="xla"
         )
     return dataclasses.replace(
-        base, kernel=made.candidate.text, provenance=made.provenance
+        base,
+        kernel=made.candidate.text,
+        provenance=made.provenance,
+        estimate=made.candidate.reasoning,
     )
 
 

@@ -295,9 +295,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def executable(region: Any, candidate: Any, digest: str, *_: Any) -> Any:
         return types.SimpleNamespace(position=worker.positions[digest])
 
-    def time_region(fun: Any, operands: measure.Operands, ordinal: int) -> float:
-        jax.block_until_ready([jax.jit(fun)(*values) for values in operands.sets])
-        return 8.0
+    def time_region(fun: Any, operands: measure.Operands, ordinal: int) -> measure.Run:
+        found = [jax.jit(fun)(*values) for values in operands.sets]
+        jax.block_until_ready(found)
+        return measure.Run(8.0, found[0])
 
     def patch(module: Any, name: str, value: Any) -> None:
         monkeypatch.setattr(module, name, value)
@@ -310,7 +311,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
     patch(measure, "errors", lambda *_: measure.Errors(kernel=1e-3, xla=1e-3))
-    patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: 8.0)
+    run: Any = measure.Run(8.0, None)  # type: ignore[arg-type]
+    patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: run)
     return [*ONE_CONV, "--templates", "conv_sm80", "--out", str(tmp_path)]
 
 

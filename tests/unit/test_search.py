@@ -72,7 +72,7 @@ class World:
         for module, name, fake in (
             (search, "executable", self.executable),
             (measure, "make_operands", lambda site, l2_bytes: site),
-            (measure, "errors", self.errors),
+            (measure, "Yardstick", lambda operands: self),
             (measure, "time_region", self.time_xla),
             (measure, "time_in_sequence", self.time_in_sequence),
             (measure, "release", lambda: None),
@@ -178,16 +178,18 @@ class World:
         micros = self.micros(candidate, False)
         return types.SimpleNamespace(digest=digest, micros=micros, candidate=candidate)
 
-    def errors(self, operands: Any, kernel: Any) -> measure.Errors:
+    def error(self, result: Any) -> float:
+        good = result == "xla" or self.accurate(result)
+        return 1e-3 if good else 1e-2
+
+    def time_xla(self, fun: Any, operands: Any, ordinal: int) -> measure.Run:
+        result: Any = "xla"
+        return measure.Run(self.xla_us, result)
+
+    def time_in_sequence(self, kernel: Any, operands: Any, ordinal: int) -> measure.Run:
         self.now += self.finish_s
-        good = self.accurate(kernel.candidate.config.text)
-        return measure.Errors(kernel=1e-3 if good else 1e-2, xla=1e-3)
-
-    def time_xla(self, fun: Any, operands: Any, ordinal: int) -> float:
-        return self.xla_us
-
-    def time_in_sequence(self, kernel: Any, operands: Any, ordinal: int) -> float:
-        return (self.in_program or (lambda k: k.micros))(kernel)
+        micros = (self.in_program or (lambda k: k.micros))(kernel)
+        return measure.Run(micros, kernel.candidate.config.text)
 
 
 @pytest.fixture
@@ -362,7 +364,7 @@ def test_memory_of_this_process_is_short(world: World, monkeypatch: Any) -> None
     def full(*_: Any) -> Any:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no")
 
-    monkeypatch.setattr(measure, "errors", full)
+    monkeypatch.setattr(measure, "Yardstick", full)
     (reason,) = world.tune(site_of()).values()
     assert reason == "not tuned: too little free device memory"
 
