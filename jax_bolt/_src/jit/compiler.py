@@ -233,6 +233,9 @@ def _run(
             except OSError as error:
                 return f"cannot run {args[0]}: {error}"
             _live.add(process)
+        with contextlib.suppress(OSError):
+            # Where memory is short it is they who go, and not the user's program.
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         try:
             return _wait(process, timeout_s, stop)
         finally:
