@@ -80,16 +80,17 @@ def adopt_missing(sites: Sequence[SiteInfo], target: Target, options: Options) -
 
     Each is tried once by this process.
     """
+    device = db.device_key(target.arch)
     with lock:
         if isinstance(target.tools, CompileError):
             return
         old: list[adopt.Old] = []
         for site in {site.region.text: site for site in sites}.values():
-            region = site.region
-            if stored(region, target.arch, options, target.origin) is not None:
+            region, key = site.region, (device, site.region.text)
+            if key in _tried or stored(region, target.arch, options, target.origin):
                 continue
             found = adoptable(region, target.arch, options)
-            _tried.add((db.device_key(target.arch), region.text))
+            _tried.add(key)
             if found is not None:
                 entry, made = found
                 old.append(adopt.Old(site, made.candidate, entry))
