@@ -65,7 +65,7 @@ def tuned_here(name: str, batch: int, image: int) -> dict[str, Any]:
         "from_import_s": tuned - start,
         "first_call_s": time.perf_counter() - tuned,
         "sites": len(report.sites),
-        "spent_s": {what: round(s, 2) for what, s in search.spent.most_common()},
+        "spent_s": {what: round(s, 2) for what, s in search.spent.items()},
         "counters": {name: int(counters.get(name, 0)) for name in _COUNTED},
     }
 

@@ -106,6 +106,30 @@ def test_heuristic_kernels_run_in_every_transform(args, forced):
     assert ours <= 1.25 * plain
 
 
+def test_another_layout(forced):
+    def fun(x, w1, w2, scale):
+        numbers = ("NCHW", "OIHW", "NCHW")
+        y = jax.lax.conv_general_dilated(
+            x, w1, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        y = jax.nn.relu(y * scale[:, None, None])
+        y = jax.lax.conv_general_dilated(
+            y, w2, (2, 2), "SAME", dimension_numbers=numbers
+        )
+        return jax.nn.silu(y + x[:, :, ::2, ::2])
+
+    args = (
+        normal(0, 4, 64, 28, 28),
+        normal(1, 64, 64, 3, 3) * 0.05,
+        normal(2, 64, 64, 1, 1) * 0.1,
+        normal(3, 64),
+    )
+    made = jax_bolt.optimize(fun)
+    assert made.lower(*args).as_text().count("jax_bolt.launch") >= 1
+    assert all(site.kernel != "xla" for site in made.explain(*args).sites)
+    close(made(*args), jax.jit(fun)(*args))
+
+
 def test_command_buffers_hold_the_launches(args, forced):
     """At batch 1, consecutive launches are recorded once and then replayed by XLA.
 

@@ -44,7 +44,7 @@ _REPEATS_BASE, _REPEATS = 3, 7
 _END_S = 5.0
 
 # What tuning took in this process, in seconds: for the benchmark.
-spent: collections.Counter[str] = collections.Counter()
+spent: dict[str, float] = {}
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def _spending_on(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        spent[what] += time.monotonic() - start
+        spent[what] = spent.get(what, 0.0) + time.monotonic() - start
 
 
 class Untunable(Exception):

@@ -121,7 +121,7 @@ def _sees_gpu() -> bool:
 
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return False
-    platforms = jax.config.jax_platforms
+    platforms = getattr(jax.config, "jax_platforms", None)
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return False
     return any(map(os.path.exists, _DEVICES))
