@@ -168,7 +168,7 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
     """For each problem: the best tile there is, and what the two stages take."""
     from benchmarks.kernel_problems import short
     from jax_bolt._src import base
-    from jax_bolt._src.tune import isolate, measure, search, stages
+    from jax_bolt._src.tune import builder, isolate, measure, stages
 
     def times(candidates: Sequence[Any], sets: int, built: Any) -> dict[Any, float]:
         found: dict[Any, float] = {}
@@ -186,7 +186,7 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
         return found
 
     def build(candidates: Sequence[Any]) -> Any:
-        return search.build(list(candidates), target, lambda _: None)
+        return builder.build(list(candidates), target, lambda _: None)
 
     results = []
     spaces = [whole_space(p.site, target.arch) for p in problems]

@@ -26,7 +26,8 @@ class Site:
     provenance: "shipped", "user", "heuristic" or "xla".
     estimate: what the rank model expects of the kernel, and from what.
     time_us, xla_time_us: µs of the region, None where not measured.
-    notes: candidates that crashed or did not end when it was tuned.
+    notes: candidates that crashed or did not end when it was tuned; and whether the
+        result was made by other versions, and is to be checked before it is used.
     """
 
     name: str

@@ -29,7 +29,7 @@ from benchmarks import (
 )
 from jax_bolt._src import arch, compat, forms, ir, resolve
 from jax_bolt._src.primitive import reference_fun
-from jax_bolt._src.tune import isolate, measure, search
+from jax_bolt._src.tune import isolate, measure
 
 CEILINGS = floor.Ceilings(flops=800e12, bandwidth=4e12)
 VGG = ["--models", "vgg16", "--batches", "1", "--image", "32"]
@@ -307,7 +307,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(environment, "has_gpu", lambda: True)
     patch(floor, "measure", lambda: floor.Ceilings(flops=800e12, bandwidth=1e12))
     patch(resolve, "target_for", lambda device, options: target)
-    patch(search, "executable", executable)
+    patch(kernel_times, "executable", executable)
     patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
     patch(measure, "errors", lambda *_: measure.Errors(kernel=1e-3, xla=1e-3))

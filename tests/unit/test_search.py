@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import random
 import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo
 from jax_bolt._src.tune import db, isolate, measure, search, stages
 from jax_bolt._src.tune.isolate import Failed, NoMemory, Timing, Unavailable
+from jax_bolt._src.tune.target import Target
 
 HOPPER = arch_.from_name("sm_90a")
 XLA_US = 100.0
@@ -81,12 +83,18 @@ class World:
         self, *sites: SiteInfo, budget_s: float | None = None, arch: Any = HOPPER
     ) -> dict[str, str]:
         for site in sites:
-            for candidate in plan.candidates(site.region, arch)[0]:
-                self._know(candidate, False)
-                stand = base.stand_in(candidate)
-                if stand is not None:
-                    self._know(stand, True)
-        target = search.Target(
+            self.know(site, arch)
+        return search.tune(sites, self.target(arch), budget_s, show_progress=False)
+
+    def know(self, site: SiteInfo, arch: Any = HOPPER) -> None:
+        for candidate in plan.candidates(site.region, arch)[0]:
+            self._know(candidate, False)
+            stand = base.stand_in(candidate)
+            if stand is not None:
+                self._know(stand, True)
+
+    def target(self, arch: Any = HOPPER) -> Target:
+        return Target(
             device=jax.devices("cpu")[0],
             ordinal=0,
             arch=arch,
@@ -97,7 +105,6 @@ class World:
             jobs=None,
             disable=(),
         )
-        return search.tune(sites, target, budget_s, show_progress=False)
 
     def _know(self, candidate: Candidate, is_base: bool) -> None:
         key = self.digest(None, candidate.source, None), candidate.recipe
@@ -371,6 +378,25 @@ def test_a_store_that_others_write_is_an_error(world: World, monkeypatch: Any) -
         world.tune(site_of())
 
 
+def test_a_region_that_cannot_be_listed_costs_only_itself(
+    world: World, monkeypatch: Any
+) -> None:
+    good, bad = site_of(32), site_of(16)
+    listed = plan.candidates
+
+    def candidates(region: Any, *args: Any) -> Any:
+        if region == bad.region:
+            raise ZeroDivisionError("of ours")
+        return listed(region, *args)
+
+    world.know(good)
+    monkeypatch.setattr(plan, "candidates", candidates)
+    assert search.tune([good, bad], world.target(), None, False) == {
+        bad.region.text: "no kernel takes it: of ours"
+    }
+    assert world.entry(good).choice == "kernel"
+
+
 def test_kernels_that_do_not_compile(world: World, monkeypatch: Any) -> None:
     def build(tools: Any, sources: Any, arch: Any, jobs: Any, on_done: Any) -> None:
         for source in sources:
@@ -532,6 +558,31 @@ def test_an_interrupt_ends_it(world: World, monkeypatch: Any) -> None:
     failed = world.tune(*sites)
     assert failed == {s.region.text: "tuning was interrupted" for s in sites}
     assert len(world.timed) == 1
+
+
+def test_an_interrupted_caller_leaves_nothing_running(
+    world: World, monkeypatch: Any
+) -> None:
+    """Neither a worker nor a terminal without its cursor."""
+    begun = threading.Event()
+
+    class Thread(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            if self.name == "jax_bolt-tune" and timeout is None:
+                assert begun.wait(30)
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    def micros(candidate: Candidate, is_base: bool) -> float:
+        begun.set()
+        time.sleep(0.5)  # of a poll
+        return 50.0
+
+    monkeypatch.setattr(threading, "Thread", Thread)
+    world.micros = micros
+    with pytest.raises(KeyboardInterrupt):
+        world.tune(site_of())
+    assert world.events == ["stop"]
 
 
 # --- Compilers work ahead

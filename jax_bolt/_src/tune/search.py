@@ -32,18 +32,16 @@ from ..plan import Candidate
 from ..primitive import SiteInfo, reference_fun
 from . import db, isolate, measure, stages
 from .builder import Builder, Built, Stopped
-from .builder import build as build
 from .failures import Failures
 from .isolate import Timing
 from .progress import Progress
 from .stages import Timed
-from .target import Target as Target
-from .target import executable as executable
-from .target import origin as origin
+from .target import Target, executable
 
 logger = logging.getLogger(__name__)
 
 _REPEATS_BASE, _REPEATS = 3, 7
+_END_S = 5.0
 
 # What tuning took in this process, in seconds: for the benchmark.
 spent: dict[str, float] = {}
@@ -95,6 +93,7 @@ def tune(
         thread.join()
     except BaseException:
         run.stop.set()
+        thread.join(_END_S)  # it has a bar on the terminal, and a worker
         raise
     if error:
         raise error[0]
@@ -180,7 +179,11 @@ class _Run:
 
     def _job(self, site: SiteInfo) -> _Job | None:
         target = self.target
-        found, reasons = plan.candidates(site.region, target.arch, target.disable)
+        try:
+            found, reasons = plan.candidates(site.region, target.arch, target.disable)
+        except Exception as error:  # a fault of ours: the other regions have none
+            logger.info("%s", site, exc_info=True)
+            found, reasons = [], [_first_line(error)]
         if not found:
             reason = "no kernel takes it: " + "; ".join(reasons)
             self.failures[site.region.text] = reason
