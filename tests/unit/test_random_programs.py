@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -144,8 +144,7 @@ class Program:
 
     def _pool(self, p: Any, x: Array, _: Array, number: int) -> Array:
         dims = (1, 1, 3, 3) if self.nchw else (1, 3, 3, 1)
-        lowest = jnp.array(-jnp.inf, x.dtype)
-        return lax.reduce_window(x, lowest, lax.max, dims, (1, 1, 1, 1), "SAME")
+        return lax.reduce_window(x, -jnp.inf, lax.max, dims, (1, 1, 1, 1), "SAME")
 
     def _where(self, p: Any, x: Array, y: Array, number: int) -> Array:
         return jnp.where(x > 0, x, y) if number % 2 else jnp.where(y > x, y, x * 0.25)
@@ -217,6 +216,8 @@ def check_ir(site: Any) -> None:
     suppress_health_check=list(HealthCheck),
 )
 @given(PROGRAMS, st.integers(0, 2**16))
+# A vector along the rows, of as many as there are channels.
+@example(Program(True, False, (("conv3", 0, 0, 0), ("rows", -1, 0, 0)), (), False), 1)
 def test_programs_gradients_and_regions(drawn: Program, seed: int) -> None:
     # Users' code is not held to what ours is.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
