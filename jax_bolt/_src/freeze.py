@@ -114,8 +114,8 @@ class Frozen(Optimized):
         static, others = self._sorted(kwargs)
         dynamic = api.without_static(args, self._static)
         leaves, tree = jax.tree.flatten((dynamic, others))
-        # Arrays know theirs; of other numbers JAX has to find out.
-        avals = [getattr(x, "aval", None) or jax.typeof(x) for x in leaves]
+        # Arrays know theirs; to ask JAX takes longer.
+        avals = [x.aval if hasattr(x, "aval") else jax.typeof(x) for x in leaves]
         fixed = [args[i] for i in api.within(self._static, args)]
         named = sorted(static.items())
         active = options.current()

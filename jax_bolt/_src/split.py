@@ -59,14 +59,12 @@ class _When(enum.Enum):
 def split(program: ClosedJaxpr, frozen: int) -> Split | None:
     """``program`` parted by its first ``frozen`` arguments.
 
-    Constants count as frozen. None where it cannot be parted: it closes over a tracer,
-    or changes one of its arguments.
+    Constants count as frozen. None where one of them is a tracer: nothing is known of
+    it, and its trace may be over when the next call comes.
     """
     program = inline_calls(program)
     jaxpr = program.jaxpr
     if any(isinstance(value, Tracer) for value in program.consts):
-        return None
-    if any(hasattr(effect, "input_index") for effect in jaxpr.effects):
         return None
     when = _times(jaxpr, frozen)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.core import Tracer
 from jax.experimental import io_callback
 
 import jax_bolt
@@ -302,9 +303,11 @@ def test_arrays_closed_over_are_read_when_freezing(params, x):
 
 def test_jit(params, x):
     frozen = jax_bolt.freeze(block, params)
-    equal(jax.jit(lambda x: frozen(x) * 2)(x), jax.jit(block)(params, x) * 2)
-    program = jax.make_jaxpr(frozen)(x)
-    assert "rsqrt" not in str(program).split("bolt_call")[0]
+    want = jax.jit(block)(params, x)
+    equal(jax.jit(lambda x: frozen(x) * 2)(x), want * 2)
+    assert not any(isinstance(r, Tracer) for r in residuals(frozen, x))
+    equal(frozen(x), want)
+    assert "rsqrt" not in str(jax.make_jaxpr(frozen)(x))
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -342,7 +345,10 @@ def test_frozen_values_that_are_traced(params, x):
 
     @jax.jit
     def outer(params, x):
-        return jax_bolt.freeze(block, params)(x)
+        frozen = jax_bolt.freeze(lambda p, x: block(p, x), params)
+        y = frozen(x)
+        assert not frozen._function.shared.parts
+        return y
 
     equal(outer(params, x), jax.jit(block)(params, x))
 
@@ -350,7 +356,10 @@ def test_frozen_values_that_are_traced(params, x):
     def closes_over(params, x):
         scale = params["scale"]
         fun = lambda w, x: conv(x, w.astype(BF16)) * scale.astype(BF16)  # noqa: E731
-        return jax_bolt.freeze(fun, held)(x)
+        frozen = jax_bolt.freeze(fun, held)
+        y = frozen(x)
+        assert list(frozen._function.shared.parts.values()) == [None]
+        return y
 
     held = params["kernel"]
     want = conv(x, held.astype(BF16)) * params["scale"].astype(BF16)[None, None, None]
@@ -374,7 +383,8 @@ def test_a_pytree_of_its_frozen_arguments(params, x):
     assert fun.count == 1
     doubled = jax.tree.map(lambda v: v * 1.25, frozen)
     equal(doubled(x), jax.jit(block)(others, x))
-    assert jax.tree.structure(doubled) == jax.tree.structure(frozen)
+    again = jax_bolt.freeze(block, params)
+    assert jax.tree.structure(again) == jax.tree.structure(doubled)
 
 
 def test_derivatives_by_frozen_arguments(params, x):
@@ -399,13 +409,23 @@ def test_shard_map(params, x):
             + lax.psum(params["scale"], "i").astype(BF16)[None, None, None]
         )
 
-    sharded = jax.shard_map(
-        jax_bolt.freeze(fun, params), mesh=mesh, in_specs=spec("i"), out_specs=spec()
-    )
+    frozen = jax_bolt.freeze(fun, params)
+    sharded = jax.shard_map(frozen, mesh=mesh, in_specs=spec("i"), out_specs=spec())
     plain = jax.shard_map(
         functools.partial(fun, params), mesh=mesh, in_specs=spec("i"), out_specs=spec()
     )
     equal(jax.jit(sharded)(x), jax.jit(plain)(x))
+    assert not frozen._function.shared.parts
+
+
+def test_devices_and_shardings(params, x):
+    """As jit: where the arrays are."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec
+    want = jax.jit(block)(params, x)
+    with jax.set_mesh(mesh):
+        held = jax.device_put(params, spec())
+        equal(jax_bolt.freeze(block, held)(jax.device_put(x, spec("i"))), want)
 
 
 def test_disable_jit(params, x):
@@ -594,6 +614,23 @@ def test_callbacks(x):
     for _ in range(3):
         equal(frozen(x), x @ (2 * w).astype(BF16))
     assert calls == {"pure": 1, "io": 3}
+
+
+def test_references_are_read_and_written_at_every_call():
+    def fun(w, total, x):
+        total[...] = total[...] + x * (w * 2)
+        return total[...] * (w * 0 + 1)
+
+    w, x = jnp.linspace(0, 1, 3), jnp.ones(3)
+    total = jax.new_ref(jnp.zeros(3))
+    frozen = jax_bolt.freeze(fun, w)
+    with jax.enable_checks(True):
+        equal(frozen(total, x), 2 * w)
+    equal(frozen(total, x), 4 * w)
+    held = jax_bolt.freeze(lambda total, x: total[...] * x, total)
+    equal(held(x), 4 * w)
+    total[...] = w
+    equal(held(x), w)
 
 
 def test_custom_derivatives_survive(x):
