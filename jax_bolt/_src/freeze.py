@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -116,13 +118,15 @@ class Frozen(Optimized):
         leaves, tree = jax.tree.flatten((dynamic, others))
         # Arrays know theirs; to ask JAX takes longer.
         avals = [x.aval if hasattr(x, "aval") else jax.typeof(x) for x in leaves]
-        fixed = [args[i] for i in api.within(self._static, args)]
-        named = sorted(static.items())
-        active = options.current()
-        if active is not self._active[0]:
+        named = [(i, args[i]) for i in api.within(self._static, args)]
+        named += sorted(static.items())
+        # 1 equals True.
+        fixed = [(name, type(value), value) for name, value in named]
+        active, known = options.current(), self._active
+        if active is not known[0]:
             # Hashing the options at every call would cost more than all of this.
-            self._active = active, self._function.shared.number(active)
-        return (tree, *avals, *fixed, *named, self._active[1], compat.trace_context())
+            known = self._active = active, self._function.shared.number(active)
+        return (tree, *avals, *fixed, known[1], compat.trace_context())
 
     def _bind(
         self, args: Any, kwargs: Any, signature: _Signature
@@ -235,15 +239,16 @@ class _Shared:
         self.parts: dict[_Signature, _Parts | None] = {}
         self._prepares: list[_Prepare] = []
         self._numbers: dict[Options, int] = {}
+        self._next = itertools.count()
         self._known: dict[Any, tuple[list[Any], dict[_Prepare, list[Any]]]] = {}
 
     @property
     def closes_over_arrays(self) -> bool:
-        parts = self.parts.values()
+        parts = list(self.parts.values())
         return any(p is None or p.split.rest.consts for p in parts)
 
     def number(self, active: Options) -> int:
-        return self._numbers.setdefault(active, len(self._numbers))
+        return self._numbers.setdefault(active, next(self._next))
 
     def prepare(self, split: Split) -> _Prepare:
         """One for all batch sizes, so that they share what it computes."""
@@ -361,8 +366,9 @@ def _shared(fun: Callable, fixed: tuple[Any, ...]) -> _Shared:
     Those may have been replaced since, and freezing again is how one would say so.
     """
     # A bound method is made anew whenever it is asked for.
-    owner = getattr(fun, "__self__", fun)
-    name = (getattr(fun, "__func__", None), *fixed)
+    is_method = inspect.ismethod(fun)
+    owner = fun.__self__ if is_method else fun
+    name = (fun.__func__ if is_method else None, *fixed)
     try:
         found = _all_shared.setdefault(owner, {})
         if name not in found or found[name].closes_over_arrays:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import operator
 import weakref
 
 import jax
@@ -261,6 +262,12 @@ def test_methods_are_recognised(params, x):
     assert gone() is None
 
 
+def test_functions_are_told_apart(x):
+    w = jnp.full((4, 4), 2, BF16)
+    for fun in (operator.matmul, operator.add):  # both belong to one module
+        equal(jax_bolt.freeze(fun, w)(w), fun(w, w))
+
+
 def test_what_was_computed_goes_with_the_arrays(params, x):
     mine = scaled(params)
     frozen = jax_bolt.freeze(lambda p, x: block(p, x), mine)
@@ -473,6 +480,18 @@ def test_static_arguments_and_keywords(params, x):
     equal(jax_bolt.freeze(optimized, params)(x, "plain", shift=shift), want)
     with pytest.raises(TypeError, match=r"argument 1 is 'plain'.*static_argnums=1"):
         jax_bolt.freeze(fun, params)(x, "plain", shift=shift)
+
+
+def test_equal_static_arguments_of_two_types(x):
+    frozen = jax_bolt.freeze(
+        lambda w, x, n: x + w if n is True else x - w,
+        jnp.ones(4, BF16)[None, None, None],
+        static_argnums=1,
+    )
+    equal(frozen(x, True), x + 1)
+    equal(frozen(x, 1), x - 1)
+    equal(frozen(x, n=True), x + 1)
+    equal(frozen(x, n=1), x - 1)
 
 
 def test_wrong_arguments(params, x):
