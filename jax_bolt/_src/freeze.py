@@ -365,10 +365,13 @@ def _shared(fun: Callable, fixed: tuple[Any, ...]) -> _Shared:
 
     Those may have been replaced since, and freezing again is how one would say so.
     """
-    # A bound method is made anew whenever it is asked for.
-    is_method = inspect.ismethod(fun)
-    owner = fun.__self__ if is_method else fun
-    name = (fun.__func__ if is_method else None, *fixed)
+    owner, name = fun, (None, *fixed)
+    if inspect.ismethod(fun):
+        # A bound method is made anew whenever it is asked for. It is the same if its
+        # object is, by value: identity does not tell that nothing in there changed.
+        if type(fun.__self__).__eq__ is object.__eq__:
+            return _Shared(fun, *fixed)
+        owner, name = fun.__self__, (fun.__func__, *fixed)
     try:
         found = _all_shared.setdefault(owner, {})
         if name not in found or found[name].closes_over_arrays:

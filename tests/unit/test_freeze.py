@@ -2,6 +2,7 @@
 """A frozen function means what the original means, and does less at each call."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import inspect
@@ -245,21 +246,40 @@ def test_freezing_again_costs_nothing(params, x):
 
 
 def test_methods_are_recognised(params, x):
+    traced = []
+
+    @dataclasses.dataclass(frozen=True)
     class Model:
-        traced = 0
+        factor: float
 
         def apply(self, params, x):
-            self.traced += 1
-            return block(params, x)
+            traced.append(self.factor)
+            return block(params, x) * self.factor
+
+    models = [Model(2.0), Model(2.0), Model(0.5)]
+    for model in models:
+        equal(jax_bolt.freeze(model.apply, params)(x), block_by(model, params, x))
+    assert traced == [2.0, 0.5]
+    gone = [weakref.ref(model) for model in models]
+    model = models = None
+    gc.collect()
+    assert not any(ref() for ref in gone)
+
+
+def block_by(model, params, x):
+    return jax.jit(block)(params, x) * model.factor
+
+
+def test_an_object_that_may_change_is_traced_again(params, x):
+    class Model:
+        factor = 2.0
+
+        def apply(self, params, x):
+            return block(params, x) * self.factor
 
     model = Model()
-    for _ in range(2):
-        jax_bolt.freeze(model.apply, params)(x)
-    assert model.traced == 1
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
+    for model.factor in (2.0, 0.5):
+        equal(jax_bolt.freeze(model.apply, params)(x), block_by(model, params, x))
 
 
 def test_functions_are_told_apart(x):
