@@ -32,7 +32,8 @@ from benchmarks.kernel_problems import Problem
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import compat, kernels, options, resolve
 from jax_bolt._src.errors import CompileError, UnsupportedError
-from jax_bolt._src.tune import isolate, measure, search
+from jax_bolt._src.tune import builder, isolate, measure
+from jax_bolt._src.tune.target import Target
 
 TEMPLATES = tuple(template.name for template in kernels.TEMPLATES)
 # What an H100 reached; only sorts problems into classes where nothing is measured.
@@ -61,7 +62,7 @@ def plan_text(problems: Sequence[Problem], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def run(problems: Sequence[Problem], target: search.Target, args: Any) -> int:
+def run(problems: Sequence[Problem], target: Target, args: Any) -> int:
     """Builds, measures, prints and writes; the exit code."""
     clock = kernel_times.Clock(args.budget_s)
     ceilings = floor.measure()
@@ -91,7 +92,7 @@ def run(problems: Sequence[Problem], target: search.Target, args: Any) -> int:
                 print(f"{problem.text}: {failure}", file=sys.stderr, flush=True)
             # After every problem: a run that is cut short keeps what it measured.
             _write(path, document)
-    except search.Stopped as reason:
+    except builder.Stopped as reason:
         document["not_reached"] = [p.region.text for p in problems[len(results) :]]
         print(f"stopped: {reason}; {len(problems) - len(results)} problems not reached")
     finally:

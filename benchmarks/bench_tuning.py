@@ -56,6 +56,8 @@ def tuned_here(name: str, batch: int, image: int) -> dict[str, Any]:
     tuned = time.perf_counter()
     jax.block_until_ready(fun(variables, x))
     counters = report.counters
+    from jax_bolt._src.tune import search
+
     return {
         "import_s": imported - start,
         "model_s": began - imported,
@@ -63,6 +65,7 @@ def tuned_here(name: str, batch: int, image: int) -> dict[str, Any]:
         "from_import_s": tuned - start,
         "first_call_s": time.perf_counter() - tuned,
         "sites": len(report.sites),
+        "spent_s": {what: round(s, 2) for what, s in search.spent.items()},
         "counters": {name: int(counters.get(name, 0)) for name in _COUNTED},
     }
 
@@ -98,23 +101,26 @@ def _run(command: list[str], cache: Path) -> str:
 def cost_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The three processes of one model."""
     found: dict[str, Any] = {}
+
+    def process(key: str, cache: Path) -> None:
+        one = found[key] = in_fresh_process(name, cache, args)
+        print(
+            f"{name}, {key}: {one['from_import_s']:.1f} s from the import, "
+            f"{one['tune_s']:.1f} s of them tuning; {one['counters']}; "
+            f"{one['spent_s']}",
+            flush=True,
+        )
+
     with tempfile.TemporaryDirectory() as folder:
-        found[_COLD] = in_fresh_process(name, Path(folder) / "cold", args)
         cache = Path(folder) / "library"
         found["warm_s"] = built_library(cache)
-        found[_LIBRARY] = in_fresh_process(name, cache, args)
-        found[_NEXT] = in_fresh_process(name, cache, args)
+        print(f"{name}: the base library took {found['warm_s']:.1f} s", flush=True)
+        process(_LIBRARY, cache)
+        process(_NEXT, cache)
         if args.export:
             export = [sys.executable, "-P", "-m", "jax_bolt", "cache", "export"]
             _run([*export, str(args.export)], cache)
-    for key in (_COLD, _LIBRARY, _NEXT):
-        one = found[key]
-        print(
-            f"{name}, {key}: {one['from_import_s']:.1f} s from the import, "
-            f"{one['tune_s']:.1f} s of them tuning; {one['counters']}",
-            flush=True,
-        )
-    print(f"{name}: the base library took {found['warm_s']:.1f} s", flush=True)
+        process(_COLD, Path(folder) / "cold")
     return found
 
 
@@ -143,6 +149,7 @@ def listed(site: Any, arch: Any) -> list[Any]:
 def whole_space(site: Any, arch: Any) -> list[Any]:
     """A candidate for every tile of these forms, in the rank model's order."""
     from jax_bolt._src import plan
+    from jax_bolt._src.kernels import implicit_gemm_rank as rank
     from jax_bolt._src.kernels import implicit_gemm_sm90 as family
     from jax_bolt._src.kernels import implicit_gemm_tiles as tiles
     from jax_bolt._src.kernels.image import Image
@@ -153,7 +160,7 @@ def whole_space(site: Any, arch: Any) -> list[Any]:
         image = Image.of(form.region.problem)
         for tile in tiles.tiles_of(image, form.region.epilogue, arch):
             made = plan.Candidate(form, family, tile.config(), arch)
-            found.append((tiles.cycles(tile, image, form.region, arch), made))
+            found.append((rank.cycles(tile, image, form.region, arch), made))
     return [made for _, made in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -161,7 +168,7 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
     """For each problem: the best tile there is, and what the two stages take."""
     from benchmarks.kernel_problems import short
     from jax_bolt._src import base
-    from jax_bolt._src.tune import isolate, measure, search, stages
+    from jax_bolt._src.tune import builder, isolate, measure, stages
 
     def times(candidates: Sequence[Any], sets: int, built: Any) -> dict[Any, float]:
         found: dict[Any, float] = {}
@@ -179,7 +186,7 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
         return found
 
     def build(candidates: Sequence[Any]) -> Any:
-        return search.build(list(candidates), target, lambda _: None)
+        return builder.build(list(candidates), target, lambda _: None)
 
     results = []
     spaces = [whole_space(p.site, target.arch) for p in problems]

@@ -27,7 +27,8 @@ from jax_bolt._src import invoke, ir
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
-from jax_bolt._src.tune import isolate, measure, search
+from jax_bolt._src.tune import builder, isolate, measure, search
+from jax_bolt._src.tune.target import Target, executable
 
 from . import floor, kernel_problems, kernel_table
 from .kernel_problems import Problem
@@ -49,12 +50,12 @@ class Clock:
     def check(self, share: float = 1.0) -> None:
         if time.monotonic() - self._began > share * self._budget_s:
             spent = f"{share:.0%} of the budget of {self._budget_s:.0f} s spent"
-            raise search.Stopped(spent)
+            raise builder.Stopped(spent)
 
 
 def build(
-    candidates: Sequence[Candidate], target: search.Target, clock: Clock
-) -> search.Built:
+    candidates: Sequence[Candidate], target: Target, clock: Clock
+) -> builder.Built:
     """Compiles all of them together; what the budget does not reach is an error."""
     count = len({c.source for c in candidates})
     done = itertools.count(1)
@@ -65,14 +66,14 @@ def build(
             print(f"  {built} of {count} kernels built", flush=True)
         clock.check(_COMPILING)
 
-    return search.build(candidates, target, step)
+    return builder.build(candidates, target, step)
 
 
 def measure_problem(
     problem: Problem,
     candidates: Sequence[Candidate],
-    built: search.Built,
-    target: search.Target,
+    built: builder.Built,
+    target: Target,
     ceilings: floor.Ceilings,
     clock: Clock,
     worker: isolate.Worker,
@@ -110,7 +111,8 @@ def measure_problem(
             result["library_us"] = min(v["us"] for v in result["library"].values())
         with _noting(failures, "XLA's region"):
             xla = reference_fun(problem.site.reference)
-            result["region_us"] = measure.time_region(xla, operands, target.ordinal)
+            run = measure.time_region(xla, operands, target.ordinal)
+            result["region_us"] = run.micros
             result["region_runs"] = what_runs(xla, operands.sets[0])
         if result["memory_bound"]:
             with _noting(failures, "copy"):
@@ -173,8 +175,8 @@ def _kernels(
     result: dict[str, Any],
     operands: measure.Operands,
     candidates: Sequence[Candidate],
-    built: search.Built,
-    target: search.Target,
+    built: builder.Built,
+    target: Target,
     clock: Clock,
     worker: isolate.Worker,
 ) -> None:
@@ -192,7 +194,7 @@ def _kernels(
         if best is None:
             continue
         kernel, entry = best
-        entry["in_program_us"] = search.time_in_program(kernel, operands, target)
+        entry["in_program_us"] = search.time_in_program(kernel, operands, target).micros
         moves = kernel_problems.moves_input(operands.site, form)
         entry["moves_input"] = moves
         entry["us"] = entry["in_program_us" if moves else "rot_us"]
@@ -215,8 +217,8 @@ def _timed(
     entries: list[dict[str, Any]],
     operands: measure.Operands,
     candidates: Sequence[Candidate],
-    built: search.Built,
-    target: search.Target,
+    built: builder.Built,
+    target: Target,
     clock: Clock,
     worker: isolate.Worker,
 ) -> list[tuple[invoke.Executable, dict[str, Any]]]:
@@ -246,7 +248,7 @@ def _timed(
         try:
             entry["rot_us"] = micros(candidate, len(operands.sets))
             entry["hot_us"] = micros(candidate, 1)
-            kernel = search.executable(region, candidate, digest, artifact, target)
+            kernel = executable(region, candidate, digest, artifact, target)
         except (CompileError, isolate.Failed) as error:
             entry["failure"] = _first_line(error)
             continue
@@ -277,7 +279,7 @@ def _library(operands: measure.Operands, ordinal: int) -> dict[str, dict[str, An
         jax.block_until_ready(sets)
         bare = measure.Operands(operands.site, sets)
         found[name] = {
-            "us": measure.time_region(fun, bare, ordinal),
+            "us": measure.time_region(fun, bare, ordinal).micros,
             "runs": what_runs(fun, sets[0]),
         }
     return found
@@ -291,7 +293,8 @@ def _copy(site: SiteInfo, root: floor.Root, count: int, ordinal: int) -> float:
     sizes = [root.bytes // 4 + 64 * i for i in range(count)]
     sets = tuple((jax.device_put(np.resize(drawn, size)),) for size in sizes)
     jax.block_until_ready(sets)
-    return measure.time_region(jnp.negative, measure.Operands(site, sets), ordinal)
+    operands = measure.Operands(site, sets)
+    return measure.time_region(jnp.negative, operands, ordinal).micros
 
 
 def _dot(problem: ir.GemmProblem) -> Callable:
@@ -319,7 +322,7 @@ def _noting(failures: list[str], what: str) -> Iterator[None]:
     """A failing part must not end the run."""
     try:
         yield
-    except search.Stopped:
+    except builder.Stopped:
         raise
     except Exception as error:
         failures.append(f"{what}: {type(error).__name__}: {_first_line(error)}")

@@ -16,7 +16,8 @@ from . import archive, options, paths, program, resolve
 from .errors import CacheError, CompileError
 from .jit import manifest
 from .jit.store import Store
-from .tune import db, search
+from .tune import db
+from .tune import target as targets
 
 _CACHE = """\
 examples:
@@ -271,7 +272,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def _holds(active: options.Options) -> Callable[[db.Entry], bool]:
     try:
-        origin = search.origin(resolve.tools_for(active))
+        origin = targets.origin(resolve.tools_for(active))
     except CompileError:  # no headers: nothing that was made from any can be compared
         return lambda entry: False
     return origin.holds

@@ -28,6 +28,7 @@ from jax.extend.core import (
     new_jaxpr_eqn,
 )
 from jax.interpreters import ad, batching, mlir
+from jax.lax import transpose_p
 
 __all__ = [
     "ClosedJaxpr",
@@ -64,6 +65,8 @@ __all__ = [
     "sub_jaxprs",
     "substituted",
     "trace_context",
+    "transpose_p",
+    "transposed",
     "variables",
     "without_unused",
 ]
@@ -126,6 +129,12 @@ def closed(body: Any) -> ClosedJaxpr:
 def aval_of(atom: Any) -> Any:
     """The shaped abstract value of a variable or literal."""
     return atom.aval
+
+
+def transposed(aval: Any, permutation: Sequence[int]) -> Any:
+    """The abstract value of a transpose."""
+    found = transpose_p.abstract_eval(aval, permutation=tuple(permutation))
+    return found[0] if isinstance(found, tuple) else found
 
 
 def variables(atoms: Sequence[Any]) -> list[Var]:

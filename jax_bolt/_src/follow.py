@@ -18,7 +18,7 @@ from .errors import CompileError
 from .invoke import Executable
 from .plan import Candidate, Plan, Provenance
 from .primitive import Family, SiteInfo
-from .tune import search
+from .tune.target import Target, executable
 
 
 def question(about: SiteInfo | str, device: Any) -> str:
@@ -40,7 +40,7 @@ def kernel(
     family: Family,
     choice: Choice,
     group: Group,
-    target: search.Target,
+    target: Target,
 ) -> tuple[Plan, Executable]:
     """The kernel that was chosen; raises CompileError where it would be another."""
     candidate = named(site, choice, target.arch)
@@ -59,7 +59,7 @@ def kernel(
         return sources
 
     path = artifact(choice.digest, candidate.source, target, others)
-    made = search.executable(site.region, candidate, choice.digest, path, target)
+    made = executable(site.region, candidate, choice.digest, path, target)
     if call_digest(made) != choice.call:
         raise CompileError("it would be launched in another way here")
     return Plan(candidate, provenance(choice)), made
@@ -77,7 +77,7 @@ def provenance(choice: Choice) -> Provenance:
 def artifact(
     digest: str,
     source: str,
-    target: search.Target,
+    target: Target,
     others: Callable[[], list[str]] = list,
 ) -> Path | CompileError:
     """``digest`` from the store, or compiled from ``source``, with ``others``."""

@@ -31,6 +31,7 @@ from .compat import (
     source_line,
 )
 from .elementwise import NotElementwise
+from .layout import Layout, Permutation
 from .roots import ROOTS, Refused, Root, read_root
 
 _CALL = re.compile(r"jit\((.*?)\)")
@@ -42,7 +43,8 @@ class Match:
 
     ``eqns`` are the indices it replaces, the root's first; ``absorbed`` those of
     per-channel arithmetic, which go too unless something else reads them. ``inputs``
-    are the left operand, the right one, the side inputs, the vectors.
+    are the left operand, the right one, the side inputs, the vectors. ``layout`` is the
+    root's.
     """
 
     root: int
@@ -53,6 +55,15 @@ class Match:
     region: ir.Region
     name: str
     label: str
+    layout: Layout | None
+
+    def permutation(self, position: int) -> Permutation | None:
+        """How the input at that position is transposed for the kernel, if at all."""
+        if self.layout is None:
+            return None
+        sides = len(self.region.epilogue.sides)
+        axes = (self.layout.lhs, self.layout.rhs, *(self.layout.out,) * sides)
+        return axes[position] if position < len(axes) else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,6 +143,11 @@ class _Growth:
         self.shape = tuple(aval_of(self.out).shape)
         cut = len(self.shape) - problem.channel_axes
         self.channels = self.shape[cut:]
+        # Where channels are not the last axis.
+        self.axis = None
+        if problem.layout is not None and problem.layout.out[3] != 3:
+            self.axis = problem.layout.out[3]
+            self.channels = (self.shape[self.axis],)
 
     def match(self, name: str) -> Match:
         for eqns in self._endings():
@@ -193,6 +209,11 @@ class _Growth:
         shape = tuple(atom.aval.shape)
         if atom.aval.size == 1:
             return True
+        if self.axis is not None:
+            if tuple(d for d in shape if d > 1) != self.channels:
+                return False
+            # Of lower rank it is on its way there: _spreads_channels follows it.
+            return len(shape) != len(self.shape) or shape[self.axis] > 1
         while shape and shape[0] == 1:
             shape = shape[1:]
         channels = self.channels
@@ -237,6 +258,7 @@ class _Growth:
             output=output,
             region=region,
             name=name,
+            layout=self.problem.layout,
             label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
         )
 
@@ -328,6 +350,11 @@ class _Emission:
             if size > 1
         ]
         channels = self.growth.channels
+        if self.growth.axis is not None:
+            whole = tuple(aval_of(result).shape) == self.growth.shape
+            if not whole:
+                return self.growth._is_per_channel(result)
+            return axes == [self.growth.axis - rank]
         wanted = [i - len(channels) for i, size in enumerate(channels) if size > 1]
         return axes == wanted
 

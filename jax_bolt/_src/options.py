@@ -33,7 +33,8 @@ class Options:
     warm: what ``import jax_bolt`` starts in the background, where there is a GPU; only
         the environment variable can change it.
     budget_s: seconds one tuning run may take; None is no bound.
-    jobs: compilers run at once; None is one per CPU.
+    jobs: compilers run at once; None is one per CPU that the process, or its
+        container, may use.
     disable: names of kernel templates that are never used. "cast" keeps the casts of
         parameters apart, and "sequence" the launches of consecutive kernels.
     dump_dir: where every traced program is written, as it came, as it was rewritten,

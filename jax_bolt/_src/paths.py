@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the cache, our headers and CUTLASS's headers are.
+"""Where the cache, our headers, CUTLASS's headers and Python are.
 
 Functions only: nothing is looked up at import, and nothing here writes to a disk.
 """
@@ -7,6 +7,7 @@ Functions only: nothing is looked up at import, and nothing here writes to a dis
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import platformdirs
@@ -14,6 +15,15 @@ import platformdirs
 from .options import Options
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def python() -> str | None:
+    """The interpreter to start processes of our own with, or None where there is none.
+
+    In a program that embeds Python, or was frozen, ``sys.executable`` is that program.
+    """
+    named = sys.executable and Path(sys.executable).name.startswith("python")
+    return sys.executable if named else None
 
 
 def cache_root(options: Options) -> Path:

@@ -51,6 +51,11 @@ class Candidate:
         return self.form.name, self.template.name, *choices
 
     @property
+    def reasoning(self) -> str:
+        """Why it stands where it does among the candidates."""
+        return self.template.reasoning(self.form.region, self.config, self.arch)
+
+    @property
     def text(self) -> str:
         return f"{self.template.name} {self.config.text} ({self.form.name})"
 

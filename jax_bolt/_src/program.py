@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arch as arch_
-from . import compat, options, paths, plan, resolve, rewrite, split
+from . import compat, options, paths, plan, resolve, results, rewrite, split
 from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
@@ -25,7 +25,9 @@ from .primitive import SiteInfo
 from .report import Report, Site
 from .rewrite import Rewritten
 from .split import Split
-from .tune import search
+from .tune import target as targets
+
+_UNCHECKED = "made by other versions: checked here before it is used"
 
 
 def trace(
@@ -94,7 +96,7 @@ def clear_cache(active: Options) -> None:
     """Empties the kernel and tuning stores."""
     store.Store(paths.kernel_root(active)).clear()
     shutil.rmtree(paths.tuning_root(active), ignore_errors=True)
-    resolve.forget()
+    results.forget()
 
 
 def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report:
@@ -110,7 +112,7 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
             "without one"
         )
     target = resolve.target_for(device, active)
-    resolve.tune_missing(
+    results.tune_missing(
         rewritten.family.sites, target, active, retry=True, show_progress=progress
     )
     return report(rewritten, None)
@@ -160,18 +162,16 @@ def _site(
     )
     if arch is None:
         return base
-    made = None
-    if origin is not None:
-        made = resolve.stored(site.region, arch, active, origin)
+    made, note = _known(site, arch, active, origin)
     if made is None:
         made = plan.heuristic(site.region, arch, active.disable)
-    failed = resolve.failure(arch, site.region)
+    failed = results.failure(arch, site.region)
     if failed is not None:
-        made = Rejection(failed)
+        made, note = Rejection(failed), ""
     shared = None if device is None else resolve.chosen(site, arch, device)
     if shared is not None:
         entry = made.entry if _kernel(made) == _kernel(shared) else None
-        made = dataclasses.replace(shared, entry=entry)
+        made, note = dataclasses.replace(shared, entry=entry), ""
     entry = made.entry
     if entry is not None:
         base = dataclasses.replace(
@@ -180,15 +180,31 @@ def _site(
             xla_time_us=entry.xla_time_us,
             error=entry.error,
             xla_error=entry.xla_error,
-            notes=entry.notes,
+            notes="; ".join(filter(None, (note, entry.notes))),
         )
     if isinstance(made, Rejection):
         return dataclasses.replace(
             base, reason=made.reason, kernel="xla", provenance="xla"
         )
     return dataclasses.replace(
-        base, kernel=made.candidate.text, provenance=made.provenance
+        base,
+        kernel=made.candidate.text,
+        provenance=made.provenance,
+        estimate=made.candidate.reasoning,
     )
+
+
+def _known(
+    site: SiteInfo, arch: GpuArch, active: Options, origin: plan.Origin | None
+) -> tuple[plan.Plan | Rejection | None, str]:
+    """What the tuning results make of ``site``, and what is to be noted of that."""
+    if origin is None:
+        return None, ""
+    made = results.stored(site.region, arch, active, origin)
+    if made is not None or origin.compiler is None:
+        return made, ""
+    old = results.adoptable(site.region, arch, active)
+    return (None, "") if old is None else (old[1], _UNCHECKED)
 
 
 def _kernel(made: plan.Plan | Rejection) -> str:
@@ -202,6 +218,6 @@ def _arch_of(device: Any) -> GpuArch | None:
 def _origin(active: Options) -> plan.Origin | None:
     """What tuning results are compared with; none hold without our headers."""
     try:
-        return search.origin(resolve.tools_for(active))
+        return targets.origin(resolve.tools_for(active))
     except CompileError:
         return None

@@ -24,8 +24,10 @@ class Site:
     reason: why it is not fused, or why XLA runs it; "" otherwise.
     kernel: the template and its config, or "xla"; "" without an architecture.
     provenance: "shipped", "user", "heuristic" or "xla".
+    estimate: what the rank model expects of the kernel, and from what.
     time_us, xla_time_us: µs of the region, None where not measured.
-    notes: candidates that crashed or did not end when it was tuned.
+    notes: candidates that crashed or did not end when it was tuned; and whether the
+        result was made by other versions, and is to be checked before it is used.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Site:
     reason: str = ""
     kernel: str = ""
     provenance: str = ""
+    estimate: str = ""
     time_us: float | None = None
     xla_time_us: float | None = None
     error: float | None = None

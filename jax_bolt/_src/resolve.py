@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from . import agree, follow, ir, paths, plan
+from . import agree, follow, paths, plan, results
 from . import arch as arch_
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
@@ -32,15 +31,10 @@ from .jit import codegen, loader, store, toolchain
 from .options import Options
 from .plan import Plan, Rejection
 from .primitive import Family, SiteInfo
-from .tune import adopt, db, search
+from .tune import target as targets
+from .tune.target import Target, executable
 
 Resolution: TypeAlias = tuple[Plan, Executable] | Rejection
-
-# Regions that failed here, with the reason: not tried again by this process.
-failures: dict[tuple[str, str], str] = {}
-# Regions whose results of other versions were looked at by this process.
-_tried: set[tuple[str, str]] = set()
-_lock = threading.RLock()
 
 
 class Missing(UnsupportedError):
@@ -67,8 +61,7 @@ def resolve(
     """
 
     def choose() -> Resolution:
-        # One thread tunes and builds at a time; the others then find the result.
-        with _lock:
+        with results.lock:
             target = target_for(device, options)
             made = _plan(site, family, options, target)
             if isinstance(made, Rejection):
@@ -83,7 +76,7 @@ def resolve(
         rejection = _refusal(choice)
         if rejection is not None:
             return rejection
-        with _following(choice, site.name), _lock:
+        with _following(choice, site.name), results.lock:
             target = target_for(device, options)
             return follow.kernel(site, family, choice, group, target)
 
@@ -113,7 +106,7 @@ def cast_kernel(
     source = codegen.cast_source(dtype)
 
     def choose() -> str | None:
-        with _lock:
+        with results.lock:
             target = target_for(device, options)
             if isinstance(target.tools, CompileError):
                 return None
@@ -129,7 +122,7 @@ def cast_kernel(
     def take(choice: agree.Choice) -> str | None:
         if _refusal(choice) is not None:
             return None
-        with _following(choice, name), _lock:
+        with _following(choice, name), results.lock:
             target = target_for(device, options)
             return _load_cast(
                 choice.digest, follow.artifact(choice.digest, source, target)
@@ -146,18 +139,18 @@ def cast_kernel(
     )
 
 
-def target_for(device: Any, options: Options) -> search.Target:
+def target_for(device: Any, options: Options) -> Target:
     """The device and the stores; raises as ``resolve`` does."""
     arch = arch_of(device)
     tools = tools_for(options)
-    return search.Target(
+    return Target(
         device=device,
         ordinal=device.local_hardware_id or 0,
         arch=arch,
         kernels=store.Store(paths.kernel_root(options)),
-        results=database(options),
+        results=results.database(options),
         tools=tools,
-        origin=search.origin(tools),
+        origin=targets.origin(tools),
         jobs=options.jobs,
         disable=options.disable,
     )
@@ -179,123 +172,18 @@ def arch_of(device: Any) -> GpuArch:
     )
 
 
-def database(options: Options) -> db.Database:
-    return _database(paths.tuning_root(options))
-
-
-@functools.cache
-def _database(root: Any) -> db.Database:
-    return db.Database(root)
-
-
-def stored(
-    region: ir.Region, arch: GpuArch, options: Options, origin: plan.Origin
-) -> Plan | Rejection | None:
-    """What the tuning results say of ``region``, or None where they say nothing."""
-    for provenance, entry in _entries(region, arch, options):
-        made = plan.tuned(region, arch, entry, origin, options.disable, provenance)
-        if made is not None:
-            return made
-    return None
-
-
-def _entries(
-    region: ir.Region, arch: GpuArch, options: Options
-) -> Iterator[tuple[plan.Provenance, db.Entry]]:
-    """The tuning results of ``region``, the user's own first."""
-    user, shipped = database(options), _database(paths.shipped_tuning())
-    entry = user.get(arch, region)
-    if entry is not None:
-        yield "user", entry
-    entry = shipped.get(arch, region)
-    if entry is not None:
-        yield "shipped", entry
-
-
-def adopt_missing(
-    sites: Sequence[SiteInfo], target: search.Target, options: Options
-) -> None:
-    """Takes over what results of other versions say of sites without a result.
-
-    Each is tried once by this process.
-    """
-    device = db.device_key(target.arch)
-    with _lock:
-        if isinstance(target.tools, CompileError):
-            return
-        old: list[adopt.Old] = []
-        for site in {site.region.text: site for site in sites}.values():
-            key = (device, site.region.text)
-            if key in _tried or stored(
-                site.region, target.arch, options, target.origin
-            ):
-                continue
-            _tried.add(key)
-            for _, entry in _entries(site.region, target.arch, options):
-                found = plan.chosen(site.region, target.arch, entry, options.disable)
-                if found is not None:
-                    old.append(adopt.Old(site, found, entry))
-                    break
-        if old:
-            adopt.adopt(old, target)
-
-
-def tune_missing(
-    sites: Sequence[SiteInfo],
-    target: search.Target,
-    options: Options,
-    *,
-    retry: bool = False,
-    show_progress: bool = True,
-) -> None:
-    """Tunes the sites that have no result yet.
-
-    A site that failed in this process before (or was not reached within the budget) is
-    left alone unless ``retry``.
-    """
-    device = db.device_key(target.arch)
-    with _lock:
-        adopt_missing(sites, target, options)
-        missing = [
-            site
-            for site in sites
-            if stored(site.region, target.arch, options, target.origin) is None
-            and (retry or (device, site.region.text) not in failures)
-        ]
-        if not missing:
-            return
-        if isinstance(target.tools, CompileError):
-            raise target.tools
-        for site in missing:
-            failures.pop((device, site.region.text), None)
-        failed = search.tune(missing, target, options.budget_s, show_progress)
-        failures.update({(device, text): reason for text, reason in failed.items()})
-
-
-def forget() -> None:
-    """Drops what this process remembers of tuning: results and failures."""
-    failures.clear()
-    _tried.clear()
-    _database.cache_clear()
-
-
-def failure(arch: GpuArch, region: ir.Region) -> str | None:
-    """Why ``region`` failed to be tuned in this process, if it did."""
-    return failures.get((db.device_key(arch), region.text))
-
-
 def _plan(
-    site: SiteInfo, family: Family, options: Options, target: search.Target
+    site: SiteInfo, family: Family, options: Options, target: Target
 ) -> Plan | Rejection:
-    key = (db.device_key(target.arch), site.region.text)
-    known = stored(site.region, target.arch, options, target.origin)
+    known = results.stored(site.region, target.arch, options, target.origin)
     if known is None:
-        adopt_missing(family.sites, target, options)
-        known = stored(site.region, target.arch, options, target.origin)
+        results.adopt_missing(family.sites, target, options)
+        known = results.stored(site.region, target.arch, options, target.origin)
     if known is not None:
         return known
-    if key in failures:
-        return Rejection(failures[key])
+    failed = results.failure(target.arch, site.region)
+    if failed is not None:
+        return Rejection(failed)
     if options.on_miss == "xla":
         return Rejection('no tuning result, and on_miss="xla"')
     if options.on_miss == "error":
@@ -305,23 +193,22 @@ def _plan(
         )
     if options.on_miss == "heuristic":
         return plan.heuristic(site.region, target.arch, options.disable)
-    tune_missing(family.sites, target, options)
-    known = stored(site.region, target.arch, options, target.origin)
-    return known or Rejection(failures.get(key, "not tuned"))
+    results.tune_missing(family.sites, target, options)
+    known = results.stored(site.region, target.arch, options, target.origin)
+    failed = results.failure(target.arch, site.region)
+    return known or Rejection(failed or "not tuned")
 
 
-def _load(
-    site: SiteInfo, made: Plan, target: search.Target, options: Options
-) -> Executable:
+def _load(site: SiteInfo, made: Plan, target: Target, options: Options) -> Executable:
     candidate = made.candidate
     if made.entry is not None and isinstance(target.tools, CompileError):
         digest = made.entry.digest
         artifact = target.kernels.find(digest) or target.tools
-        return search.executable(site.region, candidate, digest, artifact, target)
+        return executable(site.region, candidate, digest, artifact, target)
     source = candidate.source
     digest = target.kernels.digest(target.toolchain, source, target.arch)
     built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
-    return search.executable(site.region, candidate, digest, built[digest], target)
+    return executable(site.region, candidate, digest, built[digest], target)
 
 
 def _load_cast(digest: str, artifact: Path | CompileError) -> str:

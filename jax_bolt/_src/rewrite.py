@@ -10,19 +10,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from . import cast, sequence
+from . import cast, layout, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
     JaxprEqn,
     call_equation,
     closed,
+    fresh_vars,
     like_body,
     live_equations,
     part_of_jaxpr,
     rebuilt,
     source_line,
     sub_jaxprs,
+    transposed,
 )
 from .match import Match, Refusal, find_regions
 from .options import Options
@@ -72,7 +74,7 @@ class _Pass:
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
         matches, refusals = find_regions(jaxpr)
-        calls: dict[int, JaxprEqn] = {}
+        calls: dict[int, list[JaxprEqn]] = {}
         replaced: set[int] = set()
         for root in sorted([*matches, *refusals], key=lambda found: found.root):
             if isinstance(root, Refusal):
@@ -84,13 +86,16 @@ class _Pass:
         eqns: list[JaxprEqn] = []
         for index, eqn in enumerate(jaxpr.eqns):
             if index in calls:
-                eqns.append(calls[index])
+                eqns += calls[index]
             elif index not in replaced:
                 eqns.append(self._with_bodies(eqn))
         # Per-channel arithmetic that only regions read is in their kernels.
         absorbed = {id(jaxpr.eqns[i]) for match in matches for i in match.absorbed}
         live = live_equations(eqns, jaxpr.outvars, lambda eqn: id(eqn) in absorbed)
-        return rebuilt(program, live)
+        done = rebuilt(program, live)
+        if any(match.layout is not None for match in matches):
+            done = layout.without_transposes(done)
+        return done
 
     def gathered(self, program: ClosedJaxpr) -> ClosedJaxpr:
         """``program`` with consecutive calls as sequences."""
@@ -98,16 +103,18 @@ class _Pass:
             return program
         return sequence.gather(program, self.family, self.options)
 
-    def _call(self, jaxpr: Any, match: Match) -> JaxprEqn:
-        operands = list(dict.fromkeys(match.inputs))
-        indices = sorted({*match.eqns, *match.absorbed})
+    def _call(self, jaxpr: Any, match: Match) -> list[JaxprEqn]:
+        """The call, between transposes where the root is not as kernels take it."""
         root = jaxpr.eqns[match.root]
+        edges = _Edges(match, root)
+        indices = sorted({*match.eqns, *match.absorbed})
+        body = [jaxpr.eqns[i] for i in indices]
         site = SiteInfo(
             region=match.region,
             reference=part_of_jaxpr(
-                jaxpr, [jaxpr.eqns[i] for i in indices], operands, [match.output]
+                jaxpr, edges.around(body), edges.operands, [edges.result]
             ),
-            operands=tuple(operands.index(v) for v in match.inputs),
+            operands=edges.positions,
             name=match.name,
             label=match.label,
             line=source_line(root),
@@ -121,7 +128,8 @@ class _Pass:
             "family": self.family,
             "options": self.options,
         }
-        return call_equation(operands, match.output, bolt_call_p, params, root)
+        call = call_equation(edges.operands, edges.output, bolt_call_p, params, root)
+        return [*edges.before, call, *edges.after]
 
     def _with_bodies(self, eqn: JaxprEqn) -> JaxprEqn:
         """``eqn`` with its bodies rewritten."""
@@ -143,3 +151,52 @@ class _Pass:
         new = self.program(inline_calls(closed(body), lift_constants=False))
         new = self.gathered(new)
         return body if len(self.family.sites) == found else like_body(new, body)
+
+
+class _Edges:
+    """A call's operands and result, and the transposes to and from them.
+
+    The reference is the user's own equations between the same transposes undone.
+    """
+
+    def __init__(self, match: Match, root: JaxprEqn):
+        self.before: list[JaxprEqn] = []
+        self.after: list[JaxprEqn] = []
+        self._inside: list[JaxprEqn] = []
+        self._root = root
+        self._make_var = fresh_vars()
+        wanted = [(v, match.permutation(i)) for i, v in enumerate(match.inputs)]
+        made = {key: self._operand(*key) for key in dict.fromkeys(wanted)}
+        self.operands = list(dict.fromkeys(made.values()))
+        self.positions = tuple(self.operands.index(made[key]) for key in wanted)
+        # A value that comes as it is needs no other way in, and each comes once.
+        known = set(self.operands)
+        self._inside = [
+            eqn
+            for eqn in self._inside
+            if eqn.outvars[0] not in known and not known.add(eqn.outvars[0])
+        ]
+        self.output = self.result = match.output
+        self._last: list[JaxprEqn] = []
+        if match.layout is not None and not layout.is_identity(match.layout.out):
+            out = match.layout.out
+            aval = transposed(match.output.aval, out)
+            self.output, self.result = self._make_var(aval), self._make_var(aval)
+            self._last = [self._transpose(match.output, self.result, out)]
+            back = layout.inverse(out)
+            self.after = [self._transpose(self.output, match.output, back)]
+
+    def around(self, body: list[JaxprEqn]) -> list[JaxprEqn]:
+        """The reference's equations."""
+        return [*self._inside, *body, *self._last]
+
+    def _operand(self, var: Any, axes: layout.Permutation | None) -> Any:
+        if axes is None or layout.is_identity(axes):
+            return var
+        made = self._make_var(transposed(var.aval, axes))
+        self.before.append(self._transpose(var, made, axes))
+        self._inside.append(self._transpose(made, var, layout.inverse(axes)))
+        return made
+
+    def _transpose(self, source: Any, result: Any, axes: Any) -> JaxprEqn:
+        return layout.transpose_equation(source, result, axes, self._root)

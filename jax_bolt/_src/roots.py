@@ -14,6 +14,7 @@ import numpy as np
 
 from . import ir
 from .compat import JaxprEqn, Literal, aval_of
+from .layout import Layout
 
 ROOTS = ("conv_general_dilated", "dot_general")
 _FLOATS: dict[str, ir.DType] = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -31,11 +32,16 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Root:
-    """A problem and how many trailing axes of the result are its channels."""
+    """A problem and how many trailing axes of the result are its channels.
+
+    ``layout`` is None where the operands and the result lie as the kernels take them;
+    else the channels are where it says.
+    """
 
     problem: ir.Problem
     channel_axes: int
     label: str
+    layout: Layout | None = None
 
 
 def read_root(eqn: JaxprEqn) -> Root:
@@ -137,18 +143,24 @@ def _layout(shape, first, second, which: str) -> ir.Layout:
 
 def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
     p = eqn.params
-    x, w = (tuple(aval_of(v).shape) for v in eqn.invars)
-    out = tuple(aval_of(eqn.outvars[0]).shape)
-    if len(x) != 4:
-        raise Refused(f"a {len(x) - 2}-D conv: kernels are 2-D")
+    rank = len(aval_of(eqn.invars[0]).shape)
+    if rank != 4:
+        raise Refused(f"a {rank - 2}-D conv: kernels are 2-D")
+    layout = Layout.of(p["dimension_numbers"])
+    x, w, out = (
+        tuple(aval_of(v).shape[axis] for axis in axes)
+        for v, axes in zip(
+            (*eqn.invars, *eqn.outvars),
+            (layout.lhs, layout.rhs, layout.out),
+            strict=True,
+        )
+    )
     if p["batch_group_count"] != 1:
         raise Refused(f"batch_group_count={p['batch_group_count']}")
     if p["feature_group_count"] != 1:
         raise Refused(f"feature_group_count={p['feature_group_count']}: grouped conv")
     if tuple(p["lhs_dilation"]) != (1, 1):
         raise Refused(f"lhs_dilation={tuple(p['lhs_dilation'])}: transposed conv")
-    numbers = p["dimension_numbers"]
-    _check_layout(numbers)
     (top, bottom), (left, right) = (tuple(map(int, pair)) for pair in p["padding"])
     if min(top, bottom, left, right) < 0:
         raise Refused(f"negative padding {p['padding']}")
@@ -167,19 +179,10 @@ def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
     )
     if (problem.n, problem.p, problem.q, problem.k) != out:
         raise Refused(f"the result's shape {out} is not that of the problem")
-    return Root(problem, 1, f"conv{problem.r}x{problem.s}")
+    label = f"conv{problem.r}x{problem.s}"
+    return Root(problem, 1, label, None if layout.is_ours else layout)
 
 
 def _pair(values: Any) -> tuple[int, int]:
     first, second = values
     return int(first), int(second)
-
-
-def _check_layout(numbers: Any) -> None:
-    """NHWC input and output, HWIO filter, as Flax and Haiku write them."""
-    spec = (tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec))
-    if spec != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)):
-        raise Refused(
-            "layout: kernels take NHWC activations and HWIO filters, got "
-            f"lhs_spec={spec[0]}, rhs_spec={spec[1]}, out_spec={spec[2]}"
-        )

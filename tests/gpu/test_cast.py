@@ -17,7 +17,7 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
-from jax_bolt._src import compat, invoke, options, paths, resolve
+from jax_bolt._src import compat, invoke, options, paths, resolve, results
 from jax_bolt._src.jit import loader, store
 
 DTYPES = ["bfloat16", "float16"]
@@ -144,7 +144,7 @@ def args():
 @pytest.fixture
 def forced(monkeypatch):
     """Kernels wherever there are any, whatever tuning chose."""
-    monkeypatch.setattr(resolve, "stored", lambda *_: None)
+    monkeypatch.setattr(results, "stored", lambda *_: None)
     with jax_bolt.options(on_miss="heuristic"):
         yield
 

@@ -20,7 +20,8 @@ from jax_bolt._src.kernels import implicit_gemm_sm90
 from jax_bolt._src.kernels.image import Image
 from jax_bolt._src.kernels.implicit_gemm_tiles import tiles_of
 from jax_bolt._src.primitive import reference_fun
-from jax_bolt._src.tune import isolate, measure, search
+from jax_bolt._src.tune import isolate, measure
+from jax_bolt._src.tune.target import executable
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def built(candidate):
 
 
 def load(site, candidate):
-    return search.executable(site.region, candidate, *built(candidate), target())
+    return executable(site.region, candidate, *built(candidate), target())
 
 
 def truth(site, operands):
@@ -208,7 +209,7 @@ def test_tensors_of_more_than_two_gib(case):
         target().toolchain, [candidate.source], target().arch
     )
     ((digest, artifact),) = built.items()
-    kernel = search.executable(site.region, candidate, digest, artifact, target())
+    kernel = executable(site.region, candidate, digest, artifact, target())
     keys = jax.random.split(jax.random.key(0), 2)
     x, w = (
         jax.random.normal(key, a.shape, a.dtype)
@@ -234,7 +235,7 @@ def test_a_problem_the_kernel_was_not_built_for_is_refused():
         )
         path = target().kernels.find(digest)
         assert path is not None
-        search.executable(narrow.region, odd, digest, path, target())
+        executable(narrow.region, odd, digest, path, target())
 
 
 def _dense_of(m, k, n):

@@ -19,7 +19,7 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
-from jax_bolt._src import options, resolve
+from jax_bolt._src import options, results
 from jax_bolt._src.jit import loader
 
 
@@ -60,7 +60,7 @@ def close(got, want):
 @pytest.fixture
 def forced(monkeypatch):
     """Kernels wherever there are any, whatever tuning chose; the store is shared."""
-    monkeypatch.setattr(resolve, "stored", lambda *_: None)
+    monkeypatch.setattr(results, "stored", lambda *_: None)
     with jax_bolt.options(on_miss="heuristic"):
         yield
 
@@ -104,6 +104,30 @@ def test_heuristic_kernels_run_in_every_transform(args, forced):
         np.linalg.norm(gradient(f, args) - truth) for f in (fun, jax.jit(block))
     )
     assert ours <= 1.25 * plain
+
+
+def test_another_layout(forced):
+    def fun(x, w1, w2, scale):
+        numbers = ("NCHW", "OIHW", "NCHW")
+        y = jax.lax.conv_general_dilated(
+            x, w1, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        y = jax.nn.relu(y * scale[:, None, None])
+        y = jax.lax.conv_general_dilated(
+            y, w2, (2, 2), "SAME", dimension_numbers=numbers
+        )
+        return jax.nn.silu(y + x[:, :, ::2, ::2])
+
+    args = (
+        normal(0, 4, 64, 28, 28),
+        normal(1, 64, 64, 3, 3) * 0.05,
+        normal(2, 64, 64, 1, 1) * 0.1,
+        normal(3, 64),
+    )
+    made = jax_bolt.optimize(fun)
+    assert made.lower(*args).as_text().count("jax_bolt.launch") >= 1
+    assert all(site.kernel != "xla" for site in made.explain(*args).sites)
+    close(made(*args), jax.jit(fun)(*args))
 
 
 def test_command_buffers_hold_the_launches(args, forced):

@@ -19,7 +19,7 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
-from jax_bolt._src import base, compat, options, plan, resolve
+from jax_bolt._src import base, compat, options, plan, resolve, results
 from jax_bolt._src.jit import loader, store
 from jax_bolt._src.tune import isolate
 
@@ -128,7 +128,7 @@ def test_a_site_is_tuned_in_spite_of_a_bad_candidate(
     # Nor is it tried again, by whichever process tunes the region next.
     (tuned,) = (cache_dir / "tuned").glob("*.json")
     tuned.unlink()
-    resolve.forget()
+    results.forget()
     (site,) = jax_bolt.tune(fun, *args).sites
     assert f"{reason}" in site.notes and site.notes.endswith("before")
     assert store.stats()["restarts"] == after["restarts"]
@@ -168,7 +168,7 @@ def test_the_worker_leaves_no_memory_behind(args, cache_dir):
     jax_bolt.tune(fun, *args)  # what JAX itself takes, it has now
     (tuned,) = (cache_dir / "tuned").glob("*.json")
     tuned.unlink()
-    resolve.forget()
+    results.forget()
     before = native.device_info(ordinal)["free_bytes"]
     jax_bolt.tune(fun, *args)
     for _ in range(50):

@@ -14,11 +14,13 @@ import pytest
 from test_errors import ARGS, TARGET, dense, gpu, lowered, nvcc  # noqa: F401
 
 import jax_bolt
-from jax_bolt._src import options, paths, plan, program, resolve
+from jax_bolt._src import options, paths, plan, program, resolve, results
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import store
 from jax_bolt._src.jit import toolchain as toolchains
+from jax_bolt._src.report import Site
 from jax_bolt._src.tune import adopt, db, isolate, measure, search
+from jax_bolt._src.tune.target import Target
 
 
 @dataclasses.dataclass
@@ -26,19 +28,23 @@ class World:
     """A site, a result for it, and what the GPU says of its kernel."""
 
     site: Any
-    target: search.Target
+    target: Target
     shipped: Path
     checked: list[str] = dataclasses.field(default_factory=list)
     verdict: Callable[[], measure.Errors] = lambda: measure.Errors(1e-3, 1e-3)
 
-    def entry(self, **changes: Any) -> db.Entry:
+    @property
+    def candidate(self) -> plan.Candidate:
         made = plan.heuristic(self.site.region, self.target.arch)
         assert isinstance(made, plan.Plan)
+        return made.candidate
+
+    def entry(self, **changes: Any) -> db.Entry:
         entry = db.Entry(
             choice="kernel",
-            form=made.candidate.form.name,
-            template=made.candidate.template.name,
-            config=made.candidate.config.text,
+            form=self.candidate.form.name,
+            template=self.candidate.template.name,
+            config=self.candidate.config.text,
             sources=self.target.origin.sources,
             compiler="nvcc 1.2",
             time_us=2.0,
@@ -73,7 +79,7 @@ class World:
 @pytest.fixture
 def world(gpu, nvcc, monkeypatch, tmp_path) -> World:  # noqa: F811
     monkeypatch.setattr(paths, "shipped_tuning", lambda: tmp_path / "shipped")
-    monkeypatch.setattr(resolve, "_tried", set())
+    monkeypatch.setattr(results, "_tried", set())
     target = resolve.target_for(gpu, options.current())
     (site,) = program.trace(dense, (), ARGS, {}, options.current())[0].family.sites
     made = World(site, target, tmp_path / "shipped")
@@ -114,7 +120,7 @@ def test_a_result_of_other_versions_is_checked_once_and_kept(
         xla_error=1e-3,
     )
     assert store.stats()["adopted"] == before + 1
-    resolve.forget()  # the next process
+    results.forget()  # the next process
     assert world.runs_on_a_kernel()
     assert len(world.checked) == len(nvcc.calls) == 1
 
@@ -137,6 +143,16 @@ def test_a_kernel_that_does_not_compile_is_not_used(world, nvcc):  # noqa: F811
     world.ship(world.entry())
     assert not world.runs_on_a_kernel()
     assert not world.checked and world.own is None
+
+
+def test_what_cannot_be_recorded_is_left(world, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise UserWarning("tuning results cannot be saved")  # python -W error
+
+    world.save(world.entry())
+    monkeypatch.setattr(db.Database, "put", fail)
+    assert not world.runs_on_a_kernel()
+    assert len(world.checked) == 1
 
 
 def test_what_fails_is_tuned(world, monkeypatch):
@@ -195,7 +211,7 @@ def test_a_config_that_is_gone_is_void(world):
     assert not world.checked
     # And the shipped one has its turn.
     world.ship(world.entry())
-    resolve.forget()
+    results.forget()
     assert world.runs_on_a_kernel()
 
 
@@ -212,9 +228,7 @@ def test_without_a_compiler_nothing_is_adopted(world, monkeypatch):
 def test_the_check_itself(world, monkeypatch):
     """What it asks of a kernel, on a device that only says what it is told."""
     monkeypatch.undo()
-    made = plan.heuristic(world.site.region, world.target.arch)
-    assert isinstance(made, plan.Plan)
-    candidate = made.candidate
+    candidate = world.candidate
     seen: list[dict[str, Any]] = []
 
     class Worker:
@@ -229,7 +243,7 @@ def test_the_check_itself(world, monkeypatch):
     def check(failed: isolate.Failed | None, error: float) -> measure.Errors:
         found = measure.Errors(error, 1e-3)
         monkeypatch.setattr(measure, "errors", lambda *args: found)
-        monkeypatch.setattr(search, "executable", lambda *args: "the kernel")
+        monkeypatch.setattr(adopt, "executable", lambda *args: "the kernel")
         worker: Any = Worker(failed)
         known = "digest", Path("artifact")
         return adopt.check(world.site, candidate, *known, world.target, worker)
@@ -246,3 +260,36 @@ def test_the_check_itself(world, monkeypatch):
         check(None, 0.0)
     assert len(seen) == 4
     assert all(request["verify"] for request in seen)
+
+
+def test_explain_says_what_will_be_taken_over(world):
+    """And that it is checked before; not what was found to fail here."""
+
+    def explained() -> Site:
+        with options.options(on_miss="xla"):
+            (site,) = jax_bolt.explain(dense, *ARGS).sites
+        return site
+
+    assert explained().provenance == "heuristic"
+    world.ship(world.entry(notes="one crashed"))
+    results.forget()
+    site = explained()
+    assert (site.provenance, site.time_us, site.xla_time_us) == ("shipped", 2.0, 3.0)
+    assert site.kernel == world.candidate.text
+    assert site.notes.startswith("made by other versions: checked here before")
+    assert site.notes.endswith("; one crashed")
+    assert not world.checked
+    assert world.runs_on_a_kernel()
+    site = explained()
+    assert (site.provenance, site.notes) == ("user", "one crashed")
+
+
+def test_explain_when_the_check_has_failed(world):
+    def inaccurate() -> measure.Errors:
+        raise search.Untunable("its error is too large")
+
+    world.verdict = inaccurate
+    world.save(world.entry())
+    assert not world.runs_on_a_kernel()
+    (site,) = jax_bolt.explain(dense, *ARGS).sites
+    assert (site.provenance, site.notes) == ("heuristic", "")

@@ -29,7 +29,7 @@ from benchmarks import (
 )
 from jax_bolt._src import arch, compat, forms, ir, resolve
 from jax_bolt._src.primitive import reference_fun
-from jax_bolt._src.tune import isolate, measure, search
+from jax_bolt._src.tune import isolate, measure
 
 CEILINGS = floor.Ceilings(flops=800e12, bandwidth=4e12)
 VGG = ["--models", "vgg16", "--batches", "1", "--image", "32"]
@@ -295,9 +295,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def executable(region: Any, candidate: Any, digest: str, *_: Any) -> Any:
         return types.SimpleNamespace(position=worker.positions[digest])
 
-    def time_region(fun: Any, operands: measure.Operands, ordinal: int) -> float:
-        jax.block_until_ready([jax.jit(fun)(*values) for values in operands.sets])
-        return 8.0
+    def time_region(fun: Any, operands: measure.Operands, ordinal: int) -> measure.Run:
+        found = [jax.jit(fun)(*values) for values in operands.sets]
+        jax.block_until_ready(found)
+        return measure.Run(8.0, found[0])
 
     def patch(module: Any, name: str, value: Any) -> None:
         monkeypatch.setattr(module, name, value)
@@ -306,11 +307,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(environment, "has_gpu", lambda: True)
     patch(floor, "measure", lambda: floor.Ceilings(flops=800e12, bandwidth=1e12))
     patch(resolve, "target_for", lambda device, options: target)
-    patch(search, "executable", executable)
+    patch(kernel_times, "executable", executable)
     patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
     patch(measure, "errors", lambda *_: measure.Errors(kernel=1e-3, xla=1e-3))
-    patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: 8.0)
+    run: Any = measure.Run(8.0, None)  # type: ignore[arg-type]
+    patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: run)
     return [*ONE_CONV, "--templates", "conv_sm80", "--out", str(tmp_path)]
 
 

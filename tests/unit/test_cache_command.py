@@ -21,7 +21,8 @@ from fresh_python import environ
 from jax_bolt._src import arch, archive, cli, options, paths, plan
 from jax_bolt._src.jit import manifest
 from jax_bolt._src.jit.store import Store
-from jax_bolt._src.tune import db, search
+from jax_bolt._src.tune import db
+from jax_bolt._src.tune import target as targets
 
 H200 = arch.of_device("9.0", "NVIDIA H200", 132)
 DEVICE = db.device_key(H200)
@@ -91,7 +92,7 @@ class Cache:
 @pytest.fixture
 def cache(cache_dir: Path, fake: FakeNvcc, monkeypatch: pytest.MonkeyPatch) -> Cache:
     origin = plan.Origin("headers", "nvcc 13")
-    monkeypatch.setattr(search, "origin", lambda tools: origin)
+    monkeypatch.setattr(targets, "origin", lambda tools: origin)
     return Cache(fake)
 
 

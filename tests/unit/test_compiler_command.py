@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from fake_nvcc import FakeNvcc, wait_for
@@ -183,6 +185,24 @@ def test_stopping_ends_the_compiler_soon(fake, out):
         compiler.compile(fake.toolchain(), "WAIT", SM90, out, stop=stop)
     assert time.monotonic() - start < 30
     wait_for(lambda: not _is_running(fake.calls[0]), 10)
+
+
+def test_where_memory_is_short_the_compiler_goes_first(fake, out):
+    stop = threading.Event()
+
+    def compile() -> None:
+        with contextlib.suppress(CompileError):
+            compiler.compile(fake.toolchain(), "WAIT", SM90, out, stop=stop)
+
+    thread = threading.Thread(target=compile)
+    thread.start()
+    try:
+        wait_for(lambda: fake.calls)
+        score = Path(f"/proc/{fake.calls[0]}/oom_score_adj")
+        wait_for(lambda: score.read_text() == "1000\n", 10)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_no_host_compiler_is_said_before_anything_runs(fake, out):

@@ -22,11 +22,21 @@ import pytest
 from fake_nvcc import FakeNvcc
 
 import jax_bolt
-from jax_bolt._src import cli, compat, lower, options, paths, plan, program, resolve
+from jax_bolt._src import (
+    cli,
+    compat,
+    lower,
+    options,
+    paths,
+    plan,
+    program,
+    resolve,
+    results,
+)
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import directories, loader, store
 from jax_bolt._src.jit import toolchain as toolchains
-from jax_bolt._src.tune import db
+from jax_bolt._src.tune import db, search
 
 TARGET = "jax_bolt.launch"
 
@@ -64,7 +74,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     # What a process remembers, so as to say and try things once.
     monkeypatch.setattr(lower, "_warned", set())
     monkeypatch.setattr(store, "_failures", {})
-    monkeypatch.setattr(resolve, "failures", {})
+    monkeypatch.setattr(results, "failures", {})
     return gpu
 
 
@@ -240,6 +250,21 @@ def test_a_cache_that_others_can_write(gpu, nvcc, cache_dir):
     (cache_dir / "kernels").mkdir(parents=True)
     (cache_dir / "kernels").chmod(0o777)
     assert f"chmod go-w '{cache_dir / 'kernels'}'" in warning_of()
+
+
+def test_for_a_cache_that_others_can_write_nothing_is_tuned(
+    gpu, nvcc, cache_dir, monkeypatch
+):
+    """Which would be begun once more for every site."""
+
+    def tune(*_: Any) -> Any:
+        raise AssertionError("it was begun")
+
+    (cache_dir / "kernels").mkdir(parents=True)
+    (cache_dir / "kernels").chmod(0o777)
+    monkeypatch.setattr(search, "tune", tune)
+    with options.options(on_miss="tune"):
+        assert f"chmod go-w '{cache_dir / 'kernels'}'" in warning_of(two_sites)
     assert not nvcc.calls
 
 

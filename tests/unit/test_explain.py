@@ -92,6 +92,7 @@ def test_resnet50_on_sm_90a():
     for site in report.sites:
         assert site.kernel.startswith("implicit_gemm_sm90"), site
         assert site.provenance == "heuristic"
+        assert " µs: " in site.estimate and "device memory" in site.estimate
     assert [s.epilogue for s in report.sites[:3]] == [
         "conv7x7+bn+relu",
         "conv1x1+bn+relu",

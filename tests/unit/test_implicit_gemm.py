@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 
 from jax_bolt._src import arch, evaluate, ir
 from jax_bolt._src.jit import codegen
-from jax_bolt._src.kernels import geometry, implicit_gemm_sm90, implicit_gemm_tiles
+from jax_bolt._src.kernels import (
+    geometry,
+    implicit_gemm_rank,
+    implicit_gemm_sm90,
+    implicit_gemm_tiles,
+)
 from jax_bolt._src.kernels.config import Config
 from jax_bolt._src.kernels.image import Image, axes
 from jax_bolt._src.kernels.implicit_gemm_tiles import Tile
@@ -335,7 +340,7 @@ def test_configs(problem):
     assert implicit_gemm_sm90.configs(taken, HOPPER) == found
     image = Image.of(problem)
     costs = [
-        implicit_gemm_tiles.cycles(Tile.of(config), image, taken, HOPPER)
+        implicit_gemm_rank.cycles(Tile.of(config), image, taken, HOPPER)
         for config in found
     ]
     first = implicit_gemm_sm90._FIRST

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -235,6 +236,26 @@ def test_no_process_can_be_started(start: Callable, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(Unavailable, match=r"cannot be started: .*No such file"):
         start().start()
+
+
+@pytest.mark.parametrize("program", ["/bin/true", "", None])
+def test_a_program_that_is_no_python_is_not_started(
+    start: Callable, monkeypatch: Any, program: str | None
+) -> None:
+    """It may be the user's, frozen with its Python: it would run and tune again."""
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(Unavailable, match="needs a Python"):
+        start().start()
+
+
+def test_the_time_that_a_container_is_paused_is_not_a_candidates(
+    start: Callable, kernel: Path, monkeypatch: Any
+) -> None:
+    worker = start()
+    worker.time(request(kernel))
+    hours = itertools.count(time.monotonic(), 3600.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(hours))
+    assert worker.time(request(kernel, "again")).micros == pytest.approx(M)
 
 
 def test_it_finds_the_gpu_by_its_uuid(start: Callable, kernel: Path) -> None:

@@ -223,11 +223,6 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
             "negative padding",
         ),
         (
-            lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME"),
-            (X, shape(4, 8, 3, 3)),
-            "layout",
-        ),
-        (
             lambda x, w: lax.conv_general_dilated(
                 x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
             ),

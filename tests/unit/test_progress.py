@@ -144,7 +144,7 @@ def test_what_the_program_prints_is_not_drawn_over(monkeypatch):
 def test_no_fault_of_a_bar_is_an_error(method, monkeypatch):
     from rich.progress import Progress as Bar
 
-    be_on_terminal(monkeypatch)
+    terminal = be_on_terminal(monkeypatch)
 
     def broken(*args: object, **kwargs: object) -> None:
         raise OSError("the terminal went away")
@@ -155,4 +155,6 @@ def test_no_fault_of_a_bar_is_an_error(method, monkeypatch):
         progress.step("x")
         progress.start("tuning", 1)
         progress.step("x")
+    # What was drawn until then is ended, or it would catch what the program prints.
+    assert method == "stop" or sys.stdout is terminal
     monkeypatch.undo()

@@ -39,3 +39,15 @@ def test_operand_sets_differ():
     first, second = measure.make_operands(cases.GEMMS[0].site(), l2_bytes=1).sets
     for a, b in zip(first, second, strict=True):
         assert not np.array_equal(a, b)
+
+
+def test_the_yardstick_sees_what_is_wrong():
+    case = cases.CONVS[0]
+    site = case.site()
+    operands = measure.make_operands(site, l2_bytes=1)
+    yardstick = measure.Yardstick(operands)
+    right = jax.jit(reference_fun(site.reference))(*operands.sets[0])
+    assert yardstick.error(right) < TOLERANCE[site.region.problem.dtype]
+    assert yardstick.error(right * 1.5) > 0.1
+    assert yardstick.error(jnp.zeros_like(right)) == 1.0
+    assert not yardstick.error(right.at[(0,) * right.ndim].set(jnp.nan)) < 1e9

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import random
 import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo
 from jax_bolt._src.tune import db, isolate, measure, search, stages
 from jax_bolt._src.tune.isolate import Failed, NoMemory, Timing, Unavailable
+from jax_bolt._src.tune.target import Target
 
 HOPPER = arch_.from_name("sm_90a")
 XLA_US = 100.0
@@ -70,7 +72,7 @@ class World:
         for module, name, fake in (
             (search, "executable", self.executable),
             (measure, "make_operands", lambda site, l2_bytes: site),
-            (measure, "errors", self.errors),
+            (measure, "Yardstick", lambda operands: self),
             (measure, "time_region", self.time_xla),
             (measure, "time_in_sequence", self.time_in_sequence),
             (measure, "release", lambda: None),
@@ -81,12 +83,18 @@ class World:
         self, *sites: SiteInfo, budget_s: float | None = None, arch: Any = HOPPER
     ) -> dict[str, str]:
         for site in sites:
-            for candidate in plan.candidates(site.region, arch)[0]:
-                self._know(candidate, False)
-                stand = base.stand_in(candidate)
-                if stand is not None:
-                    self._know(stand, True)
-        target = search.Target(
+            self.know(site, arch)
+        return search.tune(sites, self.target(arch), budget_s, show_progress=False)
+
+    def know(self, site: SiteInfo, arch: Any = HOPPER) -> None:
+        for candidate in plan.candidates(site.region, arch)[0]:
+            self._know(candidate, False)
+            stand = base.stand_in(candidate)
+            if stand is not None:
+                self._know(stand, True)
+
+    def target(self, arch: Any = HOPPER) -> Target:
+        return Target(
             device=jax.devices("cpu")[0],
             ordinal=0,
             arch=arch,
@@ -97,7 +105,6 @@ class World:
             jobs=None,
             disable=(),
         )
-        return search.tune(sites, target, budget_s, show_progress=False)
 
     def _know(self, candidate: Candidate, is_base: bool) -> None:
         key = self.digest(None, candidate.source, None), candidate.recipe
@@ -171,16 +178,18 @@ class World:
         micros = self.micros(candidate, False)
         return types.SimpleNamespace(digest=digest, micros=micros, candidate=candidate)
 
-    def errors(self, operands: Any, kernel: Any) -> measure.Errors:
+    def error(self, result: Any) -> float:
+        good = result == "xla" or self.accurate(result)
+        return 1e-3 if good else 1e-2
+
+    def time_xla(self, fun: Any, operands: Any, ordinal: int) -> measure.Run:
+        result: Any = "xla"
+        return measure.Run(self.xla_us, result)
+
+    def time_in_sequence(self, kernel: Any, operands: Any, ordinal: int) -> measure.Run:
         self.now += self.finish_s
-        good = self.accurate(kernel.candidate.config.text)
-        return measure.Errors(kernel=1e-3 if good else 1e-2, xla=1e-3)
-
-    def time_xla(self, fun: Any, operands: Any, ordinal: int) -> float:
-        return self.xla_us
-
-    def time_in_sequence(self, kernel: Any, operands: Any, ordinal: int) -> float:
-        return (self.in_program or (lambda k: k.micros))(kernel)
+        micros = (self.in_program or (lambda k: k.micros))(kernel)
+        return measure.Run(micros, kernel.candidate.config.text)
 
 
 @pytest.fixture
@@ -355,7 +364,7 @@ def test_memory_of_this_process_is_short(world: World, monkeypatch: Any) -> None
     def full(*_: Any) -> Any:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no")
 
-    monkeypatch.setattr(measure, "errors", full)
+    monkeypatch.setattr(measure, "Yardstick", full)
     (reason,) = world.tune(site_of()).values()
     assert reason == "not tuned: too little free device memory"
 
@@ -367,6 +376,25 @@ def test_a_store_that_others_write_is_an_error(world: World, monkeypatch: Any) -
     monkeypatch.setattr(world, "build", build)
     with pytest.raises(CacheError, match="chmod"):
         world.tune(site_of())
+
+
+def test_a_region_that_cannot_be_listed_costs_only_itself(
+    world: World, monkeypatch: Any
+) -> None:
+    good, bad = site_of(32), site_of(16)
+    listed = plan.candidates
+
+    def candidates(region: Any, *args: Any) -> Any:
+        if region == bad.region:
+            raise ZeroDivisionError("of ours")
+        return listed(region, *args)
+
+    world.know(good)
+    monkeypatch.setattr(plan, "candidates", candidates)
+    assert search.tune([good, bad], world.target(), None, False) == {
+        bad.region.text: "no kernel takes it: of ours"
+    }
+    assert world.entry(good).choice == "kernel"
 
 
 def test_kernels_that_do_not_compile(world: World, monkeypatch: Any) -> None:
@@ -530,6 +558,31 @@ def test_an_interrupt_ends_it(world: World, monkeypatch: Any) -> None:
     failed = world.tune(*sites)
     assert failed == {s.region.text: "tuning was interrupted" for s in sites}
     assert len(world.timed) == 1
+
+
+def test_an_interrupted_caller_leaves_nothing_running(
+    world: World, monkeypatch: Any
+) -> None:
+    """Neither a worker nor a terminal without its cursor."""
+    begun = threading.Event()
+
+    class Thread(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            if self.name == "jax_bolt-tune" and timeout is None:
+                assert begun.wait(30)
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    def micros(candidate: Candidate, is_base: bool) -> float:
+        begun.set()
+        time.sleep(0.5)  # of a poll
+        return 50.0
+
+    monkeypatch.setattr(threading, "Thread", Thread)
+    world.micros = micros
+    with pytest.raises(KeyboardInterrupt):
+        world.tune(site_of())
+    assert world.events == ["stop"]
 
 
 # --- Compilers work ahead

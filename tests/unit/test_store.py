@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_nvcc import FakeNvcc, toolchain, wait_for
@@ -320,6 +321,20 @@ def test_only_the_users_own_directories_are_private(tmp_path, monkeypatch):
     assert not directories.is_private(tmp_path.stat())
     with pytest.raises(CacheError, match=r"belongs to user \d+, .*chown -R 4321"):
         directories.require_private(tmp_path)
+
+
+def test_as_many_compilers_as_a_container_has_cpus(kernels, fake, monkeypatch):
+    """Of those it sees it may have a few, and memory for as many compilers."""
+    parallel, seen = store._parallel, []
+
+    def spy(build_one: Any, keys: Any, jobs: int, stop: Any) -> Any:
+        seen.append(jobs)
+        return parallel(build_one, keys, jobs, stop)
+
+    monkeypatch.setattr(store, "_parallel", spy)
+    monkeypatch.setattr(compiler, "cpus", lambda: 1.5)
+    build(kernels, fake)
+    assert seen == [2]
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from fake_nvcc import FakeNvcc, wait_for
 from fresh_python import environ
 
 from jax_bolt._src import arch, base, options
-from jax_bolt._src.jit import codegen, store, toolchain
+from jax_bolt._src.jit import codegen, compiler, store, toolchain
 from jax_bolt._src.warm import background, gpus, start, usage
 
 A100 = arch.of_device("8.0", "NVIDIA A100-SXM4-40GB")
@@ -245,6 +248,33 @@ def test_it_ends_when_its_user_is_killed(machine):
     assert machine.kernels.entries() == []
 
 
+def test_it_ends_with_its_users_on_a_networks_disk_too(tmp_path, monkeypatch):
+    """NFS locks a file for one alone only where it is open for writing."""
+
+    class Ended(Exception):
+        pass
+
+    def flock(file: Any, how: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+
+    def exit(status: int) -> None:
+        raise Ended
+
+    def wait(seconds: float) -> None:
+        raise AssertionError("it has no users")
+
+    (tmp_path / start.USERS).touch()
+    locks = types.SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=4)
+    monkeypatch.setattr(background, "fcntl", locks)
+    monkeypatch.setattr(background, "_ending", threading.Event())
+    monkeypatch.setattr(background.compiler, "end_all", lambda: None)
+    monkeypatch.setattr(os, "_exit", exit)
+    monkeypatch.setattr(time, "sleep", wait)
+    with pytest.raises(Ended):
+        background._end_with_users(tmp_path)
+
+
 def test_what_is_killed_itself_is_replaced(machine):
     hold(machine.fake)
     machine.stay()
@@ -423,8 +453,9 @@ def test_half_of_the_cpus(tmp_path, monkeypatch, files, cpus):
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(background, "_GROUP", tmp_path)
-    monkeypatch.setattr(background.os, "sched_getaffinity", lambda pid: range(64))
+    monkeypatch.setattr(compiler, "_GROUP", tmp_path)
+    monkeypatch.setattr(compiler.os, "sched_getaffinity", lambda pid: range(64))
+    assert compiler.cpus() == cpus
     assert background.default_jobs() == max(1, int(cpus / 2))
 
 

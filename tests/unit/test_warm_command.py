@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -136,6 +137,35 @@ def test_a_cache_that_cannot_be_written(nvcc, run, cache_dir, tmp_path, monkeypa
     _, said = run("--arch", "sm_80", status=1)
     assert f"kernels cannot be stored in {cache_dir / 'kernels'}" in said
     assert len(nvcc.calls) < COUNT, "and no more of them are built"
+
+
+def test_nothing_to_build_in_a_cache_that_is_read_only(nvcc, run, monkeypatch):
+    run("--arch", "sm_80")
+
+    def read_only(*_: Any) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(usage, "complete", read_only)
+    printed, _ = run("--arch", "sm_80")
+    assert f"{COUNT} were there" in printed
+
+
+def test_a_library_that_was_cleared_meanwhile_is_not_complete(nvcc):
+    active = options.current()
+    tools = toolchain.find(active)
+    wanted = library.sources(A100, active, tools)[:3]
+    kernels = store.Store(paths.kernel_root(active))
+    steps: list[None] = []
+
+    def step() -> None:
+        steps.append(None)
+        if len(steps) == len(wanted):
+            kernels.clear()
+
+    library.build(A100, wanted, active, tools, 1, step)
+    assert not usage.complete(A100, active, tools).exists()
+    library.build(A100, wanted, active, tools, 1)
+    assert usage.complete(A100, active, tools).exists()
 
 
 def test_the_program_itself(nvcc, cache_dir):

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import re
 import shlex
@@ -64,6 +65,7 @@ _OUTPUT: dict[Artifact, tuple[str, ...]] = {
     "cubin": _CUBIN,
     "cast": _CUBIN,
 }
+_GROUP = Path("/sys/fs/cgroup")  # a container's own
 _SPILLS = re.compile(r"[1-9]\d* bytes spill stores.*")
 # In the words of the C library, which nvcc's own programs and the host compiler print.
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
@@ -173,6 +175,26 @@ def compile(
     return binary
 
 
+def cpus() -> float:
+    """CPUs' worth of time that this process may use, by a container's limit too."""
+    return min(len(os.sched_getaffinity(0)), _quota())
+
+
+def _quota() -> float:
+    """What a container's limit allows; infinity without one."""
+    try:
+        quota, period = (_GROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (_GROUP / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (_GROUP / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return math.inf
+    if not (quota.isdecimal() and period.isdecimal() and int(period)):
+        return math.inf  # "max", or -1
+    return int(quota) / int(period)
+
+
 def _includes(toolchain: Toolchain) -> dict[str, Path]:
     return {
         "own": toolchain.own_include,
@@ -211,6 +233,9 @@ def _run(
             except OSError as error:
                 return f"cannot run {args[0]}: {error}"
             _live.add(process)
+        with contextlib.suppress(OSError):
+            # Where memory is short it is they who go, and not the user's program.
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         try:
             return _wait(process, timeout_s, stop)
         finally:

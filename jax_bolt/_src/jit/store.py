@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
+import math
 import queue
 import shutil
 import threading
@@ -196,6 +196,11 @@ class Store:
                     _publish(aside, self.root / digest)
             return found is None
 
+    def check(self) -> None:
+        """Does nothing but what all methods do: raise CacheError, or not."""
+        for _ in self._readable():
+            pass
+
     def entries(self) -> list[Entry]:
         """Every entry, sound or not, least recently used first."""
         found = []
@@ -267,7 +272,7 @@ class Store:
         def build_one(key: str) -> Result:
             return self._build_one(root, key, toolchain, missing[key], arch, stop)
 
-        jobs = jobs or len(os.sched_getaffinity(0))
+        jobs = jobs or math.ceil(compiler.cpus())
         yield from _parallel(build_one, list(missing), jobs, stop)
 
     def _build_one(

@@ -97,6 +97,12 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return f"jax_bolt::conv::Fprop80<{', '.join(map(str, arguments))}>"
 
 
+def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
+    """How its tiles fill the GPU."""
+    p = region.problem
+    return tiles.reasoning(str(config["tile"]), p.rows, p.channels, 1, arch)
+
+
 def _depths(p: ir.ConvProblem) -> tuple[int, ...]:
     """Tile depths at which K should run densely over taps and channels: those that
     hold several whole taps."""

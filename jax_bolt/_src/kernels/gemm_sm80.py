@@ -90,6 +90,13 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return f"jax_bolt::gemm::Sm80<{', '.join(map(str, arguments))}>"
 
 
+def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
+    """How its tiles fill the GPU."""
+    p = region.problem
+    assert isinstance(p, ir.GemmProblem)
+    return tiles.reasoning(str(config["tile"]), p.m, p.n, p.batch, arch)
+
+
 def store_alignment(region: ir.Region) -> int:
     """Elements of D one thread writes at once; 8 at most, even of one byte."""
     return min(8, alignment(region.problem.channels, region.epilogue.out_dtype))

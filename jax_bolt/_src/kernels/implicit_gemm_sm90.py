@@ -10,6 +10,7 @@ import functools
 
 from .. import ir
 from ..arch import GpuArch
+from . import implicit_gemm_rank as rank
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
 from .geometry import MAX_PHASES, MAX_TAPS
@@ -17,7 +18,6 @@ from .image import Image, cols_of, rows_of
 from .implicit_gemm_tiles import (
     NAME,
     Tile,
-    cycles,
     grid,
     shared_bytes,
     slot_tiles_of,
@@ -84,7 +84,7 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     image = Image.of(region.problem)
     found = sorted(
         tiles_of(image, region.epilogue, arch),
-        key=lambda tile: cycles(tile, image, region, arch),
+        key=lambda tile: rank.cycles(tile, image, region, arch),
     )
     first = _varied(found, _FIRST, _OF_A_KIND_FIRST)
     rest = [tile for tile in found if tile not in first]
@@ -124,6 +124,12 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         Image.of(region.problem).k_steps,
     )
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
+
+
+def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
+    """What the rank model expects of it."""
+    image = Image.of(region.problem)
+    return rank.estimate(Tile.of(config), image, region, arch).text
 
 
 def prologue(region: ir.Region) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiles of the Hopper implicit GEMM, and how long each would take.
+"""The tiles of the Hopper implicit GEMM.
 
 Tiles are cut to the problem: any multiple of 8 pixels, whole rows or whole images
 where they fit, so that the grid fills the SMs in as few waves as it can.
@@ -20,24 +20,10 @@ from .image import BLOCK, ROW, Image
 
 NAME = "implicit_gemm_sm90"
 
-_FILTER_BLOCK = BLOCK * ROW  # bytes
+FILTER_BLOCK = BLOCK * ROW  # bytes
 # Full and empty barriers of every stage there can be, slots' for two warpgroups, and
 # two more of each of these.
 _BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
-
-# Cycles of an SM, fitted to 2,500 kernels of 54 problems on an H200 (ResNet-50's at
-# batch 32 and some at 128, BERT's, VGG's dense layers): of some 45 tiles of a problem
-# the first pick took 4 % longer than the best on average, the best of the first eight,
-# at most three of a kind, 0.5 %.
-_START = 3400  # from launch to the first product, and the last store
-_FINISH = 2.0  # of an epilogue: a pixel of a block, for every instruction
-_EXCHANGE = 4500  # of sums and results between the CTAs of a split tile
-_PIXEL_WAIT = 2200  # from asking for a box of pixels, mostly in device memory, to it
-_FILTER_WAIT = 1800
-_BOX, _STEP = 60, 8  # of each, beside what it moves and multiplies
-_LOAD_RATE = 80.0  # bytes a cycle from L2 into shared memory
-_OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
-_CLOCK = 1.7e9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,7 +170,7 @@ def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
     """CTAs that may share a tile: where all of them fit on the GPU at once."""
     if tile.schedule == "pingpong" or tile.blocks * tile.channel_blocks > 1:
         return []
-    count, room = _count(tile, image), arch.sm_count * tile.ctas
+    count, room = tile_count(tile, image), arch.sm_count * tile.ctas
     # A cluster lies in one part of the GPU, with 16 or 18 SMs on Hopper: large ones
     # leave some idle.
     return [
@@ -260,7 +246,7 @@ def _staged(
     """``tile`` with as many stages as shared memory holds, or None."""
     sides, slot_tiles = len(epilogue.sides), slot_tiles_of(epilogue)
     image = layout.image
-    steps, boxes = _steps(tile, layout)
+    steps, boxes = steps_of(tile, layout)
     per_sm = (
         arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
     )
@@ -271,7 +257,7 @@ def _staged(
             return None
 
     pixel_bytes, filter_bytes, store_bytes = _stage_bytes(tile, layout, slot_tiles)
-    room = per_sm - _BARRIERS - _partial_bytes(tile)
+    room = per_sm - _BARRIERS - partial_bytes(tile)
 
     def left(pixels: int, filters: int, stores: int) -> int:
         used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
@@ -315,12 +301,12 @@ def _stage_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> tuple[int, int,
     """Of a stage of pixels, of filters, and of stores: a slot for every warpgroup."""
     return (
         layout.stage_bytes,
-        _FILTER_BLOCK * tile.filter_blocks,
+        FILTER_BLOCK * tile.filter_blocks,
         tile.warpgroups * slot_tiles * layout.slot_bytes,
     )
 
 
-def _partial_bytes(tile: Tile) -> int:
+def partial_bytes(tile: Tile) -> int:
     """Sums that a CTA of a split tile gets from the others."""
     groups = -(-(tile.pixels // 8) // tile.splits)
     return tile.warpgroups * (tile.splits - 1) * groups * 8 * BLOCK * 4
@@ -329,14 +315,14 @@ def _partial_bytes(tile: Tile) -> int:
 def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
     rings = (tile.rings.pixels, tile.rings.filters, tile.rings.stores)
     stages = zip(rings, _stage_bytes(tile, layout, slot_tiles), strict=True)
-    return sum(n * size for n, size in stages) + _partial_bytes(tile) + _BARRIERS
+    return sum(n * size for n, size in stages) + partial_bytes(tile) + _BARRIERS
 
 
-def _count(tile: Tile, image: Image) -> int:
+def tile_count(tile: Tile, image: Image) -> int:
     return tile.layout(image).tile_count(tile.filter_blocks)
 
 
-def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
+def steps_of(tile: Tile, layout: Layout) -> tuple[int, int]:
     """Filter and pixel stages that a CTA reads for a tile."""
     chunks = -(-layout.image.chunks // tile.splits)
     return chunks * len(layout.taps), chunks * len(layout.phases)
@@ -344,54 +330,10 @@ def _steps(tile: Tile, layout: Layout) -> tuple[int, int]:
 
 def grid(tile: Tile, image: Image, arch: GpuArch) -> int:
     if tile.splits > 1:
-        return _count(tile, image) * tile.splits  # a cluster has one tile
-    most = min(_count(tile, image), arch.sm_count * tile.ctas)
+        return tile_count(tile, image) * tile.splits  # a cluster has one tile
+    most = min(tile_count(tile, image), arch.sm_count * tile.ctas)
     channel_tiles = image.channel_tiles(tile.filter_blocks)
     if tile.rings.resident and most >= channel_tiles:
         # A CTA keeps its channels: tiles go around in steps of the grid.
         return most // channel_tiles * channel_tiles
     return most
-
-
-# Rank -------------------------------------------------------------------------------
-
-
-def cycles(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> float:
-    """Estimated time of a launch, in an SM's cycles.
-
-    The busiest SM's tiles, one after the other, or device memory's time, whichever is
-    longer, and a part of the other. A tile takes as long as its products, what it moves
-    through shared memory, or waiting for loads that its rings are too short to have
-    under way; and its epilogue, where no other tile's products hide that.
-    """
-    layout = tile.layout(image)
-    steps, boxes = _steps(tile, layout)
-    rings, epilogue = tile.rings, region.epilogue
-    ctas = grid(tile, image, arch)
-    turns = -(-_count(tile, image) * tile.splits // ctas)
-    # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
-    one = max(tile.pixels / 2, 16 + tile.pixels / 4)
-    sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
-    blocks = tile.blocks * tile.channel_blocks
-    products = image.k_steps * steps * blocks * sharing * one
-    loads = boxes * layout.loads * layout.load_bytes
-    waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
-    if not rings.resident:
-        loads += steps * _FILTER_BLOCK * tile.filter_blocks
-        waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
-    moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
-    moved *= blocks * sharing * tile.parts * layout.slot_bytes
-    busy = max(products + steps * _STEP, (loads + moved) / _LOAD_RATE + boxes * _BOX)
-    main = max(busy, waiting)
-    finish = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
-    if tile.schedule == "pingpong":
-        own = turns * max(main, (main + finish) / 2) + finish
-    elif tile.ctas > 1 and ctas > arch.sm_count:
-        own = turns * max(2 * busy, main + finish)
-    else:
-        own = turns * (main + finish)
-    if tile.splits > 1:
-        own += _EXCHANGE + _partial_bytes(tile) / _LOAD_RATE
-    first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
-    memory = region.bytes_moved / arch.bandwidth * _CLOCK
-    return _START + first + max(own, memory) + _OVERLAP * min(own, memory)

@@ -37,6 +37,10 @@ class Template(Protocol):
         """The C++ type to compile."""
         ...
 
+    def reasoning(self, region: ir.Region, config: Config, arch: GpuArch) -> str:
+        """Why the config stands where it does in ``configs``."""
+        ...
+
 
 class CubinTemplate(Template, Protocol):
     """A template whose ``artifact`` is "cubin"."""

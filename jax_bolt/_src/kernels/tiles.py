@@ -63,5 +63,13 @@ def cost(
     return -(-ctas // sms) * tile.m * tile.n * (depth + 256) / tile.rate
 
 
+def reasoning(shape: str, rows: int, channels: int, batch: int, arch: GpuArch) -> str:
+    """Of a tile of that ``shape``: how it fills the GPU."""
+    m, n, _ = map(int, shape.split("x"))
+    ctas = -(-rows // m) * -(-channels // n) * batch
+    waves = -(-ctas // arch.sm_count)
+    return f"{ctas} tiles of {m}x{n} in {waves} waves of {arch.sm_count}"
+
+
 def fits(tile: Tile, dtype: ir.DType, epilogue: ir.Epilogue, arch: GpuArch) -> bool:
     return shared_bytes(tile, dtype, epilogue) <= arch.smem_per_block

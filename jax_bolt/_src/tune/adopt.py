@@ -8,6 +8,7 @@ on this GPU; then it costs seconds, where tuning anew would cost minutes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -21,8 +22,10 @@ from ..errors import CompileError
 from ..jit import store
 from ..plan import Candidate
 from ..primitive import SiteInfo
-from . import db, isolate, measure, search
+from . import builder, db, isolate, measure, search
+from .builder import Stopped
 from .failures import Failures
+from .target import Target, executable
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class Old:
     entry: db.Entry
 
 
-def adopt(old: Sequence[Old], target: search.Target) -> None:
+def adopt(old: Sequence[Old], target: Target) -> None:
     """Records those of ``old`` whose kernels compile and are accurate here.
 
     The others are left as they are. Runs in a thread of its own, as ``search.tune``.
@@ -46,26 +49,26 @@ def adopt(old: Sequence[Old], target: search.Target) -> None:
 
     def step(digest: str) -> None:
         if stop.is_set():
-            raise search.Stopped("it was interrupted")
+            raise Stopped("it was interrupted")
 
     def work() -> None:
         taken: dict[ir.Region, db.Entry] = {}
         try:
             with jax.default_device(target.device), jax.debug_nans(False):
-                built = search.build([each.candidate for each in old], target, step)
-                with isolate.worker(target.ordinal) as worker:
+                built = builder.build([each.candidate for each in old], target, step)
+                with (
+                    contextlib.suppress(Stopped),
+                    isolate.worker(target.ordinal) as worker,
+                ):
                     for each in old:
                         step("")
                         known = built[each.candidate.source]
                         entry = _checked(each, *known, target, worker)
                         if entry is not None:
                             taken[each.site.region] = entry
-        except search.Stopped:
-            pass
+            target.results.put(target.arch, taken)
         except BaseException as error:
             failed.append(error)
-        finally:
-            target.results.put(target.arch, taken)
 
     thread = threading.Thread(target=work, name="jax_bolt-adopt", daemon=True)
     thread.start()
@@ -82,7 +85,7 @@ def _checked(
     old: Old,
     digest: str,
     artifact: Path | CompileError,
-    target: search.Target,
+    target: Target,
     worker: isolate.Worker,
 ) -> db.Entry | None:
     """The entry with what was found here; None where its kernel cannot be used."""
@@ -110,7 +113,7 @@ def check(
     candidate: Candidate,
     digest: str,
     artifact: Path,
-    target: search.Target,
+    target: Target,
     worker: isolate.Worker,
 ) -> measure.Errors:
     """Runs a kernel on random operands, as tuning does before it trusts one.
@@ -122,7 +125,7 @@ def check(
     # For the first launches, which may do harm, and not for the time.
     limit_s = isolate.limit_s(site.region, 1, target.arch.bandwidth)
     isolate.launch(worker, request, limit_s, Failures(target.results.root))
-    kernel = search.executable(site.region, candidate, digest, artifact, target)
+    kernel = executable(site.region, candidate, digest, artifact, target)
     operands = measure.make_operands(site, l2_bytes=0)
     errors = measure.errors(operands, kernel)
     if not measure.is_accurate(errors, site.region):

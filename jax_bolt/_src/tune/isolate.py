@@ -22,12 +22,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import ir
+from .. import ir, paths
 from ..errors import CompileError
 from ..invoke import abi_problem
 from ..jit import loader, store
@@ -106,14 +105,20 @@ class Worker:
             return
         if self._failed_starts == _MAX_STARTS:
             raise Unavailable("not tuned: the tuning worker does not start")
+        python = paths.python()
+        if python is None:
+            raise Unavailable(
+                "not tuned: the tuning worker needs a Python to run it, and "
+                f"sys.executable is {sys.executable!r}"
+            )
         ours, theirs = socket.socketpair()
         us = str(theirs.fileno()), str(os.getpid())
         try:
-            self._errors = tempfile.TemporaryFile()
             with theirs:
+                self._errors = tempfile.TemporaryFile()
                 self._process = subprocess.Popen(
                     # Isolated: whatever the user's environment and directories hold.
-                    [sys.executable, "-I", "-S", *self._program, *us, *self._device],
+                    [python, "-I", "-S", *self._program, *us, *self._device],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -121,7 +126,7 @@ class Worker:
                     # An interrupt at the terminal is the parent's to handle.
                     start_new_session=True,
                 )
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             ours.close()
             if self._errors is not None:
                 self._errors.close()
@@ -216,15 +221,17 @@ class Worker:
     def _receive(self, limit_s: float, poll: Callable[[], None]) -> dict[str, Any]:
         """The next line; Failed where none comes."""
         assert self._socket is not None
-        end = time.monotonic() + limit_s
         self._socket.settimeout(_POLL_S)
+        # Not by the clock, which goes on while a container is paused.
+        looks = math.ceil(limit_s / _POLL_S)
         while b"\n" not in self._rest:
             poll()
-            if time.monotonic() > end:
+            if not looks:
                 raise Failed(f"did not end within {limit_s:.0f} s", fatal=True)
             try:
                 data = self._socket.recv(65536)
             except TimeoutError:
+                looks -= 1
                 continue
             except OSError:
                 data = b""

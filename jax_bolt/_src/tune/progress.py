@@ -7,6 +7,7 @@ two that are drawn over each other can both not be read.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from types import TracebackType
@@ -76,7 +77,10 @@ class Progress:
             return function(*args, **kwargs)
         except Exception as error:
             logger.debug("no progress is shown: %s", error, exc_info=True)
-            self._bar = None
+            bar, self._bar = self._bar, None
+            # Else it would go on drawing, and catch what the program prints.
+            with contextlib.suppress(Exception):
+                bar.stop()
             return None
 
 

@@ -30,7 +30,6 @@ _READ_BYTES = 256 << 20
 
 _IOPRIO_SET = 251  # on x86-64
 _IDLE = 3 << 13
-_GROUP = Path("/sys/fs/cgroup")  # a container's own
 
 _ending = threading.Event()
 
@@ -72,7 +71,7 @@ def lower_priority() -> None:
 
 def default_jobs() -> int:
     """Half of the CPUs that this process may use."""
-    return max(1, int(min(len(os.sched_getaffinity(0)), _quota()) / 2))
+    return max(1, int(compiler.cpus() / 2))
 
 
 def read_ahead(active: Options) -> None:
@@ -99,9 +98,8 @@ def read_ahead(active: Options) -> None:
 def _build(active: Options) -> None:
     tools = toolchain.find(active)
     for arch in gpus.architectures():
-        complete = usage.complete(arch, active, tools)
-        if complete.exists():
-            complete.touch()  # or it would be forgotten
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(usage.complete(arch, active, tools))  # or it would be forgotten
             continue
         from . import library  # and JAX
 
@@ -123,7 +121,8 @@ def _step() -> None:
 def _end_with_users(folder: Path) -> None:
     """Ends this process once no process holds the lock ``users`` any more."""
     # Not with the process that started this one: others may rely on it.
-    with (folder / start.USERS).open("rb") as users:
+    # Open for writing, as a network's disk wants it for a lock of one alone.
+    with (folder / start.USERS).open("r+b") as users:
         while True:
             with contextlib.suppress(OSError):
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,18 +143,3 @@ def _forget_old(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < time.time() - usage.RECENT_S:
                 path.unlink()
-
-
-def _quota() -> float:
-    """CPUs' worth of time that a container's limit allows; infinity without one."""
-    try:
-        quota, period = (_GROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (_GROUP / "cpu" / "cpu.cfs_quota_us").read_text().strip()
-            period = (_GROUP / "cpu" / "cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return math.inf
-    if not (quota.isdecimal() and period.isdecimal() and int(period)):
-        return math.inf  # "max", or -1
-    return int(quota) / int(period)

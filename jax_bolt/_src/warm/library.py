@@ -7,9 +7,11 @@ changed, since a program may want them next; then the casts and the base program
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from .. import base, paths, plan, region_text
 from ..arch import GpuArch
@@ -73,8 +75,10 @@ def build(
     results = kernels.build(tools, wanted, arch, jobs, done)
     after = store.stats()
     errors = [r for r in results.values() if isinstance(r, CompileError)]
-    if not errors:
-        usage.complete(arch, active, tools).touch()
+    # A cache that was cleared meanwhile is not complete.
+    if all(isinstance(r, Path) and r.exists() for r in results.values()):
+        with contextlib.suppress(OSError):  # read-only, with all there is to build
+            usage.complete(arch, active, tools).touch()
     return Built(
         there=after["found"] - before["found"],
         built=after["compiled"] - before["compiled"],

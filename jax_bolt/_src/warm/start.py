@@ -74,7 +74,8 @@ def _start(active: Options) -> None:
 
     root = paths.kernel_root(active)
     stamp = root / FOLDER / f"checked-{_signature(active)}"
-    if _is_fresh(stamp) or not Path(sys.executable).name.startswith("python"):
+    python = paths.python()
+    if _is_fresh(stamp) or python is None:
         return
     if (problem := directories.make(root)) is not None:
         logger.debug("nothing is built in the background: %s: %s", root, problem)
@@ -88,16 +89,16 @@ def _start(active: Options) -> None:
         with contextlib.suppress(BlockingIOError):  # there is one
             fcntl.flock(builder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_fresh(stamp):
-                _spawn(active.warm, stamp, builder)
+                _spawn(python, active.warm, stamp, builder)
     finally:
         os.close(builder)
 
 
-def _spawn(mode: str, stamp: Path, builder: int) -> None:
+def _spawn(python: str, mode: str, stamp: Path, builder: int) -> None:
     """Starts ``background.main``, which inherits the lock ``builder``."""
     told = json.dumps({"mode": mode, "stamp": str(stamp)})
     package = str(Path(__file__).parents[2])
-    command = [sys.executable, "-P", "-c", _CODE, package, told, *sys.path]
+    command = [python, "-P", "-c", _CODE, package, told, *sys.path]
     environ = {**os.environ, "JAX_BOLT_WARM": "off", "JAX_PLATFORMS": "cpu"}
     with stamp.with_name(LOG).open("wb") as log:
         subprocess.run(
@@ -120,7 +121,7 @@ def _sees_gpu() -> bool:
 
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return False
-    platforms = jax.config.jax_platforms
+    platforms = getattr(jax.config, "jax_platforms", None)
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         return False
     return any(map(os.path.exists, _DEVICES))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tuning results say of regions, and making those that are missing.
+
+The user's own come before those shipped with jax_bolt. What this process tried in vain
+it does not try again.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import ir, paths, plan
+from .arch import GpuArch
+from .errors import CompileError
+from .options import Options
+from .plan import Plan, Rejection
+from .primitive import SiteInfo
+from .tune import adopt, db, search
+from .tune.target import Target
+
+# Held by the thread that tunes or builds; the others then find the result.
+lock = threading.RLock()
+# Regions that failed here, with the reason: not tried again by this process.
+failures: dict[tuple[str, str], str] = {}
+# Regions whose results of other versions were looked at by this process.
+_tried: set[tuple[str, str]] = set()
+
+
+def database(options: Options) -> db.Database:
+    return _database(paths.tuning_root(options))
+
+
+@functools.cache
+def _database(root: Path) -> db.Database:
+    return db.Database(root)
+
+
+def stored(
+    region: ir.Region, arch: GpuArch, options: Options, origin: plan.Origin
+) -> Plan | Rejection | None:
+    """What the tuning results say of ``region``, or None where they say nothing."""
+    for provenance, entry in _entries(region, arch, options):
+        made = plan.tuned(region, arch, entry, origin, options.disable, provenance)
+        if made is not None:
+            return made
+    return None
+
+
+def _entries(
+    region: ir.Region, arch: GpuArch, options: Options
+) -> Iterator[tuple[plan.Provenance, db.Entry]]:
+    """The tuning results of ``region``, the user's own first."""
+    user, shipped = database(options), _database(paths.shipped_tuning())
+    entry = user.get(arch, region)
+    if entry is not None:
+        yield "user", entry
+    entry = shipped.get(arch, region)
+    if entry is not None:
+        yield "shipped", entry
+
+
+def adoptable(
+    region: ir.Region, arch: GpuArch, options: Options
+) -> tuple[db.Entry, Plan] | None:
+    """The result of other versions that ``adopt_missing`` would try, and its kernel."""
+    if (db.device_key(arch), region.text) in _tried:
+        return None
+    for provenance, entry in _entries(region, arch, options):
+        found = plan.chosen(region, arch, entry, options.disable)
+        if found is not None:
+            return entry, Plan(found, provenance, entry)
+    return None
+
+
+def adopt_missing(sites: Sequence[SiteInfo], target: Target, options: Options) -> None:
+    """Takes over what results of other versions say of sites without a result.
+
+    Each is tried once by this process.
+    """
+    device = db.device_key(target.arch)
+    with lock:
+        if isinstance(target.tools, CompileError):
+            return
+        old: list[adopt.Old] = []
+        for site in {site.region.text: site for site in sites}.values():
+            region, key = site.region, (device, site.region.text)
+            if key in _tried or stored(region, target.arch, options, target.origin):
+                continue
+            found = adoptable(region, target.arch, options)
+            _tried.add(key)
+            if found is not None:
+                entry, made = found
+                old.append(adopt.Old(site, made.candidate, entry))
+        if old:
+            adopt.adopt(old, target)
+
+
+def tune_missing(
+    sites: Sequence[SiteInfo],
+    target: Target,
+    options: Options,
+    *,
+    retry: bool = False,
+    show_progress: bool = True,
+) -> None:
+    """Tunes the sites that have no result yet.
+
+    A site that failed in this process before (or was not reached within the budget) is
+    left alone unless ``retry``.
+    """
+    device = db.device_key(target.arch)
+    with lock:
+        adopt_missing(sites, target, options)
+        missing = [
+            site
+            for site in sites
+            if stored(site.region, target.arch, options, target.origin) is None
+            and (retry or (device, site.region.text) not in failures)
+        ]
+        if not missing:
+            return
+        if isinstance(target.tools, CompileError):
+            raise target.tools
+        # Before anything is done for it: every site of the program comes here.
+        target.kernels.check()
+        for site in missing:
+            failures.pop((device, site.region.text), None)
+        failed = search.tune(missing, target, options.budget_s, show_progress)
+        failures.update({(device, text): reason for text, reason in failed.items()})
+
+
+def forget() -> None:
+    """Drops what this process remembers of tuning: results and failures."""
+    failures.clear()
+    _tried.clear()
+    _database.cache_clear()
+
+
+def failure(arch: GpuArch, region: ir.Region) -> str | None:
+    """Why ``region`` failed to be tuned in this process, if it did."""
+    return failures.get((db.device_key(arch), region.text))
