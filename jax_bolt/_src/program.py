@@ -64,6 +64,8 @@ def parted(
     if parts is None:
         return None
     rewritten = rewrite.rewrite(parts.rest, active)
+    parts = split.further(parts, rewritten.program)
+    rewritten = dataclasses.replace(rewritten, program=parts.rest)
     if active.dump_dir is not None:
         _dump(active.dump_dir, getattr(fun, "__name__", "function"), traced, rewritten)
     return parts, rewritten, tree

@@ -96,6 +96,32 @@ def split(program: ClosedJaxpr, frozen: int) -> Split | None:
     )
 
 
+def further(parts: Split, rest: ClosedJaxpr) -> Split:
+    """``parts`` once their rest was rewritten: what that added moves, too.
+
+    A filter that is transposed to a kernel's layout, say. ``rest`` has the arguments
+    and the constants of ``parts.rest``.
+    """
+    second = split(rest, len(parts.sources))
+    assert second is not None  # its constants are those of the first
+    first = parts.prepare.jaxpr
+    residuals = second.rest.jaxpr.invars[: len(second.sources)]
+    computed = [v for v in residuals if v not in first.invars]
+    known = [*first.invars, *computed]
+    eqns = [*first.eqns, *second.prepare.jaxpr.eqns]
+    return Split(
+        prepare=program_like(
+            parts.prepare,
+            live_equations(eqns, computed, lambda _: True),
+            first.invars,
+            computed,
+            frozenset(),
+        ),
+        rest=second.rest,
+        sources=tuple(known.index(v) for v in residuals),
+    )
+
+
 def _times(jaxpr: Jaxpr, frozen: int) -> dict[int, _When]:
     """When each equation (by ``id``) is computed."""
     of: dict[Var, _When] = dict.fromkeys(jaxpr.constvars, _When.ONCE)

@@ -128,6 +128,26 @@ def test_a_call_runs_regions_alone(params, x):
     assert jax_bolt.explain(frozen, x).coverage == 1
 
 
+def test_filters_in_another_layout_are_transposed_once():
+    """As in models ported from PyTorch: NCHW activations and OIHW filters."""
+    numbers = ("NCHW", "OIHW", "NCHW")
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 4, 6, 5)).astype(BF16)
+    ws = [jax.random.normal(k, (4, 4, 3, 3)) for k in keys[1:]]
+
+    def fun(ws, x):
+        for w in ws:
+            x = lax.conv_general_dilated(
+                x, w.astype(BF16), (1, 1), "SAME", dimension_numbers=numbers
+            )
+        return x
+
+    frozen = jax_bolt.freeze(fun, ws)
+    assert at_call(frozen, x) == ["transpose", "bolt_sequence", "transpose"]
+    assert [r.shape for r in residuals(frozen, x)] == [(3, 3, 4, 4)] * 2
+    equal(frozen(x), jax_bolt.optimize(fun)(ws, x))
+
+
 def test_an_unchanged_array_is_not_copied(params, x):
     w = params["kernel"].astype(BF16)
     assert residuals(jax_bolt.freeze(lambda w, x: conv(x, w), w), x)[0] is w
