@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models in one process: plain jax.jit, jax.jit with conv fusion, jax_bolt.
+"""Whole models in one process: jax.jit, also with conv fusion, jax_bolt, and frozen.
 
 Run by path, so that an installed jax_bolt comes before the source tree:
 
@@ -36,13 +36,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import environment, floor, timing
 from benchmarks.models import models
 
-PLAIN, CONV_FUSION, BOLT = "jit", "jit_conv_fusion", "jax_bolt"
+PLAIN, CONV_FUSION = "jit", "jit_conv_fusion"
+BOLT, FROZEN = "jax_bolt", "jax_bolt+freeze"
 FUSION_FLAG = "xla_gpu_experimental_enable_conv_fusion"
 _ROOT = f"{Path(__file__).resolve().parents[1]}/"
 # jax_bolt may be at most this much further from the reference than plain jax.jit.
 MAX_ERROR_RATIO = 1.25
 
 Optimize = Callable[[models.Apply], Any]
+Freeze = Callable[[models.Apply, Any], Callable[[jax.Array], jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,11 @@ class Settings:
 
 
 def bench_model(
-    name: str, optimize: Optimize, settings: Settings, ceilings: floor.Ceilings
+    name: str,
+    optimize: Optimize,
+    freeze: Freeze,
+    settings: Settings,
+    ceilings: floor.Ceilings,
 ) -> dict[str, Any]:
     """Everything measured of one model, as JSON data.
 
@@ -69,10 +75,12 @@ def bench_model(
     apply, variables, x = models.build(name, settings.batch, settings.image)
     expected = _host(jax.jit(models.reference(name))(variables, x))
     optimized = optimize(apply)
+    frozen = freeze(apply, variables)
     callables = {
         PLAIN: jax.jit(apply),
         CONV_FUSION: jax.jit(apply, compiler_options={FUSION_FLAG: True}),
         BOLT: optimized,
+        FROZEN: lambda _, x: frozen(x),
     }
     found = {
         variant: _attempt(_first_call, fun, variables, x, expected)
@@ -110,19 +118,21 @@ def bench_model(
 def ratios(result: dict[str, Any]) -> dict[str, float]:
     """How jax_bolt compares; above 1 it is faster (``error``: further off)."""
     variants = result["variants"]
-    plain, bolt = variants[PLAIN], variants[BOLT]
+    plain, bolt, frozen = (variants[v] for v in (PLAIN, BOLT, FROZEN))
     out: dict[str, float] = {}
-    for key in ("queued_ms", "wall_ms"):
-        if bolt.get(key) and plain.get(key):
-            xla = [v[key] for v in (plain, variants[CONV_FUSION]) if v.get(key)]
-            out[f"jit_over_bolt_{key}"] = plain[key] / bolt[key]
-            out[f"best_xla_over_bolt_{key}"] = min(xla) / bolt[key]
-            out[f"bolt_over_floor_{key}"] = bolt[key] / result["floor_ms"]
+    for name, ours in (("bolt", bolt), ("frozen", frozen)):
+        for key in ("queued_ms", "wall_ms"):
+            if ours.get(key) and plain.get(key):
+                xla = [v[key] for v in (plain, variants[CONV_FUSION]) if v.get(key)]
+                out[f"jit_over_{name}_{key}"] = plain[key] / ours[key]
+                out[f"best_xla_over_{name}_{key}"] = min(xla) / ours[key]
+                out[f"{name}_over_floor_{key}"] = ours[key] / result["floor_ms"]
     if bolt.get("queued_ms") and bolt.get("busy_ms"):
         # Where no kernel runs, of the device's time from one call to the next.
         out["gaps"] = max(0.0, 1 - bolt["busy_ms"] / bolt["queued_ms"])
-    if plain.get("relative_l2") and "relative_l2" in bolt:
-        out["error"] = bolt["relative_l2"] / plain["relative_l2"]
+    for key, ours in (("error", bolt), ("error_frozen", frozen)):
+        if plain.get("relative_l2") and "relative_l2" in ours:
+            out[key] = ours["relative_l2"] / plain["relative_l2"]
     return out
 
 
@@ -136,24 +146,27 @@ def problems(result: dict[str, Any]) -> list[str]:
     variants = result["variants"]
     out = [
         f"{variant}: {variants[variant][key]}"
-        for variant in (PLAIN, BOLT)
+        for variant in (PLAIN, BOLT, FROZEN)
         for key in ("error", "trace_error")
         if key in variants[variant]
     ]
     if "report_error" in result:
         out.append(f"explain: {result['report_error']}")
-    ratio = result["ratios"].get("error", math.nan)
-    if not out and not ratio <= MAX_ERROR_RATIO:
-        out.append(f"jax_bolt's error is {ratio:.2f} times plain jax.jit's")
+    if out:
+        return out
+    for variant, key in ((BOLT, "error"), (FROZEN, "error_frozen")):
+        ratio = result["ratios"].get(key, math.nan)
+        if not ratio <= MAX_ERROR_RATIO:
+            out.append(f"{variant}'s error is {ratio:.2f} times plain jax.jit's")
     return out
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Milliseconds and ratios per model, and the ratios' geometric mean."""
     head = (
-        f"{'model':22}{'floor':>8}{'jit':>9}{'+fusion':>9}{'bolt':>9}{'jit/bolt':>10}"
-        f"{'XLA/bolt':>10}{'bolt/floor':>12}{'wall jit':>10}{'wall bolt':>11}"
-        f"{'gaps':>7}{'err':>7}"
+        f"{'model':22}{'floor':>8}{'jit':>9}{'+fusion':>9}{'bolt':>9}{'frozen':>9}"
+        f"{'jit/bolt':>10}{'XLA/bolt':>10}{'XLA/frozen':>12}{'frozen/floor':>14}"
+        f"{'wall jit':>10}{'wall bolt':>11}{'gaps':>7}{'err':>7}"
     )
     rows = [head, "-" * len(head)]
     for name, result in results.items():
@@ -162,23 +175,26 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             continue
         variants, ratio = result["variants"], result["ratios"]
         which = _timed_by(ratio)
-        times = [variants[v].get(which) for v in (PLAIN, CONV_FUSION, BOLT)]
+        times = [variants[v].get(which) for v in (PLAIN, CONV_FUSION, BOLT, FROZEN)]
         rows.append(
             f"{result['title']:22}{result['floor_ms']:8.3f}"
             + "".join(_cell(t, 9, 3) for t in times)
             + _cell(ratio.get(f"jit_over_bolt_{which}"), 10, 2)
             + _cell(ratio.get(f"best_xla_over_bolt_{which}"), 10, 2)
-            + _cell(ratio.get(f"bolt_over_floor_{which}"), 12, 2)
+            + _cell(ratio.get(f"best_xla_over_frozen_{which}"), 12, 2)
+            + _cell(ratio.get(f"frozen_over_floor_{which}"), 14, 2)
             + _cell(variants[PLAIN].get("wall_ms"), 10, 3)
             + _cell(variants[BOLT].get("wall_ms"), 11, 3)
             + _cell(ratio.get("gaps"), 7, 3)
             + _cell(ratio.get("error"), 7, 2)
         )
-    for label, key in (("jit/bolt", "jit"), ("XLA/bolt", "best_xla")):
-        for which in ("queued_ms", "wall_ms"):
-            mean = geometric_mean(results, f"{key}_over_bolt_{which}")
-            if mean is not None:
-                rows.append(f"geometric mean, {label}, {which[:-3]}: {mean:.3f}")
+    for ours in ("bolt", "frozen"):
+        for xla, key in (("jit", "jit"), ("XLA", "best_xla")):
+            for which in ("queued_ms", "wall_ms"):
+                mean = geometric_mean(results, f"{key}_over_{ours}_{which}")
+                if mean is not None:
+                    label = f"{xla}/{ours}, {which[:-3]}"
+                    rows.append(f"geometric mean, {label}: {mean:.3f}")
     return "\n".join(rows)
 
 
@@ -188,14 +204,18 @@ def geometric_mean(results: dict[str, dict[str, Any]], key: str) -> float | None
     return statistics.geometric_mean(values) if values else None
 
 
-def main(argv: Sequence[str] | None = None, optimize: Optimize | None = None) -> int:
-    """The command line; ``optimize`` stands in for ``jax_bolt.optimize`` in tests."""
+def main(
+    argv: Sequence[str] | None = None,
+    optimize: Optimize | None = None,
+    freeze: Freeze | None = None,
+) -> int:
+    """The command line; tests have stand-ins for jax_bolt's functions."""
     args = _arguments(argv)
     environment.set_sound_cpu_flags()
-    if optimize is None:
+    if optimize is None or freeze is None:
         import jax_bolt
 
-        optimize = jax_bolt.optimize
+        optimize, freeze = jax_bolt.optimize, jax_bolt.freeze
     settings = Settings(batch=args.batch, image=args.image)
     if args.quick:
         settings = dataclasses.replace(settings, runs=5, rounds=1)
@@ -208,7 +228,9 @@ def main(argv: Sequence[str] | None = None, optimize: Optimize | None = None) ->
     results: dict[str, dict[str, Any]] = {}
     for name in args.models:
         print(f"{name} ...", flush=True)
-        results[name] = _attempt(bench_model, name, optimize, settings, ceilings)
+        results[name] = _attempt(
+            bench_model, name, optimize, freeze, settings, ceilings
+        )
         # One model's programs and constants must not crowd the next one's memory.
         jax.clear_caches()
         for problem in problems(results[name]):

@@ -25,7 +25,7 @@ def rows(document: dict[str, Any]) -> list[list[str]]:
     for result in document["models"].values():
         variants, ratios = result["variants"], result["ratios"]
         times = {name: v.get("queued_ms") for name, v in variants.items()}
-        xla = [t for name, t in times.items() if t and name != "jax_bolt"]
+        xla = [t for name, t in times.items() if t and name.startswith("jit")]
         table.append(
             [
                 result["title"],

@@ -15,6 +15,7 @@ from ._src.api import tune as tune
 from ._src.errors import CacheError as CacheError
 from ._src.errors import CompileError as CompileError
 from ._src.errors import UnsupportedError as UnsupportedError
+from ._src.freeze import freeze as freeze
 from ._src.options import options as options
 from ._src.report import Report as Report
 from ._src.report import Site as Site

@@ -41,7 +41,7 @@ class Optimized:
         functools.update_wrapper(self, fun)
         self._fun = fun
         self._static = tuple(static_argnums)
-        self._positions = _positions(fun)
+        self._positions = positions(fun)
         self._donate = tuple(donate_argnums)
         self._changes = changes
         # An executable is good for the options it was made under.
@@ -108,7 +108,7 @@ class Optimized:
 
             fun, kwargs = self._bind_static(kwargs)
             rewritten, tree = program.trace(fun, self._static, args, kwargs, effective)
-            leaves = jax.tree.leaves((_without_static(args, self._static), kwargs))
+            leaves = jax.tree.leaves((without_static(args, self._static), kwargs))
             return jax.tree.unflatten(tree, program.run(rewritten, leaves))
 
         functools.update_wrapper(optimized, self._fun)
@@ -130,11 +130,17 @@ class Optimized:
     def _bind_static(self, kwargs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
         """The function with the static ones of ``kwargs`` set, and the other ones."""
         # As jax.jit, which takes the names of static_argnums from the signature.
+        static, others = self._sorted(kwargs)
+        fun = functools.partial(self._fun, **static) if static else self._fun
+        return fun, others
+
+    def _sorted(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The static ones of ``kwargs``, and the other ones."""
         static = {k for k in kwargs if self._positions.get(k) in self._static}
         if not static:
-            return self._fun, kwargs
-        fun = functools.partial(self._fun, **{k: kwargs[k] for k in static})
-        return fun, {k: v for k, v in kwargs.items() if k not in static}
+            return {}, kwargs
+        others = {k: v for k, v in kwargs.items() if k not in static}
+        return {k: kwargs[k] for k in static}, others
 
     def _explain_bad_argument(
         self, args: Any, kwargs: Any, error: TypeError, *, abstract: bool = False
@@ -147,16 +153,16 @@ class Optimized:
             if index in self._static or index - len(args) in self._static:
                 continue
             fix = f"make it static: static_argnums={index}"
-            _check_leaves(f"argument {index}", arg, fix, abstract, error)
-        for name, value in self._bind_static(kwargs)[1].items():
+            check_leaves(f"argument {index}", arg, fix, abstract, error)
+        for name, value in self._sorted(kwargs)[1].items():
             index = self._positions.get(name)
             fix = f"make it static: static_argnums={index}"
             if index is None:
                 fix = f"set it before: optimize(functools.partial(f, {name}=...))"
-            _check_leaves(f"argument {name!r}", value, fix, abstract, error)
+            check_leaves(f"argument {name!r}", value, fix, abstract, error)
 
 
-def _positions(fun: Callable) -> dict[str, int]:
+def positions(fun: Callable) -> dict[str, int]:
     """The positions of the arguments that may be passed either way."""
     try:
         parameters = inspect.signature(fun).parameters.values()
@@ -166,14 +172,20 @@ def _positions(fun: Callable) -> dict[str, int]:
     return {p.name: i for i, p in enumerate(parameters) if p.kind == both}
 
 
-def _without_static(args: Sequence[Any], static: Sequence[int]) -> tuple[Any, ...]:
-    indices = {i % len(args) for i in static if -len(args) <= i < len(args)}
+def within(positions: Sequence[int], args: Sequence[Any]) -> list[int]:
+    """Those of ``positions`` that ``args`` reach, counted from the start."""
+    return [i % len(args) for i in positions if -len(args) <= i < len(args)]
+
+
+def without_static(args: Sequence[Any], static: Sequence[int]) -> tuple[Any, ...]:
+    indices = within(static, args)
     return tuple(arg for i, arg in enumerate(args) if i not in indices)
 
 
-def _check_leaves(
-    label: str, value: Any, fix: str, abstract: bool, error: TypeError
+def check_leaves(
+    label: str, value: Any, fix: str, abstract: bool, error: TypeError | None = None
 ) -> None:
+    """Raises TypeError where a leaf of ``value`` is no array; see above."""
     numbers = (bool, int, float, complex, np.ndarray, np.generic)
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if isinstance(leaf, (jax.Array, *numbers)) or hasattr(leaf, "__jax_array__"):
@@ -221,13 +233,11 @@ def optimize(
       TypeError: ``fun`` is not callable, or (when called) an argument is no array.
       ValueError: a bad ``on_miss`` or ``on_error``.
     """
-    given = {"on_miss": on_miss, "on_error": on_error}
-    changes = {name: value for name, value in given.items() if value is not None}
-    dataclasses.replace(Options(), **changes)  # raises on a bad value
-    static, donate = _argnums(static_argnums), _argnums(donate_argnums)
+    changes = changed(on_miss, on_error)
+    static, donate = argnums(static_argnums), argnums(donate_argnums)
     if fun is None:
-        return lambda f: Optimized(_callable(f), static, donate, changes)
-    return Optimized(_callable(fun), static, donate, changes)
+        return lambda f: Optimized(callable_(f), static, donate, changes)
+    return Optimized(callable_(fun), static, donate, changes)
 
 
 def explain(
@@ -249,7 +259,7 @@ def explain(
       UnsupportedError: an unknown ``arch``.
     """
     if not isinstance(fun, Optimized):
-        fun = Optimized(_callable(fun), _argnums(static_argnums), (), {})
+        fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
     return fun.explain(*args, arch=arch, **kwargs)
 
 
@@ -274,7 +284,7 @@ def tune(
       CompileError: no CUDA compiler was found.
     """
     if not isinstance(fun, Optimized):
-        fun = Optimized(_callable(fun), _argnums(static_argnums), (), {})
+        fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
     return fun.tune(*args, budget_s=budget_s, progress=progress, **kwargs)
 
 
@@ -285,13 +295,21 @@ def clear_cache() -> None:
     program.clear_cache(options.current())
 
 
-def _callable(fun: Any) -> Callable:
+def changed(on_miss: OnMiss | None, on_error: OnError | None) -> dict[str, Any]:
+    """The options that were given; ValueError on a bad value."""
+    given = {"on_miss": on_miss, "on_error": on_error}
+    changes = {name: value for name, value in given.items() if value is not None}
+    dataclasses.replace(Options(), **changes)
+    return changes
+
+
+def callable_(fun: Any) -> Callable:
     if not callable(fun):
         raise TypeError(f"jax_bolt takes a function of arrays, got {fun!r}")
     return fun
 
 
-def _argnums(value: int | Sequence[int]) -> tuple[int, ...]:
+def argnums(value: int | Sequence[int]) -> tuple[int, ...]:
     numbers = value if isinstance(value, Iterable) else (value,)
     try:
         return tuple(operator.index(number) for number in numbers)

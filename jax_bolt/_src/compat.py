@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax._src import config as _config
+from jax._src import core as _jax_core
 from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
@@ -44,6 +46,7 @@ __all__ = [
     "device_count",
     "distributed_client",
     "fresh_vars",
+    "has_bound_axes",
     "is_drop",
     "jaxpr_as_fun",
     "like_body",
@@ -54,12 +57,14 @@ __all__ = [
     "new_equation",
     "part_of_jaxpr",
     "prefixed",
+    "program_like",
     "program_processes",
     "rebuilt",
     "register_dce",
     "source_line",
     "sub_jaxprs",
     "substituted",
+    "trace_context",
     "transpose_p",
     "transposed",
     "variables",
@@ -104,6 +109,16 @@ def make_jaxpr(fun: Callable, static_argnums: Sequence[int], args, kwargs):
         *args, **kwargs
     )
     return traced, jax.tree.structure(shape)
+
+
+def trace_context() -> Any:
+    """What of JAX's state a trace depends on; hashable."""
+    return _config.trace_context()
+
+
+def has_bound_axes() -> bool:
+    """Whether what is traced now is one part of a mapped axis (``shard_map``, say)."""
+    return bool(_jax_core.get_axis_env().axis_sizes)
 
 
 def closed(body: Any) -> ClosedJaxpr:
@@ -181,6 +196,23 @@ def rebuilt(
         old.debug_info,
     )
     return ClosedJaxpr(jaxpr, list(program.consts if consts is None else consts))
+
+
+def program_like(
+    program: ClosedJaxpr,
+    eqns: Sequence[JaxprEqn],
+    invars: Sequence[Var],
+    outvars: Sequence[Any],
+    effects: Any,
+) -> ClosedJaxpr:
+    """Another program, with the constants and the name of ``program``."""
+    old = program.jaxpr
+    debug_info = old.debug_info._replace(arg_names=None, result_paths=None)
+    constvars = list(old.constvars)
+    jaxpr = Jaxpr(
+        constvars, list(invars), list(outvars), list(eqns), effects, debug_info
+    )
+    return ClosedJaxpr(jaxpr, list(program.consts))
 
 
 def part_of_jaxpr(

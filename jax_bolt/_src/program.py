@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arch as arch_
-from . import compat, options, paths, plan, resolve, results, rewrite
+from . import compat, options, paths, plan, resolve, results, rewrite, split
 from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
@@ -24,6 +24,7 @@ from .plan import Rejection
 from .primitive import SiteInfo
 from .report import Report, Site
 from .rewrite import Rewritten
+from .split import Split
 from .tune import target as targets
 
 _UNCHECKED = "made by other versions: checked here before it is used"
@@ -44,6 +45,30 @@ def trace(
     if active.dump_dir is not None:
         _dump(active.dump_dir, getattr(fun, "__name__", "function"), traced, rewritten)
     return rewritten, tree
+
+
+def parted(
+    fun: Callable,
+    static_argnums: Sequence[int],
+    args: Any,
+    kwargs: Any,
+    frozen: int,
+    active: Options,
+) -> tuple[Split, Rewritten, Any] | None:
+    """As ``trace``, with what the first ``frozen`` leaves decide apart from the rest.
+
+    None where the program cannot be parted.
+    """
+    traced, tree = compat.make_jaxpr(fun, static_argnums, args, kwargs)
+    parts = split.split(traced, frozen)
+    if parts is None:
+        return None
+    rewritten = rewrite.rewrite(parts.rest, active)
+    parts = split.further(parts, rewritten.program)
+    rewritten = dataclasses.replace(rewritten, program=parts.rest)
+    if active.dump_dir is not None:
+        _dump(active.dump_dir, getattr(fun, "__name__", "function"), traced, rewritten)
+    return parts, rewritten, tree
 
 
 def _dump(root: Path, name: str, traced: Any, rewritten: Rewritten) -> None:

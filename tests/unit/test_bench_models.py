@@ -32,6 +32,12 @@ def _result(jit: float, fusion: float | None, bolt: float, error: float = 0.01) 
             "wall_ms": 2 * bolt,
             "relative_l2": error,
         },
+        "jax_bolt+freeze": {
+            **EXACT,
+            "queued_ms": bolt / 2,
+            "wall_ms": bolt,
+            "relative_l2": error / 2,
+        },
     }
     if fusion is not None:
         variants["jit_conv_fusion"] = {**EXACT, "queued_ms": fusion}
@@ -55,6 +61,10 @@ class StandIn:
         return json.dumps({"sites": [{"name": "stem", "kernel": "k"}]})
 
 
+def freeze(apply: Any, variables: Any, bias: float = 0.0) -> Any:
+    return functools.partial(StandIn(apply, bias), variables)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Arguments for a run over one very small model."""
@@ -76,6 +86,9 @@ def test_ratios_are_against_plain_and_the_better_xla() -> None:
     assert found["best_xla_over_bolt_queued_ms"] == pytest.approx(2.0)
     assert found["bolt_over_floor_queued_ms"] == pytest.approx(1.6)
     assert found["error"] == pytest.approx(1.0)
+    assert found["best_xla_over_frozen_queued_ms"] == pytest.approx(4.0)
+    assert found["jit_over_frozen_wall_ms"] == pytest.approx(5.0)
+    assert found["error_frozen"] == pytest.approx(0.5)
 
 
 def test_refused_fusion_flag_is_no_failure() -> None:
@@ -94,7 +107,7 @@ def test_nan_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize("key", ["error", "trace_error"])
-@pytest.mark.parametrize("variant", ["jit", "jax_bolt"])
+@pytest.mark.parametrize("variant", ["jit", "jax_bolt", "jax_bolt+freeze"])
 def test_failed_variant_is_a_failure(variant: str, key: str) -> None:
     result = _result(2.0, 1.6, 0.8)
     result["variants"][variant][key] = "RuntimeError: boom"
@@ -110,26 +123,33 @@ def test_table_has_the_geometric_mean_of_device_times() -> None:
     text = bench_models.table(results)
     assert "geometric mean, jit/bolt, queued: 4.000" in text
     assert "geometric mean, XLA/bolt, queued: 2.000" in text
+    assert "geometric mean, XLA/frozen, queued: 4.000" in text
     assert "MemoryError: none left" in text
 
 
 def test_run_writes_the_file(tiny: list[str], tmp_path: Path) -> None:
-    assert bench_models.main(tiny, StandIn) == 0
+    assert bench_models.main(tiny, StandIn, freeze) == 0
     document = _written(tmp_path)
     result = document["models"]["tiny"]
     assert result["roots"] == 3
     assert result["report"]["sites"][0]["name"] == "stem"
     assert result["ratios"]["error"] == pytest.approx(1)
-    assert set(result["variants"]) == {"jit", "jit_conv_fusion", "jax_bolt"}
-    for variant in ("jit", "jax_bolt"):
+    ours = ("jax_bolt", "jax_bolt+freeze")
+    assert set(result["variants"]) == {"jit", "jit_conv_fusion", *ours}
+    for variant in ("jit", *ours):
         assert result["variants"][variant]["wall_ms"] > 0
     assert document["environment"]["versions"]["jax"] == jax.__version__
     assert document["settings"]["batch"] == 2
 
 
 def test_wrong_results_fail_the_run(tiny: list[str], tmp_path: Path) -> None:
-    assert bench_models.main(tiny, functools.partial(StandIn, bias=1.0)) == 1
+    assert bench_models.main(tiny, functools.partial(StandIn, bias=1.0), freeze) == 1
     assert _written(tmp_path)["models"]["tiny"]["ratios"]["error"] > 2
+
+
+def test_wrong_frozen_results_fail_the_run(tiny: list[str], tmp_path: Path) -> None:
+    assert bench_models.main(tiny, StandIn, functools.partial(freeze, bias=1.0)) == 1
+    assert _written(tmp_path)["models"]["tiny"]["ratios"]["error_frozen"] > 2
 
 
 def test_failing_model_is_recorded_and_the_run_goes_on(
@@ -141,7 +161,7 @@ def test_failing_model_is_recorded_and_the_run_goes_on(
 
         return call
 
-    assert bench_models.main(tiny, broken) == 1
+    assert bench_models.main(tiny, broken, freeze) == 1
     variants = _written(tmp_path)["models"]["tiny"]["variants"]
     assert variants["jax_bolt"]["error"] == "RuntimeError: boom"
     assert variants["jit"]["wall_ms"] > 0
