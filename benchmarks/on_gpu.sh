@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one call: builds and installs the package into the
-# current Python, then the model and the kernel benchmark, the second-process check,
-# tests/gpu and, over the ragged cases, three tools of compute-sanitizer.
+# current Python, then the benchmarks of models, kernels and tuning, the second-process
+# check, tests/gpu and, over the ragged cases, three tools of compute-sanitizer.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
-# Stages: install, models, kernels, second, tests, memcheck, racecheck, synccheck. Each
-# one's output is kept in DIR/<stage>.log; a stage that fails does not stop the later
-# ones, except install. Uses no network: JAX with CUDA, flax, pytest, pybind11,
+# Stages: install, models, kernels, tuning, second, tests, memcheck, racecheck,
+# synccheck. Each one's output is kept in DIR/<stage>.log; a stage that fails does not
+# stop the later ones, except install. Uses no network: JAX with CUDA, flax, pytest, pybind11,
 # scikit-build-core and nvidia-cutlass must be there. PYTHON names the interpreter
 # (default: python3).
 set -uo pipefail
@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
 done
 for stage in ${skip//,/ }; do
   case "$stage" in
-    install|models|kernels|second|tests|memcheck|racecheck|synccheck) ;;
+    install|models|kernels|tuning|second|tests|memcheck|racecheck|synccheck) ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
   esac
 done
@@ -59,6 +59,7 @@ run install "$python" -m pip install --no-index --no-build-isolation --no-deps \
 # where the source tree would shadow the package just installed.
 run models "$python" benchmarks/bench_models.py --out "$out" "$@"
 run kernels "$python" benchmarks/bench_kernels.py --out "$out"
+run tuning "$python" benchmarks/bench_tuning.py --space 12 --out "$out"
 run second "$python" benchmarks/second_process.py --fill --out "$out/second_process.json"
 run tests env JAX_BOLT_REQUIRE=gpu,nvcc "$python" -P -m pytest -ra tests/gpu
 # An allocation of its own for every buffer, so that a read past one's end is seen.
