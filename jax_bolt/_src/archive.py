@@ -235,7 +235,8 @@ def _read(file: zipfile.ZipFile, name: str) -> bytes:
     try:
         with file.open(name) as member:
             content = member.read(size)
-    except (*_BROKEN, RuntimeError, EOFError, zlib.error) as error:
+    # OSError: where a damaged directory points before the file.
+    except (*_BROKEN, RuntimeError, EOFError, OSError, zlib.error) as error:
         raise _Refused(f"{name}: {error}") from error
     if len(content) != size:
         raise _Refused(f"{name}: it is cut short")

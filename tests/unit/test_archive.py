@@ -208,6 +208,14 @@ def test_an_archive_with_another_log(forged):
     assert reason in forged(change(r"build\.log", b"all is well"))
 
 
+def test_a_directory_that_points_before_the_file(good):
+    with zipfile.ZipFile(good) as file:
+        member = file.infolist()[0]
+        member.header_offset = -2
+        with pytest.raises(archive._Refused, match="Invalid argument"):
+            archive._read(file, member.filename)
+
+
 def test_no_damage_to_an_archive_goes_unseen(good):
     content = good.read_bytes()
     ((digest, kernel),) = read(good).items()
