@@ -162,20 +162,14 @@ class _Edges:
     def __init__(self, match: Match, root: JaxprEqn):
         self.before: list[JaxprEqn] = []
         self.after: list[JaxprEqn] = []
-        self._inside: list[JaxprEqn] = []
+        # For a value that is also an operand as it is, or in two orders, one suffices.
+        self._back: dict[Any, JaxprEqn] = {}
         self._root = root
         self._make_var = fresh_vars()
         wanted = [(v, match.permutation(i)) for i, v in enumerate(match.inputs)]
         made = {key: self._operand(*key) for key in dict.fromkeys(wanted)}
         self.operands = list(dict.fromkeys(made.values()))
         self.positions = tuple(self.operands.index(made[key]) for key in wanted)
-        # A value that comes as it is needs no other way in, and each comes once.
-        known = set(self.operands)
-        self._inside = [
-            eqn
-            for eqn in self._inside
-            if eqn.outvars[0] not in known and not known.add(eqn.outvars[0])
-        ]
         self.output = self.result = match.output
         self._last: list[JaxprEqn] = []
         if match.layout is not None and not layout.is_identity(match.layout.out):
@@ -188,14 +182,15 @@ class _Edges:
 
     def around(self, body: list[JaxprEqn]) -> list[JaxprEqn]:
         """The reference's equations."""
-        return [*self._inside, *body, *self._last]
+        back = [eqn for v, eqn in self._back.items() if v not in self.operands]
+        return [*back, *body, *self._last]
 
     def _operand(self, var: Any, axes: layout.Permutation | None) -> Any:
         if axes is None or layout.is_identity(axes):
             return var
         made = self._make_var(transposed(var.aval, axes))
         self.before.append(self._transpose(var, made, axes))
-        self._inside.append(self._transpose(made, var, layout.inverse(axes)))
+        self._back[var] = self._transpose(made, var, layout.inverse(axes))
         return made
 
     def _transpose(self, source: Any, result: Any, axes: Any) -> JaxprEqn:
