@@ -108,9 +108,9 @@ class _Sinking:
     def read(self, atom: Any) -> Any:
         """The atom for a use that needs the value as it was written."""
         atom = substituted(self._same, atom)
-        if isinstance(atom, Var) and atom in self._views.keys() - self._written:
+        view = self.view(atom)
+        if view is not None and atom not in self._written:
             self._written.add(atom)
-            view = self._views[atom]
             self.eqns.append(
                 transpose_equation(view.source, atom, view.permutation, view.like)
             )
@@ -137,8 +137,8 @@ class _Sinking:
         if isinstance(atom, Literal):
             self.eqns.append(eqn)
             return
-        if atom in self._views:
-            view = self._views[atom]
+        view = self.view(atom)
+        if view is not None:
             permutation = tuple(view.permutation[i] for i in permutation)
             atom = view.source
         if is_identity(permutation):
