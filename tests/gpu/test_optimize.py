@@ -112,7 +112,7 @@ def test_another_layout(forced):
         y = jax.lax.conv_general_dilated(
             x, w1, (1, 1), "SAME", dimension_numbers=numbers
         )
-        y = jax.nn.relu(y * scale[:, None, None])
+        y = jax.nn.relu(y * scale[None, :, None, None])
         y = jax.lax.conv_general_dilated(
             y, w2, (2, 2), "SAME", dimension_numbers=numbers
         )

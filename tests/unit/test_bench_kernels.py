@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,16 @@ class Kernels:
             on_done(source, Path("kernel"))
 
 
+@dataclasses.dataclass
+class Yardstick:
+    """A kernel's error by its place among the candidates; XLA's is 1e-3."""
+
+    of: Callable[[int], float]
+
+    def error(self, result: Any) -> float:
+        return 1e-3 if isinstance(result, jax.Array) else self.of(result.position)
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A device whose kernels take 4, 5, 6, ... µs and are exact; XLA's take 8."""
@@ -310,9 +322,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(kernel_times, "executable", executable)
     patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
-    patch(measure, "errors", lambda *_: measure.Errors(kernel=1e-3, xla=1e-3))
-    run: Any = measure.Run(8.0, None)  # type: ignore[arg-type]
-    patch(measure, "time_in_sequence", lambda kernel, operands, ordinal: run)
+    patch(measure, "Yardstick", lambda operands: Yardstick(lambda position: 1e-3))
+    patch(measure, "time_in_sequence", lambda kernel, *_: measure.Run(8.0, kernel))
     return [*ONE_CONV, "--templates", "conv_sm80", "--out", str(tmp_path)]
 
 
@@ -333,8 +344,9 @@ def test_run_writes_the_file(
     assert (result["ours_us"], result["in_program_us"]) == (4.0, 8.0)
     assert result["ratios"]["library"] == result["ratios"]["region"] == 2.0
     assert result["memory_bound"] and result["copy_us"] == 8.0
-    hot = [entry["hot_us"] for entry in result["candidates"]]
-    assert hot == [4.0 + i for i in range(len(hot))]
+    assert result["hot_us"] == 4.0
+    rotated = [entry["rot_us"] for entry in result["candidates"]]
+    assert rotated == [4.0 + i for i in range(len(rotated))]
     assert result["templates"]["conv_sm80"] == result["candidates"][0]
     assert document["summary"][0]["library"]["geometric_mean"] == pytest.approx(2.0)
     assert document["environment"]["versions"]["jax"] == jax.__version__
@@ -345,18 +357,17 @@ def test_run_writes_the_file(
 def test_wrong_kernels_never_count(
     pretended: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def errors(operands: Any, kernel: Any) -> measure.Errors:
-        return measure.Errors(kernel=1e-3 if kernel.position == 2 else 1e-2, xla=1e-3)
+    def judge(of: Callable[[int], float]) -> None:
+        monkeypatch.setattr(measure, "Yardstick", lambda operands: Yardstick(of))
 
-    monkeypatch.setattr(measure, "errors", errors)
+    judge(lambda position: 1e-3 if position == 2 else 1e-2)
     assert bench_kernels.main(pretended) == 0
     (result,) = _written(tmp_path)["problems"]
     assert result["ours_us"] == 6.0
     accurate = [entry.get("accurate") for entry in result["candidates"]]
     assert accurate[:3] == [False, False, True] and not any(accurate[3:])
 
-    always = measure.Errors(kernel=1e-2, xla=1e-3)
-    monkeypatch.setattr(measure, "errors", lambda *_: always)
+    judge(lambda position: 1e-2)
     assert bench_kernels.main(pretended) == 1
     (result,) = _written(tmp_path)["problems"]
     assert result["failures"] == ["no candidate ran and was accurate"]
