@@ -199,4 +199,7 @@ CONVS = [
     _conv(1, 9, 14, 12, 40, 3, 3, F16),
     _conv(1, 7, 7, 320, 200, 3, 3),
     _wide(_conv(3, 7, 7, 256, 72, 3, 3, stride=2)),
+    # Gathered by TMA, across the ends of rows and images.
+    _conv(3, 21, 23, 64, 136, 1, 1, stride=2),
+    _conv(5, 14, 15, 320, 72, 1, 1, F16, stride=(3, 2), padding=((1, 0), (1, 2))),
 ]

@@ -43,6 +43,9 @@ struct MapRecipe {
   uint32_t steps[kMaxRank];
   int swizzle;      // bytes
   uint64_t offset;  // bytes from the operand's start
+  bool im2col;      // dims are C W H N, a box is box[1] pixels between the corners (W, H)
+  int lower[2];
+  int upper[2];
 };
 
 // The parameters are the maps, then the pointers, then the ints, without gaps.

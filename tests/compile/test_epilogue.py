@@ -8,6 +8,7 @@ many operations must then equal, bit for bit, their operations applied one by on
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -247,6 +248,18 @@ def test_operation_against_numpy(singles, index):
     wrong = np.flatnonzero(~same)[:5]
     cases = [([a[i] for a in args], got[i], want[i]) for i in wrong]
     assert same.all(), cases
+
+
+def test_erfc_of_narrow_results(build):
+    """Within a quarter of float16's rounding; NaN and the limits are erfc's."""
+    epilogue = dataclasses.replace(single("erfc", None), out_dtype="bf16")
+    assert "erfc_narrow" in codegen.functor(epilogue)
+    x = np.concatenate([np.linspace(-40, 40, 400_001, dtype=np.float32), SPECIAL])
+    got, want = build([epilogue])(0, x, sides=[x]), special.erfc(x.astype(float))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(x))
+    near = x < 3.6
+    np.testing.assert_allclose(got[near], want[near], rtol=1.2e-4)
+    assert np.nanmax(np.abs(got - want)[~near]) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["max", "min"])

@@ -37,14 +37,16 @@ def chosen(case, candidates):
         groups.setdefault(key, []).append(candidate)
     turn = len(case.name)
     found = [group[turn % len(group)] for group in groups.values()]
-    return found + parts(candidates) + (splits(candidates) if is_deep(case) else [])
+    found += first(candidates, lambda tile: tile.parts > 1)
+    found += first(candidates, lambda tile: tile.im2col)
+    return found + (splits(candidates) if is_deep(case) else [])
 
 
-def parts(candidates):
-    """A candidate of each form whose blocks leave in parts."""
+def first(candidates, is_wanted):
+    """A candidate of each form with such a tile."""
     found = {}
     for candidate, tile in tiles(candidates):
-        if tile.parts > 1:
+        if is_wanted(tile):
             found.setdefault(candidate.form.name, with_tile(candidate, tile))
     return list(found.values())
 

@@ -157,6 +157,8 @@ class Tensor:
         assert sum((size - 1) * stride for size, stride in ends) < self.data.size
         counts = zip(tensor.box, tensor.steps, strict=True)
         self._shape = tuple(-(-extent // step) for extent, step in counts)
+        if tensor.corners is not None:
+            self._shape = tensor.box
         self._loaded: dict[tuple[int, ...], np.ndarray] = {}
 
     @property
@@ -180,10 +182,36 @@ class Tensor:
         width = self._shape[0]
         return position.reshape(-1, width), inside.reshape(-1, width)
 
+    def _column(self, coordinates: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """As ``_box``, in im2col mode: a run of the pixels between the corners."""
+        assert self.map.corners is not None
+        channel, col, row, image, offset_right, offset_down = coordinates
+        assert 0 <= offset_right <= 255 and 0 <= offset_down <= 255
+        left, top, right, bottom = self.map.corners
+        _, w, h, n = self.map.dims
+        _, right_step, down_step, _ = self.map.steps
+        # The first pixel is one of those between the corners.
+        assert (col - left) % right_step == (row - top) % down_step == 0
+        assert left <= col <= w - 1 + right and top <= row <= h - 1 + bottom
+        channels = channel + np.arange(self.map.box[0])
+        positions, found = [], []
+        for _ in range(self.map.box[1]):
+            x, y = col + offset_right, row + offset_down
+            positions.append(channels + np.dot((x, y, image), self._strides[1:]))
+            real = 0 <= x < w and 0 <= y < h and 0 <= image < n
+            found.append((channels < self.map.dims[0]) & real)
+            col += right_step
+            if col > w - 1 + right:
+                col, row = left, row + down_step
+            if row > h - 1 + bottom:
+                row, image = top, image + 1
+        return np.stack(positions), np.stack(found)
+
     def load(self, *coordinates: int) -> np.ndarray:
         """The box as it lies in shared memory, [rows, 64]."""
         if coordinates not in self._loaded:
-            position, inside = self._box(coordinates)
+            find = self._box if self.map.corners is None else self._column
+            position, inside = find(coordinates)
             found = self.data[np.where(inside, position, 0)]
             self._loaded[coordinates] = np.where(inside, found, np.float32(0))
         return self._loaded[coordinates]
@@ -463,6 +491,19 @@ class Launch:
         stage = _nothing(g.stage_bytes, self.chunk)
         stage[g.loads * g.load_bytes // ROW :] = 0  # clear_tails
         for i in range(g.loads):
+            if g.image_cols > 0:
+                line, c = divmod(col + i * g.load_cols, g.image_cols)
+                n, r = divmod(line, g.image_rows)
+                box = self.pixels.load(
+                    chunk * self.chunk,
+                    c * g.step_cols + g.first_col,
+                    r * g.step_rows + g.first_row,
+                    n,
+                    g.phase_col[phase],
+                    g.phase_row[phase],
+                )
+                _put(stage, i * g.load_bytes, box)
+                continue
             box = self.pixels.load(
                 chunk * self.chunk + g.phase_channel[phase],
                 col * g.step_cols + g.phase_col[phase] + i * g.load_cols,

@@ -117,6 +117,7 @@ CONVS = [
     conv(2, 13, 15, 64, 128, 1, stride=(2, 2)),
     conv(2, 14, 14, 24, 8, 1, stride=(2, 2)),
     conv(2, 8, 8, 64, 8, 1, stride=(4, 4)),
+    conv(5, 21, 23, 64, 72, 1, stride=(2, 2)),
     # few channels, no padding in width: a filter's row is one wide pixel
     conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0)),
     hwio(conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0))),
@@ -305,7 +306,7 @@ def test_any_conv(problem):
 
 def test_the_problems_cover_every_kind_of_tile():
     """So that the tests above leave no schedule, layout or shape of block out."""
-    kinds, blocks, resident, parts = (set() for _ in range(4))
+    kinds, blocks, resident, parts, im2col = (set() for _ in range(5))
     for problem in PROBLEMS[::2]:
         image = Image.of(problem)
         for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, SMALL):
@@ -315,8 +316,10 @@ def test_the_problems_cover_every_kind_of_tile():
             resident.add(tile.rings.resident)
             parts.add(tile.parts)
             blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
+            im2col.add((tile.im2col, layout.loads))
     assert kinds == set(implicit_gemm_tiles._SHAPES)
     assert resident == {0, 1} and parts == {1, 2, 3, 4}
+    assert {(False, 1), (False, 2), (True, 1), (True, 2)} <= im2col
     deep = Image.of(gemm(40, 72, 1000))
     splits = {t.splits for t in implicit_gemm_tiles.tiles_of(deep, PLAIN, HOPPER)}
     assert splits == {1, 2, 3, 4, 6, 8}

@@ -25,6 +25,8 @@ _MACROS: dict[Artifact, str] = {
     "module": "JAX_BOLT_KERNEL",
     "cubin": "JAX_BOLT_DEVICE_KERNEL",
 }
+# What is exact enough where 16 bits are kept of the result (epilogue/math.hpp).
+_NARROW = {"erfc": "erfc_narrow"}
 _CAST_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
 _INFIX = {
     "add": "+",
@@ -159,7 +161,8 @@ def _body(
             if inverse is not None:
                 expression = f"{names[op.args[0]]} * {inverse}"
             else:
-                expression = _expression(op, [names[a] for a in op.args])
+                narrow = ir.ITEM_BYTES[epilogue.out_dtype] <= 2
+                expression = _expression(op, [names[a] for a in op.args], narrow)
             lines.append(f"    {kinds[i]} const x{i} = {expression};")
     return lines, names
 
@@ -177,7 +180,7 @@ def _reciprocal(op: ir.Op, ops: Sequence[ir.Op]) -> str | None:
     return literal(1.0 / divisor)
 
 
-def _expression(op: ir.Op, args: list[str]) -> str:
+def _expression(op: ir.Op, args: list[str], narrow: bool) -> str:
     if op.name in _INFIX:
         return f"{args[0]} {_INFIX[op.name]} {args[1]}"
     if op.name == "neg":
@@ -187,7 +190,7 @@ def _expression(op: ir.Op, args: list[str]) -> str:
     if op.name == "select":
         predicate, where_false, where_true = args
         return f"{predicate} ? {where_true} : {where_false}"
-    function = op.name
+    function = _NARROW.get(op.name, op.name) if narrow else op.name
     if function == "integer_pow":
         exponent = int(op.attr or 0)
         if not -(2**31) < exponent < 2**31:

@@ -55,8 +55,11 @@ def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
 def work(epilogue: ir.Epilogue) -> int:
     """Instructions per element, about: what ranks tiles, not what is exact."""
     same, known = epilogue.per_channel(), constant(epilogue)
+    costs = _COSTS
+    if ir.ITEM_BYTES[epilogue.out_dtype] <= 2:
+        costs = costs | {"erfc": 12}  # erfc_narrow
     return sum(
-        _COSTS.get(epilogue.ops[i].name, 1)
+        costs.get(epilogue.ops[i].name, 1)
         for i in live(epilogue)
         if not same[i] and not known[i] and epilogue.ops[i].name not in ir.LEAVES
     )

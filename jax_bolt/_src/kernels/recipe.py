@@ -12,7 +12,7 @@ import dataclasses
 
 from .. import ir
 
-VERSION = 2
+VERSION = 3
 
 # Operands of the custom call, by number.
 NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
@@ -54,6 +54,10 @@ class TensorMap:
     bytes, 0 for none. The tensor begins ``offset`` bytes into the operand. Out of
     bounds is read as zeros and not written.
 
+    With ``corners`` it is read in TMA's im2col mode: dims are C W H N, and a box is
+    ``box[1]`` pixels, one after the other, of those every ``steps`` from the lower
+    corner (W, H) to the upper one, which counts from the image's last pixel.
+
     Raises ValueError for what the hardware does not have.
     """
 
@@ -65,6 +69,7 @@ class TensorMap:
     steps: tuple[int, ...]
     swizzle: int
     offset: int = 0
+    corners: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         rank = len(self.dims)
@@ -95,6 +100,11 @@ class TensorMap:
             raise ValueError(f"offset {self.offset} is not a multiple of 16 bytes")
         if self.steps[0] != 1:
             raise ValueError(f"TMA ignores the innermost step, {self.steps[0]}")
+        if self.corners is not None:
+            if rank != 4 or self.box[2:] != (1, 1) or self.steps[3] != 1:
+                raise ValueError("im2col mode has C W H N and boxes of pixels")
+            for corner in self.corners:
+                _range("corner", corner, -128, 127)
         row = self.box[0] * ITEM_BYTES[self.dtype]
         if row % 16:
             raise ValueError(f"a box's row of {row} bytes is not a multiple of 16")
@@ -105,7 +115,7 @@ class TensorMap:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """24 numbers: unused dims, boxes and steps are 1, unused strides 0."""
+        """29 numbers: unused dims, boxes and steps are 1, unused strides 0."""
         unused = _MAX_RANK - len(self.dims)
         ones, zeros = (1,) * unused, (0,) * unused
         return (
@@ -115,6 +125,7 @@ class TensorMap:
             *(*self.box, *ones),
             *(*self.steps, *ones),
             *(self.swizzle, self.offset),
+            *(int(self.corners is not None), *(self.corners or (0, 0, 0, 0))),
         )
 
 

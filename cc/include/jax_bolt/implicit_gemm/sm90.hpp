@@ -246,6 +246,11 @@ struct Sm90 {
           full.arrive_and_expect(g.loads * g.load_bytes);
           std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
           for (int i = 0; i < g.loads; ++i) {
+            if (g.image_cols > 0) {
+              gather_pixels(p, full, to + i * g.load_bytes, chunk, phase,
+                            tile.col + i * g.load_cols);
+              continue;
+            }
             ptx::load(
                 p.pixels, full, to + i * g.load_bytes, chunk * kChunk + g.phase_channel[phase],
                 tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
@@ -255,6 +260,17 @@ struct Sm90 {
         }
       }
     }
+  }
+
+  /// One tap's inputs of output pixels from `pixel` on, counted over all images.
+  __device__ static __forceinline__ void gather_pixels(Parameters const& p, ptx::Barrier& full,
+                                                       std::uint32_t to, int chunk, int phase,
+                                                       int pixel) {
+    Geometry const& g = p.geometry;
+    int const line = pixel / g.image_cols, image = line / g.image_rows;
+    int const col = pixel - line * g.image_cols, row = line - image * g.image_rows;
+    ptx::gather(p.pixels, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
+                row * g.step_rows + g.first_row, image, g.phase_col[phase], g.phase_row[phase]);
   }
 
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
