@@ -165,8 +165,8 @@ def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
     groups = int(p["feature_group_count"])
     if groups not in (1, x[3]):
         raise Refused(
-            f"feature_group_count={groups}, of {w[2]} input channels each: kernels take "
-            "depthwise convs, whose groups have one, and those of one group"
+            f"feature_group_count={groups}, {w[2]} input channels each: grouped, but "
+            "not depthwise"
         )
     if tuple(p["lhs_dilation"]) != (1, 1):
         raise Refused(f"lhs_dilation={tuple(p['lhs_dilation'])}: transposed conv")

@@ -16,11 +16,11 @@
 
 #include <cstdint>
 
+#include "jax_bolt/depthwise/instructions.hpp"
 #include "jax_bolt/depthwise/vector.hpp"
 #include "jax_bolt/device_kernel.hpp"
 #include "jax_bolt/epilogue/math.hpp"
 #include "jax_bolt/epilogue/traits.hpp"
-#include "jax_bolt/implicit_gemm/ptx.hpp"
 
 namespace jax_bolt::depthwise {
 
@@ -43,28 +43,9 @@ struct Params {
   Sizes sizes;
 };
 
-/// kBytes from global to shared memory, or zeros where not `valid`. Does not wait for them, but for
-/// single elements of 2 bytes, which the hardware does not copy.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(std::uint32_t to, char const* from, bool valid) {
-  int const read = valid ? kBytes : 0;
-  if constexpr (kBytes == 2) {
-    std::uint16_t found = 0;
-    if (valid) found = *reinterpret_cast<std::uint16_t const*>(from);
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(found) : "memory");
-  } else if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(read),
-                 "n"(kBytes)
-                 : "memory");
-  }
-}
-
-/// kR x kS taps. kWidth channels and kOutputs outputs of a thread; kLanes threads side by side along
-/// the channels, kStrips along the columns. A ring of kStages steps, in which a column of pixels
-/// takes kPitch bytes and is copied in pieces of kPiece bytes. kResident: the filter is in
+/// kR x kS taps. kWidth channels and kOutputs outputs of a thread; kLanes threads side by side
+/// along the channels, kStrips along the columns. A ring of kStages steps, in which a column of
+/// pixels takes kPitch bytes and is copied in pieces of kPiece bytes. kResident: the filter is in
 /// registers, not in shared memory. kCtas: blocks that an SM should hold.
 template <class Epilogue_, class Element, int kR, int kS, int kStrideH, int kStrideW,
           int kDilationH, int kDilationW, int kWidth, int kOutputs, int kLanes, int kStrips,
@@ -163,7 +144,7 @@ struct Depthwise {
         bool const valid = channel < z.channels && col >= 0 && col < z.width;
         inside |= std::uint32_t(valid) << i;
       }
-      begin = implicit_gemm::ptx::shared_address(ring) + first * kPitch + piece * kPiece;
+      begin = shared_address(ring) + first * kPitch + piece * kPiece;
       end = begin + kStages * kStepBytes;
       to = begin;
     }
@@ -232,8 +213,7 @@ struct Depthwise {
 
   /// A line of the filter over the inputs `x`, added to `from`.
   __device__ static void add(float const (&x)[kInputs][kWidth], Filter const& filter, int line,
-                             float const (&from)[kOutputs][kWidth],
-                             float (&to)[kOutputs][kWidth]) {
+                             float const (&from)[kOutputs][kWidth], float (&to)[kOutputs][kWidth]) {
 #pragma unroll
     for (int s = 0; s < kS; ++s) {
       float w[kWidth];
@@ -377,23 +357,20 @@ struct Depthwise {
     int const wanted = at.channel + lane * kWidth;
     int const channel = min(wanted, z.channels - kWidth) * z.multiplier + at.which;
 
-    // Rows above and below the image are left out where they would only begin or end sums.
+    // No step is spent on rows below the image, nor on those above it that only begin sums.
     int const steps = at.rows + kSlots - 1;
     int const begin = min(max(-at.input_row, 0) / kStrideH, kSlots - 1);
     int const below = (z.height - at.input_row + kStrideH - 1) / kStrideH;
-    int const end = min(max(below, at.rows), steps);
+    int const end = min(max(below, begin), steps);
 
     char* const ring = memory + kFilterBytes;
     Loader loader(p, at, ring);
     loader.skip(begin);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    implicit_gemm::ptx::allow_next_kernel();
-    implicit_gemm::ptx::wait_for_earlier_kernels();
-#endif
+    begin_after_earlier_kernels();
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
       if (begin + i < end) loader.step();
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
     }
     Filter filter;
     filter.load(p, z.channels * z.multiplier, channel, memory);
@@ -404,10 +381,10 @@ struct Depthwise {
     char const* inputs = first;
 #pragma unroll 1
     for (int step = begin; step < end; ++step) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      wait_for_copies<kStages - 2>();
       __syncthreads();
       if (step + kStages - 1 < end) loader.step();
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
       Sides sides;
       if (step >= kSlots - 1) out.load(sides);
       multiply(inputs, filter, sums);

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "jax_bolt/depthwise/instructions.hpp"
 #include "jax_bolt/epilogue/traits.hpp"
-#include "jax_bolt/implicit_gemm/ptx.hpp"
 
 namespace jax_bolt::depthwise {
 
@@ -74,7 +74,7 @@ struct Vector {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         float const high = 2 * i + 1 < kCount ? values[(2 * i + 1) % kCount] : 0.0f;
-        made.words[i] = implicit_gemm::ptx::Pair<Output>::pack(values[2 * i], high);
+        made.words[i] = Pair<Output>::pack(values[2 * i], high);
       }
     } else if constexpr (sizeof(T) == 4) {
 #pragma unroll
