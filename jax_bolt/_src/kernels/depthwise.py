@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 
 from .. import ir
@@ -20,7 +19,7 @@ header = "jax_bolt/depthwise/depthwise.hpp"
 artifact: Artifact = "cubin"
 
 _CANDIDATES = 16
-_OF_A_KIND = 2  # that differ in the block's shape alone
+_OF_A_KIND = 2  # with the same threads, in blocks of different numbers of channels
 _MAX_EXTENT = 2**20  # the kernel counts bytes of a few pixels in 32 bits
 
 
@@ -56,11 +55,12 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     found = sorted(
         tiles_of(region, arch), key=lambda tile: estimate(tile, region, arch).total
     )
-    kinds: collections.Counter[tuple[int, int]] = collections.Counter()
+    kinds: dict[tuple[int, int], list[Tile]] = {}
     chosen: list[Tile] = []
     for tile in found:
-        kinds[tile.width, tile.outputs] += 1
-        if kinds[tile.width, tile.outputs] <= _OF_A_KIND:
+        alike = kinds.setdefault((tile.width, tile.outputs), [])
+        if len(alike) < _OF_A_KIND and tile.lanes not in (t.lanes for t in alike):
+            alike.append(tile)
             chosen.append(tile)
     return tuple(tile.config() for tile in chosen[:_CANDIDATES])
 

@@ -32,7 +32,7 @@ _OTHER_REGISTERS = 32
 _MOST_PRODUCTS = 1600  # unrolled: two seconds of nvcc
 _MOST_COPIES = 32  # of a thread and row: bits of a register
 _ACCESS = 16  # bytes
-_SECTOR = 32  # bytes that device memory moves at least
+_SECTOR = 32  # bytes that L2 moves at least
 _BANKS = 128  # bytes that shared memory moves at once
 
 # Cycles of an SM. Counted in the machine code, and not fitted to measurements.
@@ -40,6 +40,8 @@ _START = 4000  # from launch to the first product, and the last store
 _STALL = 160  # of a warp in each step: the barrier, loads from shared memory
 _STEP, _COPY = 30, 5  # instructions of a step, and of a piece that is copied
 _LATENCY = 1400  # from asking device memory to having it in shared memory
+_BURST = 64  # bytes that device memory reads at once
+_HALF_BURST = 1.25  # of its time, where another block has the other half, a bit later
 _OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
 _CLOCK = 1.7e9
 
@@ -306,6 +308,8 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     turn = max(turns * instructions, instructions + _STALL)
     own = steps * turn * blocks / resident
     moved = region.bytes_moved / arch.bandwidth * _CLOCK
+    if tile.channels < min(p.c, _BURST // shape.item):
+        moved *= _HALF_BURST
     flying = resident * (tile.stages - 1) * shape.rows_read * shape.columns
     flying *= tile.channels * shape.item
     read = p.n * p.h * p.w * p.c * shape.item / arch.sm_count
