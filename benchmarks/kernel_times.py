@@ -167,6 +167,7 @@ def library_functions(site: SiteInfo) -> dict[str, tuple[Callable, Callable]]:
                 ((top, bottom), (left, right)),
                 rhs_dilation=problem.dilation,
                 dimension_numbers=("NHWC", "OHWI", "NHWC"),
+                feature_group_count=problem.groups,
             ),
             lambda lhs, rhs: (lhs, jnp.transpose(rhs, (3, 0, 1, 2))),
         )

@@ -117,7 +117,7 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
     highest = lax.Precision.HIGHEST
     if isinstance(problem, ir.ConvProblem):
         top, bottom, left, right = problem.padding
-        k, r, s, c = problem.k, problem.r, problem.s, problem.c
+        k, r, s, c = problem.k, problem.r, problem.s, problem.group_channels
         packed = problem.filter_layout == "krsc"
         y = lax.conv_general_dilated(
             a.reshape(problem.n, problem.h, problem.w, problem.c),
@@ -126,6 +126,7 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
             padding=((top, bottom), (left, right)),
             rhs_dilation=problem.dilation,
             dimension_numbers=("NHWC", "OHWI" if packed else "HWIO", "NHWC"),
+            feature_group_count=problem.groups,
             precision=highest,
         )
         return y.reshape(problem.rows, problem.channels)

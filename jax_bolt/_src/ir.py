@@ -194,7 +194,9 @@ class ConvProblem:
     """2-D fprop: x is N H W C, y is N P Q K, all packed.
 
     ``padding`` is (top, bottom, left, right); ``stride`` and ``dilation`` are (h, w).
-    The filter is stored K R S C, or R S C K where ``filter_layout`` is "hwio".
+    The filter is stored K R S C, or R S C K where ``filter_layout`` is "hwio"; its C is
+    that of one of ``groups``, of which output channels read their own input channels
+    only.
     """
 
     n: int
@@ -209,6 +211,7 @@ class ConvProblem:
     dilation: tuple[int, int] = (1, 1)
     dtype: DType
     filter_layout: FilterLayout = "krsc"
+    groups: int = 1
 
     @property
     def p(self) -> int:
@@ -230,6 +233,7 @@ class ConvProblem:
             f"conv[{self.dtype} n{self.n}h{self.h}w{self.w}c{self.c} "
             f"k{self.k}r{self.r}s{self.s} st{_dims(self.stride)} "
             f"pad{_dims(self.padding)} dil{_dims(self.dilation)}"
+            f"{f' g{self.groups}' if self.groups > 1 else ''}"
             f"{' hwio' if self.filter_layout == 'hwio' else ''}]"
         )
 
@@ -243,17 +247,31 @@ class ConvProblem:
 
     @property
     def flops(self) -> int:
-        return 2 * self.rows * self.k * self.r * self.s * self.c
+        return 2 * self.rows * self.k * self.r * self.s * self.group_channels
 
     @property
     def operand_elements(self) -> tuple[int, int]:
-        return self.n * self.h * self.w * self.c, self.k * self.r * self.s * self.c
+        taps = self.r * self.s
+        return (
+            self.n * self.h * self.w * self.c,
+            self.k * taps * self.group_channels,
+        )
+
+    @property
+    def group_channels(self) -> int:
+        """Input channels that an output channel reads."""
+        return self.c // self.groups
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Every output channel reads one of several input channels."""
+        return self.groups > 1 and self.groups == self.c
 
     @property
     def is_gemm(self) -> bool:
         """A 1x1, stride 1, unpadded conv is a matrix product over its pixels."""
         return (
-            self.r == self.s == 1
+            self.groups == self.r == self.s == 1
             and self.stride == (1, 1)
             and self.padding == (0, 0, 0, 0)
         )

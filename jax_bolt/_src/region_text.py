@@ -24,7 +24,8 @@ _GEMM = re.compile(
 _CONV = re.compile(
     r"conv\[(?P<dtype>\w+) n(?P<n>\d+)h(?P<h>\d+)w(?P<w>\d+)c(?P<c>\d+) "
     r"k(?P<k>\d+)r(?P<r>\d+)s(?P<s>\d+) st(?P<stride>[\dx]+) "
-    r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?P<hwio> hwio)?\]"
+    r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?: g(?P<groups>\d+))?"
+    r"(?P<hwio> hwio)?\]"
 )
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
 _VECTOR = re.compile(r"(\w+)\[(n?)\]")
@@ -69,7 +70,7 @@ def _problem(text: str) -> ir.Problem:
         for name in ("stride", "padding", "dilation")
     }
     dtype = _dtype(found.pop("dtype"))
-    sizes = {name: int(value) for name, value in found.items()}
+    sizes = {name: int(value or 1) for name, value in found.items()}
     return ir.ConvProblem(**sizes, **windows, dtype=dtype, filter_layout=layout)
 
 

@@ -16,7 +16,7 @@ import region_cases as cases
 from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import loader
-from jax_bolt._src.kernels import implicit_gemm_sm90
+from jax_bolt._src.kernels import depthwise, depthwise_tiles, implicit_gemm_sm90
 from jax_bolt._src.kernels.image import Image
 from jax_bolt._src.kernels.implicit_gemm_tiles import tiles_of
 from jax_bolt._src.primitive import reference_fun
@@ -39,6 +39,7 @@ def chosen(case, candidates):
     found = [group[turn % len(group)] for group in groups.values()]
     found += first(candidates, lambda tile: tile.parts > 1)
     found += first(candidates, lambda tile: tile.im2col)
+    found += widths(candidates)
     return found + (splits(candidates) if is_deep(case) else [])
 
 
@@ -48,6 +49,18 @@ def first(candidates, is_wanted):
     for candidate, tile in tiles(candidates):
         if is_wanted(tile):
             found.setdefault(candidate.form.name, with_tile(candidate, tile))
+    return list(found.values())
+
+
+def widths(candidates):
+    """A depthwise candidate for every number of channels that a thread may have."""
+    found = {}
+    for candidate in candidates:
+        if candidate.template is depthwise:
+            for tile in depthwise_tiles.tiles_of(candidate.form.region, candidate.arch):
+                if tile.width not in found:
+                    found[tile.width] = with_tile(candidate, tile)
+            break
     return list(found.values())
 
 
@@ -149,7 +162,7 @@ def test_error_is_at_most_1_25_of_xla(case):
 
 def test_every_template_ran():
     ran = {c.template.name for group in all_candidates()[0].values() for c in group}
-    expected = {"gemm_sm80", "conv_sm80"}
+    expected = {"gemm_sm80", "conv_sm80", "depthwise"}
     if target().arch.sm == 90:
         expected |= {"implicit_gemm_sm90"}
     assert ran == expected
@@ -161,7 +174,7 @@ def test_every_template_ran():
 REPEATED = [
     case
     for case in (*cases.GEMMS, *cases.CONVS)
-    if is_deep(case) or "33x31x3-64" in case.name
+    if is_deep(case) or case is cases.DEPTHWISE[0] or "33x31x3-64" in case.name
 ]
 
 
@@ -179,7 +192,8 @@ def test_results_are_bitwise_equal_over_runs(case):
 def test_every_output_element_is_written():
     """The tuner's worker looks for what two launches leave as it was."""
     with isolate.worker(target().ordinal) as worker:
-        for case in (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6]):
+        written = (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6], *cases.DEPTHWISE)
+        for case in written:
             for candidate in all_candidates()[0][case.name]:
                 digest, path = built(candidate)
                 assert not isinstance(path, CompileError)
@@ -195,6 +209,11 @@ LARGE = [
     ),
     cases.Case(
         "output", cases.conv, (cases.shape(700, 56, 56, 8), cases.shape(1, 1, 8, 512))
+    ),
+    cases.Case(
+        "depthwise",
+        functools.partial(cases.conv, groups=512),
+        (cases.shape(700, 56, 56, 512), cases.shape(3, 3, 1, 512)),
     ),
 ]
 

@@ -106,6 +106,32 @@ def test_heuristic_kernels_run_in_every_transform(args, forced):
     assert ours <= 1.25 * plain
 
 
+def test_depthwise_convs_between_pointwise_ones(forced):
+    """Inverted residual blocks: each kernel may start while the one before it runs."""
+
+    def block(x, wide, w, narrow, stride=1):
+        y = jax.nn.relu6(cases.conv(x, wide))
+        y = jax.nn.relu6(cases.conv(y, w, stride=stride, groups=w.shape[3]))
+        return cases.conv(y, narrow)
+
+    def model(x, *filters):
+        for _ in range(2):
+            x = x + block(x, *filters)
+        return block(x, *filters, stride=2)
+
+    args = (
+        *(normal(0, 8, 28, 28, 32), normal(1, 1, 1, 32, 192) * 0.2),
+        *(normal(2, 3, 3, 1, 192) * 0.3, normal(3, 1, 1, 192, 32) * 0.1),
+    )
+    fun = jax_bolt.optimize(model)
+    labels = [site.epilogue for site in fun.explain(*args).sites]
+    assert labels.count("depthwise3x3+relu") == 3
+    assert all(site.fused for site in fun.explain(*args).sites)
+    want = jax.jit(model)(*args)
+    for _ in range(20):
+        close(fun(*args), want)
+
+
 def test_another_layout(forced):
     def fun(x, w1, w2, scale):
         numbers = ("NCHW", "OIHW", "NCHW")

@@ -86,6 +86,26 @@ def test_bert_has_four_products_at_two_sizes() -> None:
     assert found[2].label == "dot+bias+erf"
 
 
+def test_depthwise_layers_are_one_region_each() -> None:
+    epilogues = {"convnext": "bias", "mobilenet": "bn+relu", "efficientnet": "bn+silu"}
+    for name, layers in kernel_problems.DEPTHWISE.items():
+        found = kernel_problems.collect([name], [32], 224, "bfloat16")
+        problems = [p.region.problem for p in found]
+        assert [
+            (p.h, p.k, p.r, p.stride[0])
+            for p in problems
+            if isinstance(p, ir.ConvProblem) and p.is_depthwise and p.n == 32
+        ] == list(layers)
+        kinds = {kernel_problems.classify(p.region, CEILINGS) for p in found}
+        assert kinds == {kernel_problems.DEPTHWISE_CONV}
+        candidates = kernel_problems.candidates(
+            found[0], arch.from_name("sm_90a"), (), quick=True
+        )
+        assert [c.template.name for c in candidates] == ["depthwise"] * 2
+        labels = {problem.label.partition("+")[2] for problem in found}
+        assert labels == {epilogues[name.partition("_")[0]]}
+
+
 def test_floor_counts_side_inputs_and_the_real_output() -> None:
     region = _site(2, 8, 8, 64, 32, 3, 3).region
     (bare,) = floor.of_problems([region.problem])
@@ -113,6 +133,8 @@ def test_classes(shape: Any, options: Any, expected: str) -> None:
 def test_short_names() -> None:
     conv = _site(2, 15, 13, 64, 128, 3, 3, stride=(2, 1), dilation=2).region.problem
     assert kernel_problems.short(conv) == "2x15x13 64>128 3x3 s2x1 d2x2"
+    depthwise = cases.DEPTHWISE[0].site().region.problem
+    assert kernel_problems.short(depthwise) == "2x15x13 40>40 3x3 s1 g40"
     gemm = ir.GemmProblem(m=4, n=5, k=6, batch=3, dtype="bf16", b_layout="col")
     assert kernel_problems.short(gemm) == "3x4x5x6 row,col"
 
@@ -144,6 +166,11 @@ BARE = [
     cases._conv(2, 9, 8, 16, 24, 5, 3, bare=True, padding=((0, 3), (2, 0)), dilation=2),
     cases._conv(2, 7, 7, 24, 40, 1, 1, bare=True),
     cases._conv(2, 7, 7, 24, 40, 1, 1, bare=True, stride=2),
+    cases.Case(
+        "depthwise",
+        lambda x, w: cases.conv(x, w, stride=2, groups=16),
+        (cases.shape(2, 9, 8, 16), cases.shape(5, 3, 1, 16)),
+    ),
 ]
 
 

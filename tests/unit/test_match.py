@@ -208,9 +208,19 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
             "dtype int8",
         ),
         (
-            lambda x, w: conv(x, w, feature_group_count=16),
-            (X, shape(3, 3, 1, 32)),
-            "feature_group_count=16",
+            lambda x, w: conv(x, w, feature_group_count=4),
+            (X, shape(3, 3, 4, 32)),
+            "feature_group_count=4, 4 input channels each",
+        ),
+        (
+            lambda x, w: conv(x, w, batch_group_count=2),
+            (X, W),
+            "batch_group_count=2",
+        ),
+        (
+            lambda x, w: conv(x, w, precision="highest"),
+            (shape(2, 8, 8, 16, dtype=F32), shape(3, 3, 16, 32, dtype=F32)),
+            "precision=HIGHEST",
         ),
         (
             lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((1, 1), (1, 1))),
@@ -285,6 +295,41 @@ def test_zeros_of_either_sign_are_two_constants():
     found = one(lambda x, w: jnp.copysign(1, 1) * (conv(x, w) + 0.0) * -0.0, X, W)
     values = [op.attr for op in found.region.epilogue.ops if op.name == "const"]
     assert sorted(str(v) for v in values if v == 0) == ["-0.0", "0.0"]
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_a_depthwise_conv_and_its_epilogue_are_one_region(multiplier):
+    def fun(x, w, mean, var, scale, offset):
+        y = conv(x, w, feature_group_count=16, window_strides=(2, 2))
+        y = batch_norm(y, *map(spread, (mean, var, scale, offset)))
+        return jax.nn.silu(y)
+
+    k = 16 * multiplier
+    found = one(fun, X, shape(3, 3, 1, k), *(shape(k, dtype=F32),) * 4)
+    problem = found.region.problem
+    assert found.label == "depthwise3x3+bn+silu"
+    assert isinstance(problem, ir.ConvProblem)
+    assert (problem.groups, problem.c, problem.k) == (16, 16, k)
+    assert " g16]" in problem.text
+    assert problem.flops == 2 * problem.rows * k * 9
+    assert problem.operand_elements == (2 * 8 * 8 * 16, 9 * k)
+
+
+def test_a_conv_of_one_channel_is_no_depthwise_one():
+    x, w = shape(2, 8, 8, 1), shape(3, 3, 1, 8)
+    found = one(lambda x, w: conv(x, w, feature_group_count=1), x, w)
+    assert not getattr(found.region.problem, "is_depthwise", True)
+    assert " g" not in found.region.problem.text
+
+
+def test_depthwise_convs_are_exact_in_float32():
+    """No tensor cores, no TF32: any precision may be asked for."""
+    x, w = shape(2, 8, 8, 16, dtype=F32), shape(3, 3, 1, 16, dtype=F32)
+    for precision in (None, "high", "highest"):
+        one(
+            lambda x, w, p=precision: conv(x, w, feature_group_count=16, precision=p),
+            *(x, w),
+        )
 
 
 def test_highest_precision_means_nothing_to_bfloat16():

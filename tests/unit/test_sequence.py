@@ -47,6 +47,25 @@ def test_consecutive_calls_are_one_sequence():
     assert names(lambda x, w: dense(x, w), SQUARE, SQUARE) == ["bolt_call"]
 
 
+def test_depthwise_convs_belong_to_one():
+    def conv(x, w, groups=1):
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    def block(x, wide, w, narrow):
+        y = conv(jax.nn.relu6(conv(x, wide)), w, groups=32)
+        return conv(jax.nn.relu6(y), narrow) + x
+
+    filters = shape(1, 1, 8, 32), shape(3, 3, 1, 32), shape(1, 1, 32, 8)
+    assert names(block, shape(2, 7, 7, 8), *filters) == ["bolt_sequence"]
+
+
 def test_what_reads_a_result_ends_the_sequence():
     def fun(x, w):
         y = dense(dense(x, w), w)

@@ -48,6 +48,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
             return f"takes no tensors of {dtype}"
     if too_many := epilogue_limit(epilogue):
         return too_many
+    if isinstance(problem, ir.ConvProblem) and problem.groups > 1:
+        return f"a conv of {problem.groups} groups"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
     image = Image.of(problem)

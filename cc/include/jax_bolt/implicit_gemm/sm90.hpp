@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "jax_bolt/device_kernel.hpp"
 #include "jax_bolt/epilogue/math.hpp"
 #include "jax_bolt/epilogue/traits.hpp"
 #include "jax_bolt/implicit_gemm/geometry.hpp"
@@ -755,13 +756,5 @@ struct Sm90 {
 };
 
 }  // namespace jax_bolt::implicit_gemm
-
-/// The one kernel of a device-only artifact, under the name that the launcher looks for.
-#define JAX_BOLT_DEVICE_KERNEL(...)                                                           \
-  using JaxBoltKernel = __VA_ARGS__;                                                          \
-  extern "C" __global__ void __launch_bounds__(JaxBoltKernel::kThreads, JaxBoltKernel::kCtas) \
-      jax_bolt_kernel(const __grid_constant__ typename JaxBoltKernel::Parameters params) {    \
-    JaxBoltKernel::run(params);                                                               \
-  }
 
 #endif  // JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
