@@ -64,6 +64,11 @@ class Match:
     label: str
     layout: Layout | None
 
+    @property
+    def output(self) -> Var:
+        """The result."""
+        return self.outputs[0]
+
     def permutation(self, position: int) -> Permutation | None:
         """How the input at that position is transposed for the kernel, if at all."""
         if self.layout is None:
