@@ -189,9 +189,9 @@ struct EpilogueParams {
   static_assert(kAuxiliary <= JAX_BOLT_MAX_AUXILIARY, "at most JAX_BOLT_MAX_AUXILIARY");
 
   Output* d;
-  void* auxiliary[array_size(kAuxiliary)];
   void const* sides[array_size(kSides)];
   void const* vectors[array_size(kVectors)];
+  void* auxiliary[array_size(kAuxiliary)];
 
   static EpilogueParams make(JaxBoltBuffers const& buffers) {
     EpilogueParams params{};
