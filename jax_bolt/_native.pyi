@@ -14,9 +14,7 @@ MAX_VECTORS: int
 MAX_SIDES: int
 MAX_AUXILIARY: int
 
-BufferSet: TypeAlias = tuple[
-    int, int, Sequence[int], Sequence[int], Sequence[int], int
-]
+BufferSet: TypeAlias = tuple[int, int, Sequence[int], Sequence[int], Sequence[int], int]
 """Device addresses of a, b, the outputs, the side inputs, the vectors, the workspace
 (or 0). The outputs are the result and the auxiliary ones."""
 

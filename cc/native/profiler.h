@@ -20,8 +20,8 @@ namespace jax_bolt::native {
 std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
                             const std::vector<JaxBoltBuffers>& sets, int ordinal, int repeats);
 
-// Whether a launch writes every byte of its outputs: so many of buffers.d, and of the auxiliary ones.
-// Launches twice, over different values; throws as Profile does.
+// Whether a launch writes every byte of its outputs: so many of buffers.d, and of the auxiliary
+// ones. Launches twice, over different values; throws as Profile does.
 bool WritesAll(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers,
                const std::vector<size_t>& bytes, int ordinal);
 

@@ -55,6 +55,7 @@ __all__ = [
     "mlir",
     "name_stack",
     "new_equation",
+    "operation_name",
     "part_of_jaxpr",
     "prefixed",
     "program_like",
@@ -161,6 +162,16 @@ def live_equations(
         kept.append(eqn)
         needed.update(variables(eqn.invars))
     return kept[::-1]
+
+
+def operation_name(eqn: JaxprEqn) -> str:
+    """The primitive's, or of a call the function's."""
+    for body in eqn.params.values():
+        if isinstance(body, (ClosedJaxpr, Jaxpr)):
+            jaxpr = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+            name = getattr(jaxpr.debug_info, "func_name", "")
+            return str(eqn.params.get("name", name)) or eqn.primitive.name
+    return eqn.primitive.name
 
 
 def is_drop(var: Any) -> bool:

@@ -35,11 +35,14 @@ from .compat import (
     aval_of,
     is_drop,
     name_stack,
+    operation_name,
     source_line,
 )
 from .elementwise import NotElementwise
 from .layout import Layout, Permutation
 from .roots import ROOTS, Refused, Root, read_root
+
+AUXILIARY = "auxiliary"  # in the option ``disable``
 
 _CALL = re.compile(r"jit\((.*?)\)")
 
@@ -51,7 +54,8 @@ class Match:
     ``eqns`` are the indices it replaces, the root's first; ``absorbed`` those of
     per-channel arithmetic, which go too unless something else reads them. ``inputs``
     are the left operand, the right one, the side inputs, the vectors; ``outputs`` the
-    result and the auxiliary outputs. ``layout`` is the root's.
+    result and the auxiliary outputs. ``layout`` is the root's. ``prologue`` names
+    elementwise work on the left operand that no region does.
     """
 
     root: int
@@ -63,6 +67,7 @@ class Match:
     name: str
     label: str
     layout: Layout | None
+    prologue: str = ""
 
     @property
     def output(self) -> Var:
@@ -89,11 +94,14 @@ class Refusal:
     line: str
 
 
-def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
+def find_regions(
+    jaxpr: Jaxpr, auxiliary: int = ir.MAX_AUXILIARY
+) -> tuple[list[Match], list[Refusal]]:
     """All regions of one (canonical) jaxpr; bodies of calls are not entered.
 
-    Later roots choose first: where two branches meet, as in a residual add, the
-    epilogue belongs to one of them and the other's result is its side input.
+    A region has at most so many ``auxiliary`` outputs. Later roots choose first: where
+    two branches meet, as in a residual add, the epilogue belongs to one of them and the
+    other's result is its side input.
     """
     graph = _Graph(jaxpr)
     matches: list[Match] = []
@@ -112,11 +120,15 @@ def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
                 Refusal(index, eqn.primitive.name, str(refused), name, line)
             )
             continue
-        match = _Growth(graph, index, root, taken).match(name)
+        match = _Growth(graph, index, root, taken, auxiliary).match(name)
         taken.update(match.eqns, match.absorbed)
         graph.put_together(match)
         matches.append(match)
-    return matches[::-1], refusals[::-1]
+    found = [
+        dataclasses.replace(match, prologue=graph.prologue(match.inputs[0]))
+        for match in reversed(matches)
+    ]
+    return found, refusals[::-1]
 
 
 def site_name(eqn: JaxprEqn) -> str:
@@ -181,6 +193,27 @@ class _Graph:
             pending |= needed - seen
         return False
 
+    def prologue(self, operand: Any) -> str:
+        """The names of elementwise equations, if any, that lead to a root's operand.
+
+        In order; those of regions are none.
+        """
+        names: list[str] = []
+        while _in(operand, self.producer):
+            index = self.producer[operand]
+            eqn = self.eqns[index]
+            if index in self.together:
+                break
+            shape_only = eqn.primitive.name in elementwise.SHAPE_ONLY
+            size = aval_of(eqn.outvars[0]).size
+            full = [v for v in eqn.invars if aval_of(v).size == size]
+            if not full or not elementwise.supported(eqn):
+                break
+            if not shape_only:
+                names.append(operation_name(eqn))
+            operand = full[0]
+        return ", ".join(reversed(names))
+
     def _producers(self, atoms: Sequence[Any]) -> set[int]:
         return {self.producer[v] for v in atoms if _in(v, self.producer)}
 
@@ -196,7 +229,15 @@ class _Ending:
 class _Growth:
     """The growth of one region; see the module's docstring."""
 
-    def __init__(self, graph: _Graph, root: int, problem: Root, taken: set[int]):
+    def __init__(
+        self,
+        graph: _Graph,
+        root: int,
+        problem: Root,
+        taken: set[int],
+        auxiliary: int,
+    ):
+        self.auxiliary = auxiliary
         self.graph = graph
         self.root = root
         self.problem = problem
@@ -306,7 +347,7 @@ class _Growth:
         computes it.
         """
         result, *auxiliary = outputs
-        if len(auxiliary) > ir.MAX_AUXILIARY:
+        if len(auxiliary) > self.auxiliary:
             return False
         return not auxiliary or self._is_in_memory(result)
 

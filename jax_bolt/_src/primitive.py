@@ -37,7 +37,8 @@ class SiteInfo:
     """A region in a program: what it computes, where, and from which operands.
 
     ``operands`` gives, for the left operand, the right one, each side input and each
-    vector, its position among the equation's inputs.
+    vector, its position among the equation's inputs. ``prologue`` names elementwise
+    work on the left operand that is done ahead of the region.
     """
 
     region: ir.Region
@@ -47,6 +48,7 @@ class SiteInfo:
     label: str
     line: str
     root: str
+    prologue: str = ""
 
     @property
     def in_avals(self) -> list[Any]:

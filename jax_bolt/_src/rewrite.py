@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from . import cast, layout, sequence
+from . import cast, ir, layout, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -28,7 +28,7 @@ from .compat import (
     transposed,
     variables,
 )
-from .match import Match, Refusal, find_regions
+from .match import AUXILIARY, Match, Refusal, find_regions
 from .options import Options
 from .primitive import Family, SiteInfo, bolt_call_p
 
@@ -75,7 +75,8 @@ class _Pass:
 
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
-        matches, refusals = find_regions(jaxpr)
+        disabled = AUXILIARY in self.options.disable
+        matches, refusals = find_regions(jaxpr, 0 if disabled else ir.MAX_AUXILIARY)
         calls: dict[int, list[JaxprEqn]] = {}
         replaced: set[int] = set()
         for root in sorted([*matches, *refusals], key=lambda found: found.root):
@@ -123,6 +124,7 @@ class _Pass:
             label=match.label,
             line=source_line(root),
             root=root.primitive.name,
+            prologue=match.prologue,
         )
         self.family.sites.append(site)
         self.roots.append(site)

@@ -71,9 +71,7 @@ def test_the_largest_tiles_neither_spill_nor_serialise(
     assert "C751" not in log, log
 
 
-def compiled(
-    region: ir.Region, tile: tiles.Tile, folder: Path, more: str = ""
-) -> str:
+def compiled(region: ir.Region, tile: tiles.Tile, folder: Path, more: str = "") -> str:
     """The compiler's log; ``more`` follows the kernel."""
     source = codegen.source(region, family, tile.config(), HOPPER) + more
     found = toolchain.find(options.current())

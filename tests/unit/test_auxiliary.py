@@ -35,7 +35,7 @@ def norm_relu(x: Any, p: Any, nchw: bool) -> Any:
     """BatchNorm with stored statistics, and relu."""
     mean, var, scale, offset = p
     if nchw:
-        mean, var, scale, offset = (v[:, None, None] for v in (mean, var, scale, offset))
+        mean, var, scale, offset = (v[:, None, None] for v in p)
     y = (x.astype(F32) - mean) * (lax.rsqrt(var + 1e-5) * scale) + offset
     return jax.nn.relu(y.astype(x.dtype))
 
@@ -244,3 +244,27 @@ def test_the_report_says_so():
     assert site.kernel.startswith("implicit_gemm_sm90")
     older = jax_bolt.explain(both, *[SQUARE] * 3, arch="sm_80")
     assert older.sites[0].kernel.startswith("gemm_sm80")
+
+
+def test_it_can_be_turned_off():
+    disabled = options.Options(disable=("auxiliary",))
+    done = rewrite.rewrite(jax.make_jaxpr(both)(*values()), disabled)
+    (site,) = done.family.sites
+    assert len(site.region.epilogue.outputs) == 1
+
+
+def test_the_report_names_what_xla_does_before():
+    """Where no region can: on the image, or on a concatenation."""
+
+    def fun(image, w, skip):
+        x = (image - 0.5).astype(jnp.bfloat16) * jnp.bfloat16(4)
+        x = x @ w
+        x = jnp.concatenate([x, skip], axis=1)
+        x = jax.nn.relu(x).reshape(2, 4, 16)
+        return jax.nn.relu(x @ jnp.ones((16, 8), jnp.bfloat16)) @ w
+
+    args = cases.shape(8, 8, dtype=F32), SQUARE, SQUARE
+    first, second, third = jax_bolt.explain(fun, *args, arch="sm_90a").sites
+    assert first.prologue == "sub, convert_element_type, mul"
+    assert second.prologue == "relu"
+    assert third.prologue == ""

@@ -70,9 +70,7 @@ def _full(acc, vectors, sides):
 
 APPLY: dict[ir.Epilogue, emulator.Apply] = {
     PLAIN: lambda acc, vectors, sides: [acc],
-    **dict.fromkeys(
-        (SIDE, WIDE, SINGLE), lambda acc, vectors, sides: [acc + sides[0]]
-    ),
+    **dict.fromkeys((SIDE, WIDE, SINGLE), lambda acc, vectors, sides: [acc + sides[0]]),
     **dict.fromkeys(
         (FULL, MIXED), lambda acc, vectors, sides: _full(acc, vectors, sides)[:1]
     ),

@@ -36,6 +36,7 @@ def conv(x, w, **kw):
 
 
 X, W = shape(2, 8, 8, 16), shape(3, 3, 16, 32)
+WINDOW = (1, 2, 2, 1), (1, 2, 2, 1)
 Y, V = shape(2, 8, 8, 32), shape(32, dtype=F32)
 
 
@@ -130,7 +131,7 @@ def test_each_output_has_its_own_dtype():
     [
         # What reads it computes it: a reduction, pooling, another root's epilogue.
         lambda z, y: (z.mean((1, 2)), y),
-        lambda z, y: (lax.reduce_window(z, BF16(0), lax.max, *[(1, 2, 2, 1)] * 2, "SAME"), y),
+        lambda z, y: (lax.reduce_window(z, BF16(0), lax.max, *WINDOW, "SAME"), y),
         lambda z, y: (jnp.concatenate([z, y], 3), y),
         # Nothing reads it.
         lambda z, y: y,

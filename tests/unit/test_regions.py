@@ -64,7 +64,8 @@ def test_the_output_that_is_wrong_decides():
     good, bad, nan = (1e-3, 1e-3), (2e-3, 1e-3), (float("nan"), 1e-3)
 
     def worst(*pairs):
-        return measure.worst(*zip(*pairs, strict=True), region)
+        of_kernel, of_xla = zip(*pairs, strict=True)
+        return measure.worst(of_kernel, of_xla, region)
 
     assert worst(good) == measure.Errors(*good)
     for wrong in (bad, nan, (1e-1, 1e-1)):

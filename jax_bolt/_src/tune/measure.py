@@ -141,8 +141,10 @@ def errors(operands: Operands, kernel: Executable) -> Errors:
     yardstick = Yardstick(operands)
     ours = kernel_function(operands.site, kernel)
     xla = reference_fun(operands.site.reference)
-    found = (yardstick.errors(jax.jit(f)(*operands.sets[0])) for f in (ours, xla))
-    return worst(*found, operands.site.region)
+    of_kernel, of_xla = (
+        yardstick.errors(jax.jit(f)(*operands.sets[0])) for f in (ours, xla)
+    )
+    return worst(of_kernel, of_xla, operands.site.region)
 
 
 def worst(kernel: Sequence[float], xla: Sequence[float], region: ir.Region) -> Errors:

@@ -328,9 +328,8 @@ struct Sm90 {
                                .part(unit % kParts);
         ptx::Barrier& full = barriers.sides_full[warpgroup][ring.stage];
         barriers.sides_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
-        // Beside those in the results' place there are the auxiliary outputs' tiles.
-        constexpr int kTiles = kSlotTiles - (side_tile<0>() == 0 ? kStoredTiles - kOutputTiles
-                                                                 : kStoredTiles);
+        constexpr int kInPlace = side_tile<0>() == 0 ? kOutputTiles : 0;
+        constexpr int kTiles = kSlotTiles - kStoredTiles + kInPlace;
         full.arrive_and_expect(kTiles * g.stores * g.side_bytes);
         std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
         for_each_index<kSides>([&](auto index) {
