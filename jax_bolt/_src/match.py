@@ -11,9 +11,10 @@ used. Per-channel inputs are then followed *inwards* through broadcasts and the
 arithmetic on them, so that ``rsqrt(var + eps) * scale`` is part of the region.
 
 A value that is also used elsewhere (a leaking intermediate) ends the region, unless
-something further on has to be in memory anyway: a region reads it, or the program
-returns it. Then the region goes on to there and stores the intermediate besides, as an
-auxiliary output. Else another kernel would read the one and write the other.
+something further on has to be in memory anyway: a region or a loop reads it, or the
+program returns it. Then the region goes on to there and stores the intermediate
+besides, as an auxiliary output. Else another kernel would read the one and write the
+other.
 
     conv(x, w) -> add the residual -> sub, mul, add, relu -> the next conv
                          \\________ the next residual
@@ -45,6 +46,8 @@ from .roots import ROOTS, Refused, Root, read_root
 AUXILIARY = "auxiliary"  # in the option ``disable``
 
 _CALL = re.compile(r"jit\((.*?)\)")
+# What XLA gives its operands to in memory.
+_LOOPS = ("scan", "while", "cond")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -352,14 +355,15 @@ class _Growth:
         return not auxiliary or self._is_in_memory(result)
 
     def _is_in_memory(self, var: Var) -> bool:
-        """Returned by the program, or read by a region or a root, maybe reshaped."""
+        """Returned, or read by a region, a root or a loop, maybe reshaped."""
         if var in self.graph.escapes:
             return True
         for index in self.graph.users.get(var, ()):
             eqn = self.graph.eqns[index]
-            if index in self.taken or eqn.primitive.name in ROOTS:
+            name = eqn.primitive.name
+            if index in self.taken or name in ROOTS or name in _LOOPS:
                 return True
-            if eqn.primitive.name == "reshape" and self._is_in_memory(eqn.outvars[0]):
+            if name == "reshape" and self._is_in_memory(eqn.outvars[0]):
                 return True
         return False
 

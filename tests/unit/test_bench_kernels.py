@@ -137,7 +137,7 @@ def test_which_forms_move_the_input(
 # The library ------------------------------------------------------------------------
 
 BARE = [
-    *(case for case in cases.GEMMS if "->" in case.name),
+    *(case for case in cases.GEMMS if "->" in case.name and len(case.args) == 2),
     cases._conv(2, 9, 11, 16, 24, 3, 3, bare=True, stride=2),
     cases._conv(2, 9, 8, 16, 24, 5, 3, bare=True, padding=((0, 3), (2, 0)), dilation=2),
     cases._conv(2, 7, 7, 24, 40, 1, 1, bare=True),

@@ -192,6 +192,15 @@ def test_a_reshape_lies_as_what_it_is_of():
     assert stored(first) == [("max", "bf16"), ("acc", "bf16")]
 
 
+def test_a_loop_reads_what_is_in_memory():
+    def fun(x, w):
+        y = conv(x, w)
+        z = jax.nn.relu(y)
+        return y, lax.fori_loop(0, 3, lambda _, c: jnp.sort(c), z)
+
+    assert stored(one(fun, X, W)) == [("max", "bf16"), ("acc", "bf16")]
+
+
 @pytest.mark.parametrize("reduced", [True, False])
 def test_a_region_that_would_wait_for_itself_blocked(reduced):
     """What it reads depends on what it stores: squeeze-and-excite, say."""
