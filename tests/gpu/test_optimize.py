@@ -201,7 +201,7 @@ def preactivation_args(blocks, channels):
 
 @pytest.mark.parametrize(("batch", "size", "channels"), [(1, 14, 64), (3, 9, 40)])
 def test_what_is_stored_is_read_when_it_is_there(forced, batch, size, channels):
-    """As above: sums lie in the call's arena until the next block but one reads them."""
+    """As above: sums lie in the call's arena until the end of the next block."""
     parameters = preactivation_args(6, channels)
 
     def chain(x):

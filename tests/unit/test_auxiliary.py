@@ -246,6 +246,23 @@ def test_the_report_says_so():
     assert older.sites[0].kernel.startswith("gemm_sm80")
 
 
+def test_what_a_backward_pass_needs_is_stored(promoting):
+    def loss(weights, x):
+        for w in weights:
+            x = jax.nn.relu(x @ w + 1.0)
+        return jnp.sin(x).sum()
+
+    x, *weights = values(4)
+    grad = jax.grad(loss)
+    stored = [
+        len(site.region.epilogue.outputs)
+        for site in rewritten(grad, weights, x).family.sites
+    ]
+    assert stored.count(2) >= 2
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, jax_bolt.optimize(grad)(weights, x), grad(weights, x))
+
+
 def test_it_can_be_turned_off():
     disabled = options.Options(disable=("auxiliary",))
     done = rewrite.rewrite(jax.make_jaxpr(both)(*values()), disabled)
