@@ -112,7 +112,7 @@ def root(region: ir.Region) -> floor.Root:
     """The region as a root of the floor, side inputs and the real output included."""
     (bare,) = floor.of_problems([region.problem])
     epilogue = region.epilogue
-    items = sum(ir.ITEM_BYTES[d] for d in (epilogue.out_dtype, *epilogue.sides))
+    items = sum(ir.ITEM_BYTES[d] for d in epilogue.tensors)
     items -= ir.ITEM_BYTES[region.problem.dtype]
     outputs = region.problem.rows * region.problem.channels
     return dataclasses.replace(bare, bytes=bare.bytes + outputs * items)

@@ -182,6 +182,37 @@ def _two_sides() -> Case:
     return Case("two-sides", fun, args)
 
 
+def _stores_sum(case: Case, dtype: Any = None) -> Case:
+    """``case``, a root alone, in a block of a pre-activation ResNet: the sum with the
+    residual is stored, and what BatchNorm and relu make of it.
+
+    With a ``dtype`` the sum is of that one.
+    """
+    out = jax.eval_shape(case.fun, *case.args)
+    vectors = (shape(out.shape[-1], dtype=F32),) * 4
+
+    def fun(a, b, side, *stats):
+        total = case.fun(a, b) + side
+        total = total.astype(dtype or total.dtype)
+        return total, jax.nn.relu(batch_norm(total, *stats)).astype(side.dtype)
+
+    tag = "" if dtype is None else f"-{jnp.dtype(dtype).name}"
+    args = (*case.args, shape(*out.shape, dtype=out.dtype), *vectors)
+    return Case(f"{case.name}-stores-sum{tag}", fun, args)
+
+
+def _stores_product(m: int, k: int, n: int, dtype: Any = BF16) -> Case:
+    """What a hidden layer leaves for the backward pass: before and after the bias and
+    the activation."""
+
+    def fun(x, w, b):
+        y = x @ w
+        return y, jax.nn.gelu(y + over_channels(b, y).astype(y.dtype))
+
+    args = (shape(m, k, dtype=dtype), shape(k, n, dtype=dtype), shape(n, dtype=F32))
+    return Case(f"stores-product-{jnp.dtype(dtype).name}-{m}x{k}x{n}", fun, args)
+
+
 def _masked() -> Case:
     def fun(x, w, keep):
         return jnp.where(keep, x @ w, BF16(-1e4))
@@ -214,6 +245,13 @@ GEMMS = [
     _dense(40, 1000, 136, F32)[0],
     _wide(_dense(70, 520, 72)[0]),
     _wide(_dense(300, 72, 200)[1]),
+    # Auxiliary outputs.
+    _stores_product(300, 200, 264),
+    _stores_product(65, 33, 51),
+    _stores_product(130, 36, 70, F16),
+    _stores_product(100, 28, 60, F32),
+    _stores_product(40, 1000, 136),
+    _stores_sum(_plain("bmk,bkn->bmn", (3, 70, 24), (3, 24, 48))),
 ]
 CONVS = [
     _conv(1, 7, 9, 64, 64, 3, 3),
@@ -245,6 +283,13 @@ CONVS = [
     # Gathered by TMA, across the ends of rows and images.
     _conv(3, 21, 23, 64, 136, 1, 1, stride=2),
     _conv(5, 14, 15, 320, 72, 1, 1, F16, stride=(3, 2), padding=((1, 0), (1, 2))),
+    # Auxiliary outputs.
+    _stores_sum(_conv(2, 15, 13, 64, 128, 3, 3, bare=True, stride=2)),
+    _stores_sum(_conv(1, 7, 7, 320, 200, 3, 3, bare=True)),
+    _stores_sum(_conv(5, 7, 7, 128, 192, 3, 3, bare=True), F32),
+    _stores_sum(_conv(2, 12, 10, 46, 33, 3, 3, bare=True)),
+    _stores_sum(_conv(2, 9, 11, 16, 40, 5, 3, F16, bare=True)),
+    _stores_sum(_conv(2, 10, 10, 12, 20, 3, 3, F32, bare=True)),
 ]
 SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))
 DEPTHWISE = [

@@ -95,7 +95,9 @@ void* Address(int operand, const JaxBoltBuffers& buffers) {
     address = buffers.d;
   } else if (operand == kOperandWorkspace) {
     address = buffers.workspace;
-  } else if (operand >= kOperandVectors && operand < kNumOperands) {
+  } else if (operand >= kOperandAuxiliary && operand < kNumOperands) {
+    address = buffers.auxiliary[operand - kOperandAuxiliary];
+  } else if (operand >= kOperandVectors && operand < kOperandAuxiliary) {
     address = buffers.vectors[operand - kOperandVectors];
   } else if (operand >= kOperandSides && operand < kOperandVectors) {
     address = buffers.sides[operand - kOperandSides];

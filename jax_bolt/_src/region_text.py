@@ -15,7 +15,7 @@ from . import ir
 _REGION = re.compile(
     r"(?P<problem>(?:gemm|conv)\[[^\]]*\]) "
     r"\((?P<vectors>[^()]*)\)\((?P<sides>[^()]*)\)"
-    r"\{(?P<body>.*);(?P<out>\w+):%(?P<result>\d+)\}"
+    r"\{(?P<body>.*);(?P<outputs>\w+:%\d+(?:,\w+:%\d+)*)\}"
 )
 _GEMM = re.compile(
     r"gemm\[(?P<dtype>\w+) (?P<a_layout>row|col),(?P<b_layout>row|col) "
@@ -29,6 +29,7 @@ _CONV = re.compile(
 )
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
 _VECTOR = re.compile(r"(\w+)\[(n?)\]")
+_OUTPUT = re.compile(r"(\w+):%(\d+)")
 
 
 def parse(text: str) -> ir.Region:
@@ -46,12 +47,15 @@ def parse(text: str) -> ir.Region:
 def _region(text: str) -> ir.Region:
     found = _match(_REGION, text)
     vectors = [_match(_VECTOR, each) for each in _list(found["vectors"])]
+    outputs = [_match(_OUTPUT, each) for each in _list(found["outputs"])]
+    result, *auxiliary = (ir.Output(int(o[2]), _dtype(o[1])) for o in outputs)
     epilogue = ir.Epilogue(
         ops=tuple(_op(each) for each in found["body"].split(";")),
-        result=int(found["result"]),
-        out_dtype=_dtype(found["out"]),
+        result=result.value,
+        out_dtype=result.dtype,
         vectors=tuple(ir.Vector(_dtype(v[1]), scalar=not v[2]) for v in vectors),
         sides=tuple(_dtype(each) for each in _list(found["sides"])),
+        auxiliary=tuple(auxiliary),
     )
     return ir.Region(problem=_problem(found["problem"]), epilogue=epilogue)
 

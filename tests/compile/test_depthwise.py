@@ -43,6 +43,11 @@ def epilogue(out: ir.DType, *sides: ir.DType) -> ir.Epilogue:
     return ir.Epilogue(tuple(ops), len(ops) - 1, out, vectors, sides)
 
 
+def storing(made: ir.Epilogue, dtype: ir.DType) -> ir.Epilogue:
+    """With the sum before the max as an auxiliary output."""
+    return dataclasses.replace(made, auxiliary=(ir.Output(4, dtype),))
+
+
 REGIONS = [
     ir.Region(problem=problem, epilogue=made)
     for problem, made in (
@@ -59,6 +64,8 @@ REGIONS = [
         (conv(1, 6, 7, 12, 3, k=24), epilogue("bf16", "f32")),
         (conv(1, 7, 8, 20, 3, dtype="f32"), epilogue("f32", "f32")),
         (conv(1, 12, 9, 8, 13), epilogue("bf16")),
+        (conv(2, 7, 9, 18, 3), storing(epilogue("bf16", "bf16"), "bf16")),
+        (conv(1, 9, 8, 16, 5, stride=(2, 2)), storing(epilogue("bf16"), "f32")),
     )
 ]
 
@@ -121,7 +128,10 @@ class Arrays:
             {
                 recipes.A: drawn(p.dtype, p.n, p.h, p.w, p.c),
                 recipes.B: drawn(p.dtype, p.r, p.s, p.k),
-                recipes.D: drawn(made.out_dtype, *full),
+                **{
+                    recipes.output(i): drawn(output.dtype, *full)
+                    for i, output in enumerate(made.outputs)
+                },
                 **{recipes.side(i): drawn(d, *full) for i, d in enumerate(made.sides)},
                 **{
                     recipes.vector(i): drawn(v.dtype, 1 if v.scalar else p.k)
@@ -140,7 +150,9 @@ class Arrays:
             f"{len(addresses)}Q{len(recipe.ints)}i4x", *addresses, *recipe.ints
         )
 
-    def truth(self, region: ir.Region) -> np.ndarray:
+    def truth(self, region: ir.Region) -> list[np.ndarray]:
+        """Of every output."""
+
         def several(first: int, count: int) -> list:
             return [jnp.asarray(self.by_number[first + i]) for i in range(count)]
 
@@ -148,7 +160,8 @@ class Arrays:
         a, b = (jnp.asarray(self.by_number[i]) for i in (recipes.A, recipes.B))
         sides = several(recipes.side(0), len(made.sides))
         vectors = several(recipes.vector(0), len(made.vectors))
-        return np.asarray(evaluate.evaluate(region, a, b, sides, vectors))
+        found = evaluate.outputs(region, a, b, sides, vectors)
+        return [np.asarray(value) for value in found]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -160,11 +173,13 @@ def test_the_code_on_the_cpu(tmp_path):
         recipe = depthwise.recipe(region, tile.config(), SM90A)
         arrays = Arrays.of(region)
         getattr(library, f"run_{i}")(arrays.parameters(recipe), recipe.grid)
-        got = arrays.by_number[recipes.D].astype("f4")
-        want = arrays.truth(region).astype(arrays.by_number[recipes.D].dtype)
-        np.testing.assert_array_equal(
-            got, want.astype("f4"), err_msg=f"{region.text} {tile}"
-        )
+        for number, want in enumerate(arrays.truth(region)):
+            got = arrays.by_number[recipes.output(number)]
+            np.testing.assert_array_equal(
+                got.astype("f4"),
+                want.astype(got.dtype).astype("f4"),
+                err_msg=f"{region.text} {tile}",
+            )
 
 
 def silu(region: ir.Region) -> ir.Region:

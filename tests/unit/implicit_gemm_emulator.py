@@ -28,8 +28,9 @@ SHARED_BYTES = {1: 232448, 2: 115712}
 
 _HEADERS = Path(__file__).parents[2] / "cc/include/jax_bolt/implicit_gemm"
 
-# Accumulators [pixels, 64], vectors of [64] and sides [pixels, 64] -> [pixels, 64].
-Apply = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], np.ndarray]
+# Accumulators [pixels, 64], vectors of [64] and sides [pixels, 64] -> outputs of
+# [pixels, 64], the result first.
+Apply = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], Sequence[np.ndarray]]
 
 
 @functools.cache
@@ -299,7 +300,7 @@ def pack(recipe: Recipe, instance: str, a: np.ndarray, b: np.ndarray) -> np.ndar
 
 
 class Launch:
-    """One launch of the kernel; ``output`` and ``writes`` are its result."""
+    """One launch of the kernel; ``outputs`` and ``writes`` are what it leaves."""
 
     def __init__(
         self,
@@ -307,39 +308,44 @@ class Launch:
         instance: str,
         a: np.ndarray,
         b: np.ndarray,
-        outputs: int,
+        elements: int,
         apply: Apply,
         vectors: Sequence[np.ndarray] = (),
         sides: Sequence[np.ndarray] = (),
         prologue: str | None = None,
+        auxiliary: int = 0,
     ):
         self.t = Arguments.of(instance)
         self.g = geometry(recipe.ints)
         self.grid, self.apply = recipe.grid, apply
-        self.output = np.full(outputs, np.nan, np.float32)
-        self._positions: list[np.ndarray] = []
+        self.outputs = [
+            np.full(elements, np.nan, np.float32) for _ in range(1 + auxiliary)
+        ]
+        self._positions: list[list[np.ndarray]] = [[] for _ in self.outputs]
 
         # An operand's number says which array a map or a pointer is of.
-        operands = {0: a, 1: b, 2: self.output}
+        numbers = [2, *range(14, 14 + auxiliary)]
+        operands = {0: a, 1: b, **dict(zip(numbers, self.outputs, strict=True))}
         assert (prologue is None) == (recipe.prologue is None)
         if recipe.prologue is not None and prologue is not None:
             operands[3] = pack(recipe.prologue, prologue, a, b)
             assert operands[3].size * ITEM == recipe.workspace_bytes
         operands |= {4 + i: side for i, side in enumerate(sides)}
         operands |= {6 + i: vector for i, vector in enumerate(vectors)}
-        assert len(recipe.maps) == 3 + max(1, len(sides))
+        assert len(recipe.maps) == 3 + auxiliary + max(1, len(sides))
         read = [0, 1] if recipe.prologue is None else [3, 3]
-        assert [m.operand for m in recipe.maps[:3]] == [*read, 2]
-        pixels, filters, output, *rest = (
+        leading = [m.operand for m in recipe.maps[: 3 + auxiliary]]
+        assert leading == [*read, *numbers]
+        self.pixels, self.filters, *rest = (
             Tensor(tensor, operands[tensor.operand]) for tensor in recipe.maps
         )
-        self.pixels, self.filters, self.to = pixels, filters, output
-        self.sides = rest if sides else []
+        self.to = rest[: 1 + auxiliary]
+        self.sides = rest[1 + auxiliary :] if sides else []
         assert len(recipe.pointers) == max(1, len(vectors))
         self.vectors = [operands[i] for i in recipe.pointers if i >= 0]
         assert len(self.vectors) == len(vectors)
         self.taps = sum(self.g.phase_taps[: self.g.phases])
-        self.chunk = ROW // pixels.item  # input channels
+        self.chunk = ROW // self.pixels.item  # input channels
         self._check(recipe)
 
     def _check(self, recipe: Recipe) -> None:
@@ -380,8 +386,10 @@ class Launch:
         whole = t.filter_stage if t.krsc else FILTER_BLOCK
         assert self.filters.bytes == whole
         assert all(side.bytes == g.side_bytes for side in self.sides)
-        result, *sides = (x.item // 2 for x in (self.to, *self.sides))
-        tiles = sum(sides) + (0 if sides and sides[0] == result else result)
+        assert all(to.bytes == self.to[0].bytes for to in self.to)
+        stored, sides = ([x.item // 2 for x in kind] for kind in (self.to, self.sides))
+        in_place = stored[0] if sides and sides[0] == stored[0] else 0
+        tiles = sum(stored) + sum(sides) - in_place
         slots = t.warpgroups * g.store_stages * tiles
         barriers = 2 * limit("kMaxPixelStages") + 2 * limit("kMaxFilterStages")
         barriers += 4 * limit("kMaxStoreStages") + 4
@@ -393,8 +401,12 @@ class Launch:
 
     @property
     def writes(self) -> np.ndarray:
-        """How often every output was written."""
-        return np.bincount(np.concatenate(self._positions), minlength=self.output.size)
+        """How often every element of every output was written."""
+        counts = [
+            np.bincount(np.concatenate(positions), minlength=output.size)
+            for positions, output in zip(self._positions, self.outputs, strict=True)
+        ]
+        return np.concatenate(counts)
 
     def run(self) -> Launch:
         with np.errstate(invalid="ignore"):
@@ -533,11 +545,14 @@ class Launch:
         channels = np.minimum(channel + np.arange(BLOCK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]
         results = self.apply(accumulators, vectors, sides)
-        width = ROW // self.to.item  # channels in a tile
-        for first in range(0, BLOCK, width):
-            slot = _nothing(g.slot_bytes, width)
-            _put(slot, 0, results[:, first : first + width])
-            for i in range(g.stores):
-                box = _take(slot, i * g.store_bytes, self.to.bytes // ROW)
-                written = self.to.store(box, channel + first, col, row + i, image)
-                self._positions.append(written)
+        for to, result, positions in zip(
+            self.to, results, self._positions, strict=True
+        ):
+            width = ROW // to.item  # channels in a tile
+            for first in range(0, BLOCK, width):
+                slot = _nothing(g.slot_bytes, width)
+                _put(slot, 0, result[:, first : first + width])
+                for i in range(g.stores):
+                    box = _take(slot, i * g.store_bytes, to.bytes // ROW)
+                    at = (channel + first, col, row + i, image)
+                    positions.append(to.store(box, *at))

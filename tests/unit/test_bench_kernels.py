@@ -161,7 +161,7 @@ def test_which_forms_move_the_input(
 # The library ------------------------------------------------------------------------
 
 BARE = [
-    *(case for case in cases.GEMMS if "->" in case.name),
+    *(case for case in cases.GEMMS if "->" in case.name and len(case.args) == 2),
     cases._conv(2, 9, 11, 16, 24, 3, 3, bare=True, stride=2),
     cases._conv(2, 9, 8, 16, 24, 5, 3, bare=True, padding=((0, 3), (2, 0)), dilation=2),
     cases._conv(2, 7, 7, 24, 40, 1, 1, bare=True),
@@ -178,7 +178,8 @@ BARE = [
 def test_library_functions_compute_the_root(case: cases.Case) -> None:
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1)
-    expected = reference_fun(site.reference)(*operands.sets[0]).astype(jnp.float32)
+    (result,) = reference_fun(site.reference)(*operands.sets[0])
+    expected = result.astype(jnp.float32)
     found = kernel_times.library_functions(site)
     problem = site.region.problem
     if isinstance(problem, ir.ConvProblem):

@@ -27,8 +27,8 @@ from jax_bolt._src.kernels.recipe import Recipe, TensorMap
 
 GEMM, DIMS = 0, [4, 3, 5, 1]
 BYTES = RECIPE.parameter_bytes
-# a, b, d, sides, vectors, workspace
-SET = [0x1000, 0x2000, 0x3000, [0x4000, 0x5000], [0x100 * i for i in range(1, 9)], 0]
+# a, b, outputs, sides, vectors, workspace
+SET = [0x1000, 0x2000, [0x3000], [0x4000, 0x5000], [0x100 * i for i in range(1, 9)], 0]
 ENCODED = list(RECIPE.encode())
 
 Call = Callable[..., list[dict[str, Any]]]
@@ -254,7 +254,7 @@ def changed(index: int, value: int) -> list[int]:
             [*_with_map(COLUMNS)[:13], 5, *_with_map(COLUMNS)[14:]],
             "a map in im2col mode has four dims",
         ),
-        (changed(40, 14), "a pointer's operand is 14"),
+        (changed(40, 15), "a pointer's operand is 15"),
         (changed(44, 2**31), "an int is 2147483648"),
         (
             list(Recipe(32, 1, ints=(0,) * 64).encode()),
@@ -299,7 +299,7 @@ def test_a_thread_without_a_context_loads_kernels(call: Call, cubin: Any) -> Non
     ("place", "value", "message"),
     [
         (0, 0x1008, r"a buffer is not aligned to 16 bytes, as TMA needs (status -4)"),
-        (2, 0x3004, r"a buffer is not aligned to 16 bytes, as TMA needs (status -4)"),
+        (2, [0x3004], r"a buffer is not aligned to 16 bytes, as TMA needs (status -4)"),
         (3, [0x4000], r"names an operand that the call does not have (status -3)"),
         (0, 0, r"names an operand that the call does not have (status -3)"),
     ],

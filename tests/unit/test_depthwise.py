@@ -187,7 +187,7 @@ def test_candidates_are_distinct_and_fit(problem, device):
         assert recipe.programmatic == (device.sm >= 90)
         assert recipe.pointers == (
             *(recipes.A, recipes.B, recipes.D),
-            *(recipes.side(0), recipes.vector(0)),
+            *(recipes.side(0), recipes.vector(0), recipes.NULL),
         )
 
 

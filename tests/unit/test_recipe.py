@@ -90,6 +90,10 @@ def test_a_prologue_follows_the_recipe() -> None:
 def test_the_operands_are_those_of_the_abi() -> None:
     count = _native.MAX_SIDES + _native.MAX_VECTORS
     assert recipe.vector(_native.MAX_VECTORS - 1) == 4 + count - 1
+    outputs = [recipe.output(i) for i in range(_native.MAX_AUXILIARY + 1)]
+    assert outputs == [recipe.D, *(4 + count + i for i in range(len(outputs) - 1))]
+    with pytest.raises(ValueError, match="output 2 is not from 0 to 1"):
+        recipe.output(2)
     with pytest.raises(ValueError, match="side 2 is not from 0 to 1"):
         recipe.side(2)
     with pytest.raises(ValueError, match="vector -1 is not from 0 to 7"):
@@ -100,7 +104,7 @@ def test_the_operands_are_those_of_the_abi() -> None:
     ("change", "message"),
     [
         (dict(operand=-1), "operand -1"),
-        (dict(operand=14), "operand 14"),
+        (dict(operand=15), "operand 15"),
         (dict(dtype=4), "dtype 4 is not from 0 to 3"),
         (dict(offset=8), "offset 8 is not a multiple of 16 bytes"),
         (dict(offset=-16), "offset -16"),
@@ -139,7 +143,7 @@ def test_maps_that_the_hardware_does_not_have(
         (dict(grid=131), "cluster of 2 does not divide the grid, 131"),
         (dict(smem_bytes=300_000), "smem_bytes 300000"),
         (dict(pointers=(-2,)), "pointer -2"),
-        (dict(pointers=(14,)), "pointer 14"),
+        (dict(pointers=(15,)), "pointer 15"),
         (dict(ints=(2**31,)), "int 2147483648"),
         (dict(maps=(MAP,) * 32), "4136 bytes of parameters, more than 4096"),
     ],

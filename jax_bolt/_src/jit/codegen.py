@@ -79,6 +79,11 @@ def functor(epilogue: ir.Epilogue, name: str = "Epilogue") -> str:
     v, c, s = (f"[{max(1, n)}]" for n in (vectors, len(hoisted), sides))
     vector_types = ", ".join(map(_vector_type, epilogue.vectors))
     side_types = ", ".join(CPP_TYPES[dtype] for dtype in epilogue.sides)
+    auxiliary, stored = [], ""
+    if epilogue.auxiliary:
+        types = ", ".join(CPP_TYPES[output.dtype] for output in epilogue.auxiliary)
+        auxiliary = [f"  using Auxiliary = jax_bolt::Types<{types}>;"]
+        stored = f", float (&d)[{len(epilogue.auxiliary)}]"
     lines = [
         f"struct {name} {{",
         f"  using Output = {CPP_TYPES[epilogue.out_dtype]};",
@@ -87,12 +92,13 @@ def functor(epilogue: ir.Epilogue, name: str = "Epilogue") -> str:
         f"  static constexpr int kSides = {sides};",
         f"  using Vectors = jax_bolt::Types<{vector_types}>;",
         f"  using Sides = jax_bolt::Types<{side_types}>;",
+        *auxiliary,
         "  JAX_BOLT_HOST_DEVICE static void columns("
         f"float const (&v){v}, float (&c){c}) {{",
         *_columns(epilogue, hoisted),
         "  }",
         "  JAX_BOLT_HOST_DEVICE static float apply("
-        f"float acc, float const (&c){c}, float const (&s){s}) {{",
+        f"float acc, float const (&c){c}, float const (&s){s}{stored}) {{",
         *_apply(epilogue, hoisted),
         "  }",
         "};",
@@ -121,9 +127,12 @@ def _apply(epilogue: ir.Epilogue, hoisted: tuple[int, ...]) -> list[str]:
         return "acc" if op.name == "acc" else f"s[{int(op.attr or 0)}]"
 
     given = {i: f"c[{k}]" for k, i in enumerate(hoisted)}
-    lines, names = _body(epilogue, (epilogue.result,), given, leaf)
-    kind = epilogue.kinds()[epilogue.result]
-    return [*lines, f"    return {_as_float(names[epilogue.result], kind)};"]
+    wanted = tuple(output.value for output in epilogue.outputs)
+    lines, names = _body(epilogue, wanted, given, leaf)
+    kinds = epilogue.kinds()
+    result, *auxiliary = (_as_float(names[i], kinds[i]) for i in wanted)
+    lines += [f"    d[{k}] = {text};" for k, text in enumerate(auxiliary)]
+    return [*lines, f"    return {result};"]
 
 
 def _body(
@@ -161,7 +170,7 @@ def _body(
             if inverse is not None:
                 expression = f"{names[op.args[0]]} * {inverse}"
             else:
-                narrow = ir.ITEM_BYTES[epilogue.out_dtype] <= 2
+                narrow = hoist.is_narrow(epilogue)
                 expression = _expression(op, [names[a] for a in op.args], narrow)
             lines.append(f"    {kinds[i]} const x{i} = {expression};")
     return lines, names

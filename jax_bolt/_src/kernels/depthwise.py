@@ -99,6 +99,7 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
     p, epilogue = shape.problem, region.epilogue
     sides = tuple(map(recipes.side, range(len(epilogue.sides))))
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
+    auxiliary = tuple(recipes.output(1 + i) for i in range(len(epilogue.auxiliary)))
     return Recipe(
         threads=tile.threads,
         grid=shape.grid,
@@ -108,6 +109,7 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
             *(recipes.A, recipes.B, recipes.D),
             *(sides or (recipes.NULL,)),
             *(vectors or (recipes.NULL,)),
+            *(auxiliary or (recipes.NULL,)),
         ),
         ints=(
             *(p.h, p.w, p.c, shape.multiplier, p.p, p.q, p.padding[0], p.padding[2]),

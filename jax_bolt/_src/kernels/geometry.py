@@ -282,7 +282,7 @@ class Layout:
         return source.p, source.q, top, left
 
     def maps(self, filter_blocks: int, epilogue: ir.Epilogue) -> tuple[TensorMap, ...]:
-        """Pixels, filters, output and (at least one) side input."""
+        """Pixels, filters, outputs and (at least one) side input."""
         i = self.image
         dtype = recipe.DTYPES.index("tf32" if i.dtype == "f32" else i.dtype)
         a, b, filter_offset = recipe.A, recipe.B, 0
@@ -305,9 +305,12 @@ class Layout:
             tile = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
             return _contiguous(operand, recipe.DTYPES.index(dtype), out, tile)
 
-        result = full(recipe.D, epilogue.out_dtype)
+        outputs = [
+            full(recipe.output(n), output.dtype)
+            for n, output in enumerate(epilogue.outputs)
+        ]
         sides = [full(recipe.side(n), dtype) for n, dtype in enumerate(epilogue.sides)]
-        return (pixels, filters, result, *(sides or [result]))
+        return (pixels, filters, *outputs, *(sides or outputs[:1]))
 
     def _boxes(self, operand: int, dtype: int) -> TensorMap:
         """Input pixels as boxes of rows and columns."""

@@ -43,7 +43,7 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return f"needs sm_90a, not {arch.name}"
     if problem.dtype not in ("bf16", "f16", "f32"):
         return f"no tensor-core path for {problem.dtype} operands"
-    for dtype in (epilogue.out_dtype, *epilogue.sides):
+    for dtype in epilogue.tensors:
         if dtype not in ("bf16", "f16", "f32"):
             return f"takes no tensors of {dtype}"
     if too_many := epilogue_limit(epilogue):
@@ -59,9 +59,7 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:
         return "an empty filter or negative padding"
-    narrowest = min(
-        ir.ITEM_BYTES[dtype] for dtype in (epilogue.out_dtype, *epilogue.sides)
-    )
+    narrowest = min(ir.ITEM_BYTES[dtype] for dtype in epilogue.tensors)
     if not image.k_outer:
         narrowest = min(narrowest, image.item)
     if image.pixel * image.item % 16 or image.k * narrowest % 16:

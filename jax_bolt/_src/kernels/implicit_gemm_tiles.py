@@ -242,11 +242,10 @@ def _idle_blocks(layout: Layout) -> bool:
 def slot_tiles_of(epilogue: ir.Epilogue) -> int:
     """Tiles of 128 bytes a pixel in a slot: the first side input lies in the result's
     place where it is as wide."""
-    result, *sides = (
-        ir.ITEM_BYTES[dtype] // 2 for dtype in (epilogue.out_dtype, *epilogue.sides)
-    )
+    tiles = [ir.ITEM_BYTES[dtype] // 2 for dtype in epilogue.tensors]
+    result, sides = tiles[0], tiles[len(epilogue.outputs) :]
     in_place = bool(sides) and sides[0] == result
-    return sum(sides) + (0 if in_place else result)
+    return sum(tiles) - (result if in_place else 0)
 
 
 def _staged(

@@ -23,7 +23,8 @@ ITEM_BYTES = (2, 2, 4, 4)
 
 _SIDES = 4
 _VECTORS = _SIDES + ir.MAX_SIDES
-_OPERANDS = _VECTORS + ir.MAX_VECTORS
+_AUXILIARY = _VECTORS + ir.MAX_VECTORS
+_OPERANDS = _AUXILIARY + ir.MAX_AUXILIARY
 _SWIZZLES = (0, 32, 64, 128)
 _MAX_RANK = 5
 _MAX_CLUSTER = 8  # what every GPU with clusters can launch
@@ -42,6 +43,12 @@ def vector(index: int) -> int:
     """The operand number of a per-channel input; ValueError as ``side``."""
     _range("vector", index, 0, ir.MAX_VECTORS - 1)
     return _VECTORS + index
+
+
+def output(index: int) -> int:
+    """The operand number of an output, 0 the result; ValueError as ``side``."""
+    _range("output", index, 0, ir.MAX_AUXILIARY)
+    return D if index == 0 else _AUXILIARY + index - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ struct Depthwise {
   using Parameters = Params<Epilogue>;
   using Output = typename Epilogue::Output;
   using Stored = Storage<Output>;
+  using Auxiliary = AuxiliaryOf<Epilogue>;
   using Input = Vector<Element, kWidth>;
 
   static constexpr int kThreads = kLanes * kStrips;
@@ -333,15 +334,23 @@ struct Depthwise {
       int const across = channels * int(sizeof(Stored));
 #pragma unroll
       for (int t = 0; t < kOutputs; ++t) {
-        float values[kWidth];
+        float values[kWidth], others[array_size(Auxiliary::kCount)][kWidth];
 #pragma unroll
         for (int v = 0; v < kWidth; ++v) {
-          float s[array_size(Epilogue::kSides)];
+          float s[array_size(Epilogue::kSides)], d[array_size(Auxiliary::kCount)];
           sides.get(t, v, s);
-          values[v] = Epilogue::apply(sums[t][v], columns[v], s);
+          values[v] = apply<Epilogue>(sums[t][v], columns[v], s, d);
+          for (int k = 0; k < Auxiliary::kCount; ++k) others[k][v] = d[k];
         }
-        auto const rounded = Vector<Stored, kWidth>::template rounded<Output>(values);
-        if (t < count) rounded.store(to + std::int64_t(t) * across);
+        if (t >= count) continue;
+        Vector<Stored, kWidth>::template rounded<Output>(values).store(to +
+                                                                       std::int64_t(t) * across);
+        for_each_index<Auxiliary::kCount>([&](auto index) {
+          constexpr int k = decltype(index)::value;
+          using Type = TypeAt<k, Auxiliary>;
+          Vector<Storage<Type>, kWidth>::template rounded<Type>(others[k]).store(
+              epilogue.template output<k>() + at + std::int64_t(t) * channels);
+        });
       }
       at += row;
       to += row * int(sizeof(Stored));
