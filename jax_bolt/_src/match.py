@@ -36,10 +36,10 @@ from .compat import (
     aval_of,
     is_drop,
     name_stack,
-    operation_name,
     source_line,
 )
 from .elementwise import NotElementwise
+from .graph import Graph
 from .layout import Layout, Permutation
 from .roots import ROOTS, Refused, Root, read_root
 
@@ -106,10 +106,11 @@ def find_regions(
     two branches meet, as in a residual add, the epilogue belongs to one of them and the
     other's result is its side input.
     """
-    graph = _Graph(jaxpr)
+    graph = Graph(jaxpr)
     matches: list[Match] = []
     refusals: list[Refusal] = []
     taken: set[int] = set()
+    several = False  # outputs of any region
     for index in reversed(range(len(jaxpr.eqns))):
         eqn = jaxpr.eqns[index]
         if eqn.primitive.name not in ROOTS or is_drop(eqn.outvars[0]):
@@ -123,9 +124,11 @@ def find_regions(
                 Refusal(index, eqn.primitive.name, str(refused), name, line)
             )
             continue
-        match = _Growth(graph, index, root, taken, auxiliary).match(name)
+        growth = _Growth(graph, index, root, taken, auxiliary)
+        match = growth.match(name, several)
         taken.update(match.eqns, match.absorbed)
-        graph.put_together(match)
+        graph.put_together(match.eqns, match.inputs)
+        several |= len(match.outputs) > 1
         matches.append(match)
     found = [
         dataclasses.replace(match, prologue=graph.prologue(match.inputs[0]))
@@ -138,87 +141,6 @@ def site_name(eqn: JaxprEqn) -> str:
     """The module path Flax and ``jax.named_scope`` give, else the source line."""
     path = "/".join(p for p in name_stack(eqn).split("/") if not _CALL.fullmatch(p))
     return path or source_line(eqn) or eqn.primitive.name
-
-
-class _Graph:
-    """Who produces and who uses each variable; one pass.
-
-    The equations of a region that was found happen at once: ``together`` has, for each,
-    what the region reads. Effects happen in order: ``before`` has the last one before.
-    """
-
-    def __init__(self, jaxpr: Jaxpr):
-        self.eqns = jaxpr.eqns
-        self.producer: dict[Var, int] = {}
-        self.users: dict[Var, set[int]] = {}
-        self.escapes: set[Var] = {v for v in jaxpr.outvars if isinstance(v, Var)}
-        self.together: dict[int, Sequence[Any]] = {}
-        self.before: dict[int, int] = {}
-        self.any_auxiliary = False
-        last: int | None = None
-        for i, eqn in enumerate(jaxpr.eqns):
-            for atom in eqn.invars:
-                if isinstance(atom, Var):
-                    self.users.setdefault(atom, set()).add(i)
-            for var in eqn.outvars:
-                self.producer[var] = i
-            if eqn.effects:
-                if last is not None:
-                    self.before[i] = last
-                last = i
-
-    def used_only_in(self, var: Var, inside: set[int]) -> bool:
-        return var not in self.escapes and self.users.get(var, set()) <= inside
-
-    def put_together(self, match: Match) -> None:
-        """From here on ``match`` is a region."""
-        self.together.update(dict.fromkeys(match.eqns, match.inputs))
-        self.any_auxiliary |= len(match.outputs) > 1
-
-    def waits_for_itself(self, eqns: Sequence[int]) -> bool:
-        """Whether what a region reads would take some of its results.
-
-        ``eqns`` are in order, the first one the root.
-        """
-        inside, seen = set(eqns), set(eqns)
-        read = [v for i in eqns for v in self.eqns[i].invars]
-        pending = self._producers(read) - inside
-        while pending:
-            index = pending.pop()
-            seen.add(index)
-            if index < eqns[0]:
-                continue  # nor does anything that it takes come after the root
-            needed = self._producers(self.together.get(index, self.eqns[index].invars))
-            if index in self.before:
-                needed.add(self.before[index])
-            if needed & inside:
-                return True
-            pending |= needed - seen
-        return False
-
-    def prologue(self, operand: Any) -> str:
-        """The names of elementwise equations, if any, that lead to a root's operand.
-
-        In order; those of regions are none.
-        """
-        names: list[str] = []
-        while _in(operand, self.producer):
-            index = self.producer[operand]
-            eqn = self.eqns[index]
-            if index in self.together:
-                break
-            shape_only = eqn.primitive.name in elementwise.SHAPE_ONLY
-            size = aval_of(eqn.outvars[0]).size
-            full = [v for v in eqn.invars if aval_of(v).size == size]
-            if not full or not elementwise.supported(eqn):
-                break
-            if not shape_only:
-                names.append(operation_name(eqn))
-            operand = full[0]
-        return ", ".join(reversed(names))
-
-    def _producers(self, atoms: Sequence[Any]) -> set[int]:
-        return {self.producer[v] for v in atoms if _in(v, self.producer)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -234,7 +156,7 @@ class _Growth:
 
     def __init__(
         self,
-        graph: _Graph,
+        graph: Graph,
         root: int,
         problem: Root,
         taken: set[int],
@@ -255,10 +177,12 @@ class _Growth:
             self.axis = problem.layout.out[3]
             self.channels = (self.shape[self.axis],)
 
-    def match(self, name: str) -> Match:
+    def match(self, name: str, several: bool) -> Match:
+        """``several``: whether there is a region of several outputs already."""
         for ending in self._endings():
-            several = self.graph.any_auxiliary or len(ending.outputs) > 1
-            if several and self.graph.waits_for_itself(ending.eqns):
+            # Regions of one output never do: each may come where its result did.
+            may_wait = several or len(ending.outputs) > 1
+            if may_wait and self.graph.waits_for_itself(ending.eqns):
                 continue
             try:
                 return self._emit(name, ending)

@@ -53,6 +53,8 @@ REGIONS = [
     for problem, made in (
         (conv(2, 9, 11, 16, 3), epilogue("bf16", "bf16")),
         (conv(1, 9, 8, 40, 7), epilogue("f32")),
+        (conv(1, 34, 6, 16, 7), epilogue("bf16")),
+        (conv(1, 25, 6, 8, 6, 3, padding=(0, 0, 1, 1)), epilogue("bf16", "bf16")),
         (conv(1, 13, 15, 16, 5, stride=(2, 2), padding=(1, 2, 1, 2)), epilogue("bf16")),
         (
             conv(1, 15, 13, 8, 3, dilation=(2, 3), stride=(2, 2), padding=(2, 1, 3, 2)),
@@ -71,13 +73,16 @@ REGIONS = [
 
 
 def tiles(region: ir.Region) -> list[Tile]:
-    """The first candidate, and others of two widths."""
+    """The first candidate, one in chunks of some rows, and others of two widths."""
     chosen = [Tile.of(depthwise.configs(region, SM90A)[0])]
+    problem = region.problem
+    assert isinstance(problem, ir.ConvProblem)
+    chosen.append(dataclasses.replace(chosen[0], rows=-(-problem.p // 3)))
     rng = random.Random(region.text)
     every = list(depthwise_tiles.tiles_of(region, SM90A))
     for width in {tile.width for tile in every}:
         chosen.append(rng.choice([tile for tile in every if tile.width == width]))
-    return list(dict.fromkeys(chosen))[:3]
+    return list(dict.fromkeys(chosen))[:4]
 
 
 def host_library(kernels: list[tuple[ir.Region, Tile]], folder: Path) -> ctypes.CDLL:
@@ -168,6 +173,9 @@ class Arrays:
 def test_the_code_on_the_cpu(tmp_path):
     """All threads of all blocks, on integers, whose sums are exact."""
     kernels = [(region, tile) for region in REGIONS for tile in tiles(region)]
+    shapes = [Shape(tile, region) for region, tile in kernels]
+    assert any(shape.edge and shape.tile.rows > shape.slots for shape in shapes)
+    assert any(shape.edge and shape.tile.rows < shape.edge for shape in shapes)
     library = host_library(kernels, tmp_path)
     for i, (region, tile) in enumerate(kernels):
         recipe = depthwise.recipe(region, tile.config(), SM90A)

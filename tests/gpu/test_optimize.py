@@ -225,6 +225,12 @@ def preactivation_args(blocks, channels):
     return filters, scales[:blocks]
 
 
+def outputs(report):
+    """How many each region has."""
+    regions = [site.region for site in report.sites]
+    return [len(region.epilogue.outputs) for region in regions]
+
+
 @pytest.mark.parametrize(("batch", "size", "channels"), [(1, 14, 64), (3, 9, 40)])
 def test_what_is_stored_is_read_when_it_is_there(forced, batch, size, channels):
     """As above: sums lie in the call's arena until the end of the next block."""
@@ -235,9 +241,9 @@ def test_what_is_stored_is_read_when_it_is_there(forced, batch, size, channels):
 
     fun = jax_bolt.optimize(chain)
     inputs = [normal(60 + i, batch, size, size, channels) for i in range(4)]
-    sites = fun.explain(inputs[0]).sites
-    assert [len(s.region.epilogue.outputs) for s in sites].count(2) == 5
-    assert all(site.kernel != "xla" for site in sites)
+    report = fun.explain(inputs[0])
+    assert outputs(report).count(2) == 5
+    assert all(site.kernel != "xla" for site in report.sites)
     assert fun.lower(inputs[0]).as_text().count("kind = 3") == 1
     want = [np.asarray(fun(x)).view(np.uint16) for x in inputs]
     for x in inputs:
@@ -257,9 +263,10 @@ def test_two_outputs_are_tuned():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = jax_bolt.tune(fun, x)
-    assert [len(s.region.epilogue.outputs) for s in report.sites] == [1, 2, 1, 1]
+    assert outputs(report) == [1, 2, 1, 1]
     for site in report.sites:
         assert site.time_us and site.xla_time_us, report
+        assert site.error is not None and site.xla_error is not None
         assert site.error <= 1.25 * site.xla_error + 1e-6
     close(jax_bolt.optimize(fun)(x), jax.jit(fun)(x))
 

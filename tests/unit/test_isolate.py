@@ -170,6 +170,20 @@ def test_an_error_that_leaves_the_worker_whole(
     assert pid_of(worker) == process
 
 
+def test_every_output_is_written(start: Callable, build: Build, kernel: Path) -> None:
+    worker = start()
+
+    def two(path: Path) -> dict[str, Any]:
+        made = request(path)
+        made["operands"] |= {"output_bytes": [M * 8 * 4] * 2}
+        return made
+
+    assert worker.time(two(kernel)).micros == pytest.approx(M)
+    lazy = build("kernel.cc", "lazy_too.so", "-DFAKE_LEAVES_AUXILIARY=1")
+    with pytest.raises(Failed, match="left elements unwritten"):
+        worker.time(two(lazy))
+
+
 def test_base_programs_need_not_write_all(start: Callable, build: Build) -> None:
     lazy = build("kernel.cc", "lazy.so", "-DFAKE_LEAVES=3")
     assert start().time(request(lazy, verify=False)).micros == pytest.approx(M)

@@ -109,6 +109,11 @@ class Shape:
         return (p.r - 1) * p.dilation[0] // p.stride[0] + 1
 
     @property
+    def edge(self) -> int:
+        """Steps at either end of a chunk in which only as many slots count."""
+        return self.slots // 2 if self.slots >= 5 else 0
+
+    @property
     def rows_read(self) -> int:
         """Input rows of a step that any tap reads."""
         p = self.problem
@@ -267,8 +272,8 @@ class Estimate:
     """What a launch takes, in an SM's cycles.
 
     The busiest SM has ``blocks`` of ``steps`` steps; a warp's step is
-    ``instructions``, of which ``products`` multiply. ``memory`` is device memory's
-    time, or that of waiting for it.
+    ``instructions`` on average, of which ``products`` multiply where all slots count.
+    ``memory`` is device memory's time, or that of waiting for it.
     """
 
     blocks: int
@@ -286,8 +291,8 @@ class Estimate:
         blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
         return (
             f"{us(self.total)} µs: {blocks} on the busiest SM, each {self.steps:.0f} "
-            f"steps of {self.instructions:.0f} instructions, {self.products} of them "
-            f"products; device memory {us(self.memory)}"
+            f"steps of {self.instructions:.0f} instructions, up to {self.products} of "
+            f"them products; device memory {us(self.memory)}"
         )
 
 
@@ -302,7 +307,10 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     # What the image's edges save are rows of zeros.
     beyond = (max(0, p.padding[0]) + max(0, p.padding[1])) // p.stride[0]
     steps = (p.p - beyond) / shape.chunks + shape.slots - 1
-    instructions = _step_instructions(shape)
+    products = shape.taps * tile.outputs * tile.width
+    saved = products * (1 - shape.edge / shape.slots)
+    saved *= 2 * shape.edge * (1 - 1 / shape.chunks) / steps
+    instructions = _step_instructions(shape) - saved
     # Of an SM's four schedulers the one with the most warps.
     turns = -(-resident * warps // 4)
     turn = max(turns * instructions, instructions + _STALL)
@@ -315,7 +323,6 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     read = p.n * p.h * p.w * p.c * shape.item / arch.sm_count
     memory = max(moved, read / flying * _LATENCY)
     total = _START + max(own, memory) + _OVERLAP * min(own, memory)
-    products = shape.taps * tile.outputs * tile.width
     return Estimate(blocks, steps, instructions, products, memory, total)
 
 

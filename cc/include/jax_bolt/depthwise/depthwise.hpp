@@ -64,6 +64,9 @@ struct Depthwise {
   static constexpr int kReachH = (kR - 1) * kDilationH, kReachW = (kS - 1) * kDilationW;
   /// Output rows that one step's input rows count for.
   static constexpr int kSlots = kReachH / kStrideH + 1;
+  /// Steps at a chunk's beginning and end in which only as many first and last slots count. Not
+  /// worth their code where slots are few.
+  static constexpr int kEdge = kSlots >= 5 ? kSlots / 2 : 0;
   /// Input columns of a thread and of a block.
   static constexpr int kInputs = (kOutputs - 1) * kStrideW + kReachW + 1;
   static constexpr int kColumns = (kStrips * kOutputs - 1) * kStrideW + kReachW + 1;
@@ -198,7 +201,7 @@ struct Depthwise {
         for (int v = 0; v < kWidth; ++v) values[v] = found.get(v);
         if constexpr (kResident) {
 #pragma unroll
-          for (int v = 0; v < kWidth; ++v) taps[tap][v] = values[v];
+          for (int v = 0; v < kWidth; ++v) taps[tap][v] = computed_once(values[v]);
         } else {
           Vector<float, kWidth>::template rounded<float>(values).store(shared + tap * kTile);
         }
@@ -241,6 +244,8 @@ struct Depthwise {
 
   /// Moves the sums on by a slot and adds a step's products; `inputs` is where the thread's first
   /// input of the step lies. The last slots come first: each leaves its register to the one before.
+  /// Slots outside of kFirst to kLast are none of the block's rows, and what they hold is not used.
+  template <int kFirst, int kLast>
   __device__ static void multiply(char const* inputs, Filter const& filter, Sums& sums) {
     bool moved = false;  // known when compiled
 #pragma unroll
@@ -255,7 +260,7 @@ struct Depthwise {
         for (int v = 0; v < kWidth; ++v) x[u][v] = found.get(v);
       }
 #pragma unroll
-      for (int slot = kSlots - 1; slot >= 0; --slot) {
+      for (int slot = kLast; slot >= kFirst; --slot) {
         auto const& from = sums[moved ? slot + 1 : slot];
         if (line(slot, k) >= 0) {
           add(x, filter, line(slot, k), from, sums[slot + 1]);
@@ -388,21 +393,29 @@ struct Depthwise {
     Sums sums = {};
     char const* const first = ring + strip * kOutputs * kStrideW * kPitch + lane * kWidth * kItem;
     char const* inputs = first;
+    int step = begin;
+    auto const run_until = [&](int limit, auto first_slot, auto last_slot) {
+      constexpr int kFirst = decltype(first_slot)::value, kLast = decltype(last_slot)::value;
 #pragma unroll 1
-    for (int step = begin; step < end; ++step) {
-      wait_for_copies<kStages - 2>();
-      __syncthreads();
-      if (step + kStages - 1 < end) loader.step();
-      commit_copies();
-      Sides sides;
-      if (step >= kSlots - 1) out.load(sides);
-      multiply(inputs, filter, sums);
-      if (step >= kSlots - 1) out.finish(sums[kSlots], sides);
-      inputs += kStepBytes;
-      if (inputs == first + kStages * kStepBytes) inputs = first;
-    }
+      for (; step < limit; ++step) {
+        wait_for_copies<kStages - 2>();
+        __syncthreads();
+        if (step + kStages - 1 < end) loader.step();
+        commit_copies();
+        bool const finishes = kLast == kSlots - 1 && step >= kSlots - 1;
+        Sides sides;
+        if (finishes) out.load(sides);
+        multiply<kFirst, kLast>(inputs, filter, sums);
+        if (finishes) out.finish(sums[kSlots], sides);
+        inputs += kStepBytes;
+        if (inputs == first + kStages * kStepBytes) inputs = first;
+      }
+    };
+    if constexpr (kEdge > 0) run_until(min(kEdge, end), Index<0>{}, Index<kEdge - 1>{});
+    run_until(min(steps - kEdge, end), Index<0>{}, Index<kSlots - 1>{});
+    if constexpr (kEdge > 0) run_until(end, Index<kSlots - kEdge>{}, Index<kSlots - 1>{});
 #pragma unroll 1
-    for (int step = end; step < steps; ++step) {
+    for (; step < steps; ++step) {
       move(sums);
       if (step < kSlots - 1) continue;
       Sides sides;

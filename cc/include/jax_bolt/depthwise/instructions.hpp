@@ -21,6 +21,12 @@ __device__ __forceinline__ void begin_after_earlier_kernels() {
 #endif
 }
 
+/// `value`, which the compiler must not compute again where it is used, in a loop say.
+__device__ __forceinline__ float computed_once(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
 /// kBytes from global to shared memory, or zeros where not `valid`. Does not wait for them, but for
 /// single elements of 2 bytes, which the hardware does not copy.
 template <int kBytes>
