@@ -114,7 +114,7 @@ def measure_problem(
             with _noting(failures, "kernels"):
                 _kernels(
                     result,
-                    run.result,
+                    run.outputs,
                     operands,
                     candidates,
                     built,
@@ -188,7 +188,7 @@ def what_runs(fun: Callable, operands: Sequence[Any]) -> list[str]:
 
 def _kernels(
     result: dict[str, Any],
-    xla: jax.Array,
+    xla: Sequence[jax.Array],
     operands: measure.Operands,
     candidates: Sequence[Candidate],
     built: builder.Built,
@@ -198,7 +198,7 @@ def _kernels(
 ) -> None:
     """Fills in ``candidates``, ``templates`` and the best times over all of them.
 
-    ``xla`` is XLA's value of the region on the first set of operands.
+    ``xla`` are XLA's outputs of the region on the first set of operands.
     """
 
     def micros(candidate: Candidate, sets: int) -> float:
@@ -228,10 +228,10 @@ def _kernels(
         else:
             groups.setdefault(key, []).append((candidate, entry))
     yardstick = measure.Yardstick(operands)
-    xla_error = yardstick.error(xla)
+    xla_errors = yardstick.errors(xla)
     templates = result["templates"]
     for (template, form), group in groups.items():
-        found = _fastest_accurate(operands, group, built, target, yardstick, xla_error)
+        found = _fastest_accurate(operands, group, built, target, yardstick, xla_errors)
         if found is None:
             continue
         candidate, entry = found
@@ -259,7 +259,7 @@ def _fastest_accurate(
     built: builder.Built,
     target: Target,
     yardstick: measure.Yardstick,
-    xla_error: float,
+    xla_errors: Sequence[float],
 ) -> tuple[Candidate, dict[str, Any]] | None:
     """The first by time that is accurate, timed in a program; others are marked."""
     region = operands.site.region
@@ -270,7 +270,8 @@ def _fastest_accurate(
             entry["failure"] = _first_line(error)
             continue
         run = search.time_in_program(kernel, operands, target)
-        errors = measure.Errors(yardstick.error(run.result), xla_error)
+        found = yardstick.errors(run.outputs)
+        errors = measure.worst(found, xla_errors, region)
         entry["error"], entry["xla_error"] = errors.kernel, errors.xla
         entry["accurate"] = measure.is_accurate(errors, region)
         if entry["accurate"]:

@@ -301,8 +301,9 @@ class Yardstick:
 
     of: Callable[[int], float]
 
-    def error(self, result: Any) -> float:
-        return 1e-3 if isinstance(result, jax.Array) else self.of(result.position)
+    def errors(self, outputs: list[Any]) -> list[float]:
+        (one,) = outputs
+        return [1e-3 if isinstance(one, jax.Array) else self.of(one.position)]
 
 
 @pytest.fixture
@@ -351,7 +352,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
     patch(measure, "Yardstick", lambda operands: Yardstick(lambda position: 1e-3))
-    patch(measure, "time_in_sequence", lambda kernel, *_: measure.Run(8.0, kernel))
+    patch(measure, "time_in_sequence", lambda kernel, *_: measure.Run(8.0, [kernel]))
     return [*ONE_CONV, "--templates", "conv_sm80", "--out", str(tmp_path)]
 
 
