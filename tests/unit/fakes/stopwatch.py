@@ -35,6 +35,7 @@ def main(micros: int, late: int) -> dict[str, Any]:
     cuda.cuCtxPushCurrent_v2(context)
     cuda.fake_reached(late)
     executions: list[int] = []
+    counted = itertools.count()
 
     def advance(x: Any) -> Any:
         executions.append(int(x[0]))
@@ -48,7 +49,6 @@ def main(micros: int, late: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     try:
         block, x = measure._blocker()
-        counted = itertools.count()
         measure._blocker = lambda: (lambda x: (next(counted), block(x))[1], x)
         operands = measure.Operands(None, sets)  # type: ignore[arg-type]
         seen["micros"] = measure.time_region(region, operands, 0).micros
