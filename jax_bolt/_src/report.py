@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .site import Site, Totals, totals
+from .site import Site, Totals, micros, totals
 
 _WIDTH = 160
 
@@ -100,16 +100,16 @@ class Report:
             ("XLA µs", summed.xla_us),
             ("floor µs", summed.floor_us),
         ):
-            table.add_column(heading, _micros(total), justify="right", no_wrap=True)
+            table.add_column(heading, micros(total), justify="right", no_wrap=True)
         for site in self.sites:
             row = (
                 site.name,
                 site.epilogue or site.root,
                 site.problem,
                 site.what_runs,
-                _micros(site.time_us),
-                _micros(site.xla_time_us),
-                _micros(site.floor.time_us if site.floor else None),
+                micros(site.time_us),
+                micros(site.xla_time_us),
+                micros(site.floor.time_us if site.floor else None),
             )
             # Text, since rich would read the brackets of a problem as markup.
             table.add_row(*map(Text, map(_printable, row)), style=_style(site))
@@ -136,10 +136,6 @@ def _style(site: Site) -> str:
     if site.kernel != "xla":
         return ""
     return "dim" if site.fused else "yellow"
-
-
-def _micros(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
 
 
 def _printable(text: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import ir
-from .site import Site, totals
+from .site import Site, micros, totals
 
 _STYLE = Path(__file__).with_name("report_page.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -187,7 +187,7 @@ def _nice(value: float) -> float:
 def _comparison(site: Site) -> str:
     if site.xla_time_us is None or site.chosen_us is None:
         return "not timed"
-    return f"XLA {_micros(site.xla_time_us)} µs, now {_micros(site.chosen_us)} µs"
+    return f"XLA {micros(site.xla_time_us)} µs, now {micros(site.chosen_us)} µs"
 
 
 # --- Sites
@@ -224,7 +224,7 @@ def _row(number: int, site: Site) -> _Markup:
     chosen, xla, least = site.chosen_us, site.xla_time_us, _floor_us(site)
     ratio = f"{xla / chosen:.2f}" if xla and chosen else ""
     share = f"{least / chosen:.0%}" if least and chosen else ""
-    numbers = (_micros(xla), _micros(chosen), ratio, _micros(least or None), share)
+    numbers = (micros(xla), micros(chosen), ratio, micros(least or None), share)
     summary = _tag(
         "summary",
         _tag("span", str(number)),
@@ -271,7 +271,7 @@ def _measured(site: Site) -> str:
         ("best kernel, with what it needs around it", site.time_us),
         ("that kernel alone", site.kernel_time_us),
     )
-    return "; ".join(f"{n} {_micros(t)} µs" for n, t in parts if t is not None)
+    return "; ".join(f"{n} {micros(t)} µs" for n, t in parts if t is not None)
 
 
 def _floor(site: Site) -> str:
@@ -281,12 +281,12 @@ def _floor(site: Site) -> str:
     compute = (
         "no peak is known"
         if least.compute_us is None
-        else f"{_micros(least.compute_us)} µs"
+        else f"{micros(least.compute_us)} µs"
     )
     return (
-        f"{_micros(least.time_us)} µs: {least.flops / 1e9:.3g} GFLOP at the tensor "
+        f"{micros(least.time_us)} µs: {least.flops / 1e9:.3g} GFLOP at the tensor "
         f"cores' peak ({compute}), {least.bytes_moved / 1e6:.3g} MB at device memory's "
-        f"bandwidth ({_micros(least.memory_us)} µs)"
+        f"bandwidth ({micros(least.memory_us)} µs)"
     )
 
 
@@ -319,12 +319,8 @@ def _floor_us(site: Site) -> float:
     return site.floor.time_us if site.floor else 0.0
 
 
-def _micros(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
 def _time(value: float) -> str:
-    return f"{value / 1000:.3f} ms" if value >= 1000 else f"{value:.1f} µs"
+    return f"{value / 1000:.3f} ms" if value >= 1000 else f"{micros(value)} µs"
 
 
 # --- Markup

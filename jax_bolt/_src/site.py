@@ -94,3 +94,10 @@ def totals(sites: Iterable[Site]) -> Totals:
         chosen_us=sum(chosen for _, chosen, _ in timed),
         floor_us=sum(floor for _, _, floor in timed),
     )
+
+
+def micros(value: float | None) -> str:
+    """A time in µs for a reader, "" where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
