@@ -2,6 +2,7 @@
 # make demo   a Flax ResNet-50 through jax_bolt, beside plain JAX
 # make test   the CPU suite, and the GPU suite where an NVIDIA GPU is visible
 # make lint   what CI checks besides
+# make docs   the docs as a site, in build/site
 #
 # Each makes $(VENV) first, from a bare Python and a C++ compiler. PYTHON chooses the
 # interpreter it is made with; VENV may name an environment that exists already.
@@ -26,7 +27,7 @@ native := CMakeLists.txt pyproject.toml $(wildcard cc/native/*) cc/include/jax_b
 sources := $(shell find cc tests -name '*.cc' -o -name '*.cu' -o -name '*.cuh' \
   -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
 
-.PHONY: demo test lint lint-ruff lint-format lint-clang lint-types format venv clean
+.PHONY: demo test docs lint lint-ruff lint-format lint-clang lint-types format venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -38,6 +39,9 @@ test: venv
 ifdef gpu
 	JAX_BOLT_REQUIRE=gpu,nvcc $(python) -P -m pytest tests/gpu
 endif
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
 lint: lint-ruff lint-format lint-clang lint-types
 
@@ -77,6 +81,10 @@ $(VENV)/.installed: $(native) | $(python)
 	  $(call listed,['build-system']['requires'],pybind11)
 	$(pip) --no-deps $(call listed,['build-system']['requires'],nvidia-cutlass)
 	$(pip) --no-build-isolation --editable '.[$(extras)]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(python)
+	$(pip) $(call listed,['project']['optional-dependencies']['docs'],mkdocs)
 	@touch $@
 
 $(VENV)/.tools: pyproject.toml | $(python)

@@ -30,8 +30,8 @@ command was not understood.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status. Only a fault of ours ends in a traceback."""
+def make_parser() -> argparse.ArgumentParser:
+    """Of the whole command line; ``run`` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Convs and matrix products of JAX programs on fused kernels: "
@@ -43,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (doctor_command, explain_command, warm_command, cache_command):
         command.add_to(commands)
-    args = parser.parse_args(arguments)  # exits itself, with 0 or 2
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit status. Only a fault of ours ends in a traceback."""
+    args = make_parser().parse_args(arguments)  # exits itself, with 0 or 2
     try:
         options.current()
     except ValueError as error:  # of a variable in the environment
