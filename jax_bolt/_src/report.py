@@ -48,7 +48,7 @@ class Report:
 
     def to_json(self) -> str:
         """The same as JSON text."""
-        sites = []
+        sites: list[dict[str, Any]] = []
         for site in self.sites:
             row = dataclasses.asdict(site)
             row["region"] = None if site.region is None else site.region.text

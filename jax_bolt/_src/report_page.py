@@ -121,7 +121,7 @@ def _chart(sites: Sequence[Site]) -> _Markup:
     def y(value: float) -> float:
         return _HEIGHT - _BOTTOM - value * scale
 
-    parts = []
+    parts: list[_Markup] = []
     for index in range(round(top / step) + 1):
         at = y(index * step)
         parts.append(_void("line", class_="grid", x1=_LEFT, x2=width, y1=at, y2=at))
@@ -154,7 +154,7 @@ def _columns(
     site: Site, left: float, slot: float, y: Callable[[float], float]
 ) -> list[_Markup]:
     bar = slot * 0.36
-    found = []
+    found: list[_Markup] = []
     for kind, value, at in (
         ("xla", site.xla_time_us, left + slot * 0.12),
         ("ours", site.chosen_us, left + slot * 0.12 + bar),
@@ -253,7 +253,7 @@ def _details(site: Site) -> _Markup:
         ("tuned", site.tuned),
         ("notes", site.notes),
     ]
-    items = []
+    items: list[_Markup] = []
     for name, text in facts:
         if text:
             items += [_tag("dt", name), _tag("dd", text)]
@@ -338,7 +338,7 @@ def _void(name: str, /, **attributes: object) -> _Markup:
 
 
 def _attributes(given: dict[str, object]) -> str:
-    found = []
+    found: list[str] = []
     for key, value in given.items():
         text = f"{value:.1f}" if isinstance(value, float) else str(value)
         if text:

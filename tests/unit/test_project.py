@@ -7,6 +7,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax_bolt
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,3 +18,15 @@ def test_hooks_use_the_versions_of_the_dev_extra():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     found = dict(re.findall(r'"(ruff|clang-format)==([^"]+)"', hooks))
     assert found == {name: pinned[name] for name in ("ruff", "clang-format")}
+
+
+def test_the_version_is_in_one_place():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    tracked = (*ROOT.glob("*"), *ROOT.glob("jax_bolt/**/*.py"), *ROOT.glob("cc/**/*.h"))
+    found = [
+        path.name
+        for path in tracked
+        if path.is_file() and f'"{version}"' in path.read_text(errors="replace")
+    ]
+    assert found == ["pyproject.toml"]
+    assert jax_bolt.__version__ in (version, "0+unknown")
