@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -30,3 +31,14 @@ def test_the_version_is_in_one_place():
     ]
     assert found == ["pyproject.toml"]
     assert jax_bolt.__version__ in (version, "0+unknown")
+
+
+def test_nothing_reaches_a_shell_or_an_interpreter():
+    """Programs are run from lists of words, and no text is run as Python."""
+    for path in (ROOT / "jax_bolt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "os.popen"), path
+                assert "pickle" not in called, path
+                assert "shell" not in [k.arg for k in node.keywords], path
