@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "examples" / "README.md",
 ]
 # What a page's code needs beside jax_bolt.
 NEEDS = {"README.md": ["flax"], "models.md": ["flax", "haiku", "equinox"]}
@@ -112,6 +113,17 @@ def test_commands_exist(page):
                 check(command, f"{page.name}:{block.line}: {shlex.join(command)}")
 
 
+def test_commands_of_the_dockerfile_exist():
+    file = ROOT / "examples" / "container" / "Dockerfile"
+    text = file.read_text()
+    found = [*commands(Block("dockerfile", text, 1, ""))]
+    assert sum(words[:3] == ["python", "-m", "jax_bolt"] for words in found) == 3
+    for words in found:
+        check(words, f"{file.name}: {shlex.join(words)}")
+    for source in re.findall(r"^COPY (\S+\.py) ", text, re.M):
+        assert (ROOT / source).is_file()
+
+
 def commands(block: Block) -> Iterator[list[str]]:
     """What a block runs, without comments, prompts and variables set in front."""
     text = block.text.replace("\\\n", " ")
@@ -155,7 +167,7 @@ def check(words: list[str], where: str) -> None:
                 if argument.startswith("tests"):
                     assert (ROOT / argument).exists(), where
         case [program, *_]:
-            assert program in ("git", "docker", "apt-get", "nvidia-smi", "cd"), where
+            assert program in ("apt-get", "docker", "nvidia-smi", "useradd"), where
 
 
 # --- Links
