@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
 import os
@@ -21,7 +22,7 @@ class Report:
     """The sites of a function on one architecture.
 
     ``str(report)`` is a table, the same wherever it is printed; ``rich.print(report)``
-    fits it to the terminal.
+    fits it to the terminal, and a notebook shows the page of ``to_html``.
 
     ``arch`` is "" where there was none to plan for, and ``device`` the kind of GPU, ""
     where only an architecture was named.
@@ -68,10 +69,19 @@ class Report:
 
         Raises OSError where ``path`` cannot be written.
         """
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """The page, where a notebook shows the report."""
+        # In a frame of its own, which keeps its style from the notebook's.
+        page = html.escape(self._page())
+        style = "border:0;height:40em;width:100%"
+        return f'<iframe sandbox srcdoc="{page}" style="{style}"></iframe>'
+
+    def _page(self) -> str:
         from . import report_page
 
-        page = report_page.page(self._title(), self.device, self.sites)
-        Path(path).write_text(page, encoding="utf-8")
+        return report_page.page(self._title(), self.device, self.sites)
 
     def _title(self) -> str:
         fused = sum(site.fused for site in self.sites)

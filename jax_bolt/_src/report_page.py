@@ -112,7 +112,7 @@ def _chart(sites: Sequence[Site]) -> _Markup:
         max(site.xla_time_us or 0.0, site.chosen_us or 0.0, _floor_us(site))
         for site in sites
     )
-    step = _nice(highest / 4)
+    step = _nice(highest / 5)
     top = step * max(1, math.ceil(highest / step))
     slot = max(16.0, min(90.0, (_WIDTH - _LEFT) / len(sites)))
     width = _LEFT + slot * len(sites) + 4
@@ -131,7 +131,7 @@ def _chart(sites: Sequence[Site]) -> _Markup:
     for index, site in enumerate(sites):
         left = _LEFT + index * slot
         columns = _columns(site, left, slot, y)
-        if (index + 1) % every == 0 or index == 0:
+        if (index + 1) % every == 0:
             label = _tag(
                 "text", f"{index + 1}", x=left + slot / 2, y=_HEIGHT - 8, class_="mid"
             )
@@ -179,9 +179,9 @@ def _columns(
 
 
 def _nice(value: float) -> float:
-    """The next of 1, 2 and 5 times a power of ten."""
+    """The next of 1, 2, 2.5 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next((m * power for m in (1, 2, 5) if m * power >= value), 10 * power)
+    return next((m * power for m in (1, 2, 2.5, 5) if m * power >= value), 10 * power)
 
 
 def _comparison(site: Site) -> str:
@@ -198,13 +198,13 @@ def _table(sites: Sequence[Site]) -> _Markup:
         return _tag("p", "There is no convolution and no product.", class_="note")
     note = _tag(
         "p",
-        "x: XLA's time over that of what runs. Floor: the least µs by this GPU's "
-        "published peak and bandwidth. %: the floor's part of the time. A row opens "
-        "for more.",
+        "Times in µs, with XLA and now; x: how many times as fast. Floor: the least by "
+        "this GPU's published peak and bandwidth; %: its part of the time now. A row "
+        "opens for more.",
         class_="note",
     )
     texts = ("#", "site", "region", "runs on")
-    numbers = ("XLA µs", "µs", "x", "floor", "%")
+    numbers = ("XLA", "now", "x", "floor", "%")
     heading = _tag(
         "div",
         *(_tag("span", text) for text in texts),

@@ -278,6 +278,14 @@ def test_a_page_of_any_sites(sites, tmp_path):
     assert str(made) and json.loads(made.to_json())
 
 
+def test_a_notebook_shows_the_page_in_a_frame(report, tmp_path):
+    frame = Page(report._repr_html_())
+    assert frame.count == {"iframe": 1}
+    attributes = {name: value for _, name, value in frame.attributes}
+    assert attributes["srcdoc"] == written(report, tmp_path)
+    assert attributes["sandbox"] == ""  # nothing in it may run
+
+
 def test_a_page_that_cannot_be_written(report, tmp_path):
     with pytest.raises(FileNotFoundError):
         report.to_html(tmp_path / "missing" / "report.html")
