@@ -192,8 +192,12 @@ def test_a_kernel_that_fails_or_is_wrong_or_does_not_run(
     def fails(y):
         raise RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
 
+    def says_nothing(y):
+        raise RuntimeError
+
     for change, said in (
         (fails, "NO_BINARY_FOR_GPU"),
+        (says_nothing, "report this"),
         (lambda y: y * 1.5, "differs from XLA's by 5.0e-01"),
         (lambda y: y * np.nan, "differs"),
     ):
@@ -220,6 +224,13 @@ def test_caches(nvcc, gpu, doctor, cache_dir, monkeypatch):
     assert "1 MiB free" in doctor()["cache"]
     monkeypatch.setattr(doctor_command.os, "access", lambda path, mode: False)
     assert "read-only" in doctor()["cache"]
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    finding = doctor_command._cache(options.current())
+    assert finding.state == "wrong" and "Permission denied" in finding.text
 
 
 def test_tuning_results_are_counted(nvcc, doctor, cache_dir):
