@@ -86,7 +86,7 @@ def test_what_is_no_region(old, new):
     ],
 )
 def test_what_is_no_conv(old, new):
-    problem = ir.ConvProblem(**dict.fromkeys("nhwckrs", 3), dtype="f16")
+    problem = ir.ConvProblem(n=3, h=3, w=3, c=3, k=3, r=3, s=3, dtype="f16")
     ops = (ir.Op("acc"), ir.Op("const", attr=1.5))
     text = ir.Region(problem=problem, epilogue=ir.Epilogue(ops, 1, "f16")).text
     assert region_text.parse(text) and old in text
