@@ -80,11 +80,12 @@ def run(problems: Sequence[Problem], target: Target, args: Any) -> int:
     results = document["problems"]
     print(kernel_table.header(templates), flush=True)
     worker = isolate.worker(target.ordinal)
+    libraries: dict[str, Any] = {}
     try:
         for problem, candidates in zip(problems, found, strict=True):
             clock.check()
             result = kernel_times.measure_problem(
-                problem, candidates, built, target, ceilings, clock, worker
+                problem, candidates, built, target, ceilings, clock, worker, libraries
             )
             results.append(result)
             print(kernel_table.row(result, templates), flush=True)

@@ -2,7 +2,8 @@
 """The convs and products that ``bench_kernels.py`` measures, with their epilogues.
 
 Those of the benchmark models are the regions jax_bolt finds in them; those of BERT
-are its four products per layer. Everything here works on shapes, without a device.
+are its four products per layer, and of the models with depthwise convs these alone.
+Everything here works on shapes, without a device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_bolt._src import forms, ir, options, plan, program
 from jax_bolt._src.arch import GpuArch
@@ -24,11 +26,25 @@ from .models import models
 # name -> hidden size; rows are batch 32 of 40 tokens (Bolt, fig. 8a), and 4096.
 BERTS = {"bert_base": 768, "bert_large": 1024}
 BERT_ROWS = (1280, 4096)
-NAMES = (*models.MODELS, *BERTS)
+# name -> depthwise convs: pixels per side (of a 224x224 image), channels, taps per side
+# and stride. Epilogues are a bias; BatchNorm and relu6; BatchNorm and silu.
+_LAYERS = {
+    "convnext_t_depthwise": "56 96 7 1, 28 192 7 1, 14 384 7 1, 7 768 7 1",
+    "mobilenet_v2_depthwise": "112 32 3 1, 112 96 3 2, 56 144 3 1, 56 144 3 2, "
+    "28 192 3 1, 28 192 3 2, 14 384 3 1, 14 576 3 1, 14 576 3 2, 7 960 3 1",
+    "efficientnet_b0_depthwise": "56 144 5 2, 28 240 5 1, 28 240 3 2, 14 480 3 1, "
+    "14 480 5 1, 14 672 5 1, 14 672 5 2, 7 1152 5 1, 7 1152 3 1",
+}
+DEPTHWISE = {
+    name: tuple(tuple(map(int, layer.split())) for layer in layers.split(","))
+    for name, layers in _LAYERS.items()
+}
+NAMES = (*models.MODELS, *BERTS, *DEPTHWISE)
 
 CONV3X3, STEM, OTHER = "3x3 conv", "stem", "other"
+DEPTHWISE_CONV = "depthwise conv"
 COMPUTE, MEMORY = "1x1/GEMM, compute-bound", "1x1/GEMM, memory-bound"
-CLASSES = (CONV3X3, COMPUTE, MEMORY, STEM, OTHER)
+CLASSES = (CONV3X3, COMPUTE, MEMORY, STEM, DEPTHWISE_CONV, OTHER)
 _STEM_CHANNELS = 4
 
 
@@ -96,7 +112,7 @@ def root(region: ir.Region) -> floor.Root:
     """The region as a root of the floor, side inputs and the real output included."""
     (bare,) = floor.of_problems([region.problem])
     epilogue = region.epilogue
-    items = sum(ir.ITEM_BYTES[d] for d in (epilogue.out_dtype, *epilogue.sides))
+    items = sum(ir.ITEM_BYTES[d] for d in epilogue.tensors)
     items -= ir.ITEM_BYTES[region.problem.dtype]
     outputs = region.problem.rows * region.problem.channels
     return dataclasses.replace(bare, bytes=bare.bytes + outputs * items)
@@ -109,6 +125,8 @@ def is_memory_bound(found: floor.Root, ceilings: floor.Ceilings) -> bool:
 def classify(region: ir.Region, ceilings: floor.Ceilings) -> str:
     """Which of ``CLASSES`` the region belongs to."""
     problem = region.problem
+    if isinstance(problem, ir.ConvProblem) and problem.is_depthwise:
+        return DEPTHWISE_CONV
     if isinstance(problem, ir.ConvProblem) and (problem.r, problem.s) != (1, 1):
         if problem.c <= _STEM_CHANNELS:
             return STEM
@@ -126,7 +144,8 @@ def short(problem: ir.Problem) -> str:
     if p.stride[0] != p.stride[1]:
         stride = "x".join(map(str, p.stride))
     dilation = f" d{p.dilation[0]}x{p.dilation[1]}" if p.dilation != (1, 1) else ""
-    return f"{p.n}x{p.h}x{p.w} {p.c}>{p.k} {p.r}x{p.s} s{stride}{dilation}"
+    groups = f" g{p.groups}" if p.groups > 1 else ""
+    return f"{p.n}x{p.h}x{p.w} {p.c}>{p.k} {p.r}x{p.s} s{stride}{dilation}{groups}"
 
 
 def moves_input(site: SiteInfo, form: str) -> bool:
@@ -140,6 +159,10 @@ def moves_input(site: SiteInfo, form: str) -> bool:
 
 
 def _sites(name: str, batch: int | None, image: int, dtype: Any) -> Iterator[SiteInfo]:
+    if name in DEPTHWISE:
+        for fun, args in _depthwise(name, batch or 1, image, dtype):
+            yield from _traced(fun, *args)
+        return
     if batch is not None:
         apply, variables, x = models.shapes(name, batch, image, dtype)
         yield from _traced(apply, variables, x)
@@ -152,6 +175,60 @@ def _sites(name: str, batch: int | None, image: int, dtype: Any) -> Iterator[Sit
 def _traced(fun: Callable, *args: Any) -> list[SiteInfo]:
     rewritten, _ = program.trace(fun, (), args, {}, options.Options())
     return rewritten.family.sites
+
+
+def _depthwise(
+    name: str, batch: int, image: int, dtype: Any
+) -> Iterator[tuple[Callable, tuple[Any, ...]]]:
+    for side, channels, taps, stride in DEPTHWISE[name]:
+        size = max(1, side * image // 224)
+        x = jax.ShapeDtypeStruct((batch, size, size, channels), jnp.dtype(dtype))
+        w = jax.ShapeDtypeStruct((taps, taps, 1, channels), x.dtype)
+        vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
+        conv = _depthwise_conv(taps, stride)
+        if name.startswith("convnext"):
+            yield _with_bias(conv), (x, w, vector)
+        else:
+            relu6 = name.startswith("mobilenet")
+            yield (
+                _with_norm(conv, jax.nn.relu6 if relu6 else jax.nn.silu),
+                (x, w, *(vector,) * 4),
+            )
+
+
+def _depthwise_conv(taps: int, stride: int) -> Callable:
+    padding = ((taps // 2, taps // 2),) * 2
+
+    def conv(x: Any, w: Any) -> Any:
+        return lax.conv_general_dilated(
+            x,
+            w,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[3],
+        )
+
+    return conv
+
+
+def _with_bias(conv: Callable) -> Callable:
+    def fun(x: Any, w: Any, bias: Any) -> Any:
+        return conv(x, w) + bias.reshape(1, 1, 1, -1).astype(x.dtype)
+
+    return fun
+
+
+def _with_norm(conv: Callable, activation: Callable) -> Callable:
+    """Inference BatchNorm as Flax computes it, and an activation."""
+
+    def fun(x: Any, w: Any, *stats: Any) -> Any:
+        mean, var, scale, offset = (v.reshape(1, 1, 1, -1) for v in stats)
+        wide = conv(x, w).astype(jnp.float32) - mean
+        wide = wide * (lax.rsqrt(var + 1e-5) * scale) + offset
+        return activation(wide.astype(x.dtype))
+
+    return fun
 
 
 def _products(

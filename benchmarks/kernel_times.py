@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_bolt._src import invoke, ir
+from jax_bolt._src import ir
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
@@ -77,9 +77,11 @@ def measure_problem(
     ceilings: floor.Ceilings,
     clock: Clock,
     worker: isolate.Worker,
+    libraries: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything measured of one problem, as JSON data; ``failures`` says what failed.
 
+    ``libraries`` keeps the library's times: regions with another epilogue share them.
     Raises Stopped when the budget is spent before its kernels are timed.
     """
     region = problem.region
@@ -104,16 +106,28 @@ def measure_problem(
     with _noting(failures, "operands"):
         operands = rotating_operands(problem.site, target.arch.l2_bytes)
         result["sets"] = len(operands.sets)
-        with _noting(failures, "kernels"):
-            _kernels(result, operands, candidates, built, target, clock, worker)
-        with _noting(failures, "library"):
-            result["library"] = _library(operands, target.ordinal)
-            result["library_us"] = min(v["us"] for v in result["library"].values())
         with _noting(failures, "XLA's region"):
             xla = reference_fun(problem.site.reference)
             run = measure.time_region(xla, operands, target.ordinal)
             result["region_us"] = run.micros
             result["region_runs"] = what_runs(xla, operands.sets[0])
+            with _noting(failures, "kernels"):
+                _kernels(
+                    result,
+                    run.result,
+                    operands,
+                    candidates,
+                    built,
+                    target,
+                    clock,
+                    worker,
+                )
+        with _noting(failures, "library"):
+            key = f"{region.problem.text} {result['sets']}"
+            if key not in libraries:
+                libraries[key] = _library(operands, target.ordinal)
+            result["library"] = libraries[key]
+            result["library_us"] = min(v["us"] for v in result["library"].values())
         if result["memory_bound"]:
             with _noting(failures, "copy"):
                 count = len(operands.sets)
@@ -153,6 +167,7 @@ def library_functions(site: SiteInfo) -> dict[str, tuple[Callable, Callable]]:
                 ((top, bottom), (left, right)),
                 rhs_dilation=problem.dilation,
                 dimension_numbers=("NHWC", "OHWI", "NHWC"),
+                feature_group_count=problem.groups,
             ),
             lambda lhs, rhs: (lhs, jnp.transpose(rhs, (3, 0, 1, 2))),
         )
@@ -173,6 +188,7 @@ def what_runs(fun: Callable, operands: Sequence[Any]) -> list[str]:
 
 def _kernels(
     result: dict[str, Any],
+    xla: jax.Array,
     operands: measure.Operands,
     candidates: Sequence[Candidate],
     built: builder.Built,
@@ -180,24 +196,48 @@ def _kernels(
     clock: Clock,
     worker: isolate.Worker,
 ) -> None:
-    """Fills in ``candidates``, ``templates`` and the best times over all of them."""
-    entries = result["candidates"]
-    timed = _timed(entries, operands, candidates, built, target, clock, worker)
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for kernel, entry in sorted(timed, key=lambda pair: pair[1]["rot_us"]):
-        groups.setdefault((entry["template"], entry["form"]), []).append(
-            (kernel, entry)
+    """Fills in ``candidates``, ``templates`` and the best times over all of them.
+
+    ``xla`` is XLA's value of the region on the first set of operands.
+    """
+
+    def micros(candidate: Candidate, sets: int) -> float:
+        digest, artifact = built[candidate.source]
+        if isinstance(artifact, CompileError):
+            raise artifact
+        request = isolate.request_for(
+            candidate, digest, artifact, sets, _REPEATS, verify=sets > 1
         )
+        limit_s = isolate.limit_s(candidate.form.region, sets, target.arch.bandwidth)
+        return worker.time(request, limit_s).micros
+
+    groups: dict[tuple[str, str], list[tuple[Candidate, dict[str, Any]]]] = {}
+    for candidate in candidates:
+        clock.check()
+        key = candidate.template.name, candidate.form.name
+        entry: dict[str, Any] = {
+            "template": candidate.template.name,
+            "form": candidate.form.name,
+            "config": candidate.config.text,
+        }
+        result["candidates"].append(entry)
+        try:
+            entry["rot_us"] = micros(candidate, len(operands.sets))
+        except (CompileError, isolate.Failed) as error:
+            entry["failure"] = _first_line(error)
+        else:
+            groups.setdefault(key, []).append((candidate, entry))
+    yardstick = measure.Yardstick(operands)
+    xla_error = yardstick.error(xla)
     templates = result["templates"]
     for (template, form), group in groups.items():
-        best = _fastest_accurate(operands, group)
-        if best is None:
+        found = _fastest_accurate(operands, group, built, target, yardstick, xla_error)
+        if found is None:
             continue
-        kernel, entry = best
-        entry["in_program_us"] = search.time_in_program(kernel, operands, target).micros
-        moves = kernel_problems.moves_input(operands.site, form)
-        entry["moves_input"] = moves
-        entry["us"] = entry["in_program_us" if moves else "rot_us"]
+        candidate, entry = found
+        entry["hot_us"] = micros(candidate, 1)
+        entry["moves_input"] = kernel_problems.moves_input(operands.site, form)
+        entry["us"] = entry["in_program_us" if entry["moves_input"] else "rot_us"]
         if template not in templates or entry["us"] < templates[template]["us"]:
             templates[template] = entry
     if templates:
@@ -213,59 +253,29 @@ def _kernels(
         result["failures"].append("no candidate ran and was accurate")
 
 
-def _timed(
-    entries: list[dict[str, Any]],
+def _fastest_accurate(
     operands: measure.Operands,
-    candidates: Sequence[Candidate],
+    group: list[tuple[Candidate, dict[str, Any]]],
     built: builder.Built,
     target: Target,
-    clock: Clock,
-    worker: isolate.Worker,
-) -> list[tuple[invoke.Executable, dict[str, Any]]]:
-    """Those that ran, with their entries; every candidate gets one in ``entries``."""
-    ran: list[tuple[invoke.Executable, dict[str, Any]]] = []
+    yardstick: measure.Yardstick,
+    xla_error: float,
+) -> tuple[Candidate, dict[str, Any]] | None:
+    """The first by time that is accurate, timed in a program; others are marked."""
     region = operands.site.region
-
-    def micros(candidate: Candidate, sets: int) -> float:
-        digest, artifact = built[candidate.source]
-        if isinstance(artifact, CompileError):
-            raise artifact
-        request = isolate.request_for(
-            candidate, digest, artifact, sets, _REPEATS, verify=sets > 1
-        )
-        limit_s = isolate.limit_s(region, sets, target.arch.bandwidth)
-        return worker.time(request, limit_s).micros
-
-    for candidate in candidates:
-        clock.check()
-        entry: dict[str, Any] = {
-            "template": candidate.template.name,
-            "form": candidate.form.name,
-            "config": candidate.config.text,
-        }
-        entries.append(entry)
-        digest, artifact = built[candidate.source]
+    for candidate, entry in sorted(group, key=lambda pair: pair[1]["rot_us"]):
         try:
-            entry["rot_us"] = micros(candidate, len(operands.sets))
-            entry["hot_us"] = micros(candidate, 1)
-            kernel = executable(region, candidate, digest, artifact, target)
-        except (CompileError, isolate.Failed) as error:
+            kernel = executable(region, candidate, *built[candidate.source], target)
+        except CompileError as error:
             entry["failure"] = _first_line(error)
             continue
-        ran.append((kernel, entry))
-    return ran
-
-
-def _fastest_accurate(
-    operands: measure.Operands, group: Sequence[tuple[invoke.Executable, dict]]
-) -> tuple[invoke.Executable, dict[str, Any]] | None:
-    """The first of ``group`` that is accurate; those before it are marked."""
-    for kernel, entry in group:
-        errors = measure.errors(operands, kernel)
+        run = search.time_in_program(kernel, operands, target)
+        errors = measure.Errors(yardstick.error(run.result), xla_error)
         entry["error"], entry["xla_error"] = errors.kernel, errors.xla
-        entry["accurate"] = measure.is_accurate(errors, operands.site.region)
+        entry["accurate"] = measure.is_accurate(errors, region)
         if entry["accurate"]:
-            return kernel, entry
+            entry["in_program_us"] = run.micros
+            return candidate, entry
     return None
 
 

@@ -5,6 +5,7 @@
 
 #include "jax_bolt/cast/cast.hpp"
 #include "jax_bolt/conv/sm80.hpp"
+#include "jax_bolt/depthwise/depthwise.hpp"
 #include "jax_bolt/gemm/sm80.hpp"
 #include "jax_bolt/implicit_gemm/sm90.hpp"
 
@@ -44,3 +45,5 @@ template class jax_bolt::conv::Fprop80<all_kernels::Epilogue, all_kernels::Eleme
 template struct jax_bolt::implicit_gemm::Sm90<
     all_kernels::Epilogue, all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio, 104, 1, 1,
     1, 2, jax_bolt::implicit_gemm::Schedule::kCooperative, 3, 1, 4>;
+template struct jax_bolt::depthwise::Depthwise<all_kernels::Epilogue, all_kernels::Element, 5, 5, 2,
+                                               2, 1, 1, 2, 4, 16, 8, 4, 64, 16, true, 4>;

@@ -12,9 +12,11 @@ from typing import Any, TypeAlias, TypedDict
 ABI_VERSION: int
 MAX_VECTORS: int
 MAX_SIDES: int
+MAX_AUXILIARY: int
 
-BufferSet: TypeAlias = tuple[int, int, int, Sequence[int], Sequence[int], int]
-"""Device addresses of a, b, d, the side inputs, the vectors, the workspace (or 0)."""
+BufferSet: TypeAlias = tuple[int, int, Sequence[int], Sequence[int], Sequence[int], int]
+"""Device addresses of a, b, the outputs, the side inputs, the vectors, the workspace
+(or 0). The outputs are the result and the auxiliary ones."""
 
 class DeviceInfo(TypedDict):
     name: str
@@ -107,11 +109,11 @@ def writes_all(
     kind: int,
     dims: Sequence[int],
     buffers: BufferSet,
-    bytes: int,
+    bytes: Sequence[int],
     ordinal: int,
     recipe: Sequence[int] = (),
 ) -> bool:
-    """Whether a launch writes all ``bytes`` of its result. Raises as ``profile``."""
+    """Whether a launch writes all ``bytes`` of each output. Raises as ``profile``."""
 
 class Memory:
     """Buffers on a device that are freed with it, for a process without JAX.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_bolt._src import options, rewrite
+from jax_bolt._src import ir, options, rewrite
 from jax_bolt._src.primitive import SiteInfo
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -49,7 +49,14 @@ def batch_norm(y: Any, mean: Any, var: Any, scale: Any, offset: Any) -> Any:
     return (wide + offset).astype(y.dtype)
 
 
-def conv(x: Any, w: Any, stride: Any = 1, padding: Any = "SAME", dilation: int = 1):
+def conv(
+    x: Any,
+    w: Any,
+    stride: Any = 1,
+    padding: Any = "SAME",
+    dilation: int = 1,
+    groups: int = 1,
+):
     stride = (stride, stride) if isinstance(stride, int) else stride
     return lax.conv_general_dilated(
         x,
@@ -58,6 +65,7 @@ def conv(x: Any, w: Any, stride: Any = 1, padding: Any = "SAME", dilation: int =
         padding,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
@@ -108,6 +116,41 @@ def _conv(
     return Case(f"conv-bn-add-relu-{tag}", fused, args)
 
 
+def depthwise_problem(
+    n: int, h: int, w: int, c: int, r: int, s: int | None = None, **kw: Any
+) -> ir.ConvProblem:
+    """As the kernel takes it; by default square, padded to keep the size."""
+    s = r if s is None else s
+    default: dict[str, Any] = {"k": c, "groups": c, "filter_layout": "hwio"}
+    default |= {"padding": (r // 2, r // 2, s // 2, s // 2), "dtype": "bf16"}
+    return ir.ConvProblem(n=n, h=h, w=w, c=c, r=r, s=s, **default | kw)
+
+
+def _depthwise(
+    n, h, w, c, r, s, dtype: Any = BF16, act: Any = None, multiplier: int = 1, **kw: Any
+) -> Case:
+    """A depthwise conv, BatchNorm and an activation; or relu and a side input."""
+    k = c * multiplier
+    x, f = shape(n, h, w, c, dtype=dtype), shape(r, s, 1, k, dtype=dtype)
+    kw["groups"] = c
+    out = jax.eval_shape(lambda x, f: conv(x, f, **kw), x, f)
+    name = "add-relu" if act is None else act.__name__
+    tag = f"{name}-{jnp.dtype(dtype).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
+    stats = (shape(k, dtype=F32),) * 4
+
+    def with_side(x, f, side, *stats):
+        return _norm_add_relu(conv(x, f, **kw), stats, side)
+
+    if act is None:
+        side = shape(*out.shape, dtype=dtype)
+        return Case(f"depthwise-{tag}", with_side, (x, f, side, *stats))
+
+    def activated(x, f, *stats):
+        return act(batch_norm(conv(x, f, **kw), *stats))
+
+    return Case(f"depthwise-{tag}", activated, (x, f, *stats))
+
+
 def _wide(case: Case) -> Case:
     """``case`` with a float32 result."""
 
@@ -137,6 +180,37 @@ def _two_sides() -> Case:
         *(shape(1, n, dtype=F32), shape(dtype=F32)),
     )
     return Case("two-sides", fun, args)
+
+
+def _stores_sum(case: Case, dtype: Any = None) -> Case:
+    """``case``, a root alone, in a block of a pre-activation ResNet: the sum with the
+    residual is stored, and what BatchNorm and relu make of it.
+
+    With a ``dtype`` the sum is of that one.
+    """
+    out = jax.eval_shape(case.fun, *case.args)
+    vectors = (shape(out.shape[-1], dtype=F32),) * 4
+
+    def fun(a, b, side, *stats):
+        total = case.fun(a, b) + side
+        total = total.astype(dtype or total.dtype)
+        return total, jax.nn.relu(batch_norm(total, *stats)).astype(side.dtype)
+
+    tag = "" if dtype is None else f"-{jnp.dtype(dtype).name}"
+    args = (*case.args, shape(*out.shape, dtype=out.dtype), *vectors)
+    return Case(f"{case.name}-stores-sum{tag}", fun, args)
+
+
+def _stores_product(m: int, k: int, n: int, dtype: Any = BF16) -> Case:
+    """What a hidden layer leaves for the backward pass: before and after the bias and
+    the activation."""
+
+    def fun(x, w, b):
+        y = x @ w
+        return y, jax.nn.gelu(y + over_channels(b, y).astype(y.dtype))
+
+    args = (shape(m, k, dtype=dtype), shape(k, n, dtype=dtype), shape(n, dtype=F32))
+    return Case(f"stores-product-{jnp.dtype(dtype).name}-{m}x{k}x{n}", fun, args)
 
 
 def _masked() -> Case:
@@ -171,6 +245,13 @@ GEMMS = [
     _dense(40, 1000, 136, F32)[0],
     _wide(_dense(70, 520, 72)[0]),
     _wide(_dense(300, 72, 200)[1]),
+    # Auxiliary outputs.
+    _stores_product(300, 200, 264),
+    _stores_product(65, 33, 51),
+    _stores_product(130, 36, 70, F16),
+    _stores_product(100, 28, 60, F32),
+    _stores_product(40, 1000, 136),
+    _stores_sum(_plain("bmk,bkn->bmn", (3, 70, 24), (3, 24, 48))),
 ]
 CONVS = [
     _conv(1, 7, 9, 64, 64, 3, 3),
@@ -199,4 +280,41 @@ CONVS = [
     _conv(1, 9, 14, 12, 40, 3, 3, F16),
     _conv(1, 7, 7, 320, 200, 3, 3),
     _wide(_conv(3, 7, 7, 256, 72, 3, 3, stride=2)),
+    # Gathered by TMA, across the ends of rows and images.
+    _conv(3, 21, 23, 64, 136, 1, 1, stride=2),
+    _conv(5, 14, 15, 320, 72, 1, 1, F16, stride=(3, 2), padding=((1, 0), (1, 2))),
+    # Auxiliary outputs.
+    _stores_sum(_conv(2, 15, 13, 64, 128, 3, 3, bare=True, stride=2)),
+    _stores_sum(_conv(1, 7, 7, 320, 200, 3, 3, bare=True)),
+    _stores_sum(_conv(5, 7, 7, 128, 192, 3, 3, bare=True), F32),
+    _stores_sum(_conv(2, 12, 10, 46, 33, 3, 3, bare=True)),
+    _stores_sum(_conv(2, 9, 11, 16, 40, 5, 3, F16, bare=True)),
+    _stores_sum(_conv(2, 10, 10, 12, 20, 3, 3, F32, bare=True)),
 ]
+SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))
+DEPTHWISE = [
+    _depthwise(2, 15, 13, 40, 3, 3),
+    _depthwise(2, 28, 28, 96, 3, 3, F16, jax.nn.relu6),
+    _depthwise(3, 15, 17, 72, 3, 3, act=jax.nn.relu6, stride=2, padding=SAME3),
+    _depthwise(2, 14, 14, 48, 5, 5, F16, jax.nn.silu, stride=2, padding=SAME5),
+    _depthwise(1, 28, 13, 240, 5, 5, act=jax.nn.silu, stride=2),
+    _depthwise(2, 28, 30, 96, 7, 7, padding=SAME7),
+    _depthwise(5, 7, 7, 136, 7, 7, F16, padding=SAME7),
+    _depthwise(2, 12, 11, 32, 3, 3, act=jax.nn.silu, dilation=2),
+    _depthwise(1, 17, 19, 24, 3, 3, dilation=2, stride=2, padding=((3, 1), (0, 4))),
+    # Channels of no 16 bytes: copied in pieces of 8, 4 and 2.
+    _depthwise(2, 9, 10, 36, 3, 3, act=jax.nn.relu6),
+    _depthwise(2, 9, 10, 50, 3, 3, F16),
+    _depthwise(2, 9, 10, 33, 3, 3, act=jax.nn.silu),
+    # Padding beyond the filter's reach, several outputs of an input channel, a filter
+    # in shared memory, strides that skip rows.
+    _depthwise(1, 5, 6, 16, 3, 3, padding=((4, 5), (3, 4))),
+    _depthwise(2, 9, 8, 20, 3, 3, multiplier=3),
+    _depthwise(1, 20, 18, 24, 13, 13),
+    _depthwise(1, 17, 16, 24, 2, 2, stride=(4, 3), padding="VALID"),
+    _depthwise(2, 13, 12, 20, 3, 3, F32),
+    _depthwise(2, 14, 13, 33, 5, 5, F32, jax.nn.silu, stride=2),
+    _wide(_depthwise(2, 14, 13, 32, 3, 3)),
+    _depthwise(1, 40, 60, 64, 3, 5, stride=(1, 2)),
+]
+CONVS += DEPTHWISE

@@ -41,6 +41,12 @@ int Swizzle(int bytes) {
 }
 
 CuResult Encode(const Driver& driver, const MapRecipe& map, void* address, CuTensorMap* out) {
+  if (map.im2col) {
+    return driver.TensorMapEncodeIm2col(out, TensorType(map.dtype), map.rank, address, map.dims,
+                                        map.strides, map.lower, map.upper, map.box[0], map.box[1],
+                                        map.steps, kCuInterleaveNone, Swizzle(map.swizzle),
+                                        kCuL2Promotion256, kCuOutOfBoundsZeros);
+  }
   return driver.TensorMapEncodeTiled(out, TensorType(map.dtype), map.rank, address, map.dims,
                                      map.strides, map.box, map.steps, kCuInterleaveNone,
                                      Swizzle(map.swizzle), kCuL2Promotion256, kCuOutOfBoundsZeros);

@@ -137,6 +137,11 @@ static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) =
     (CuTensorMap * map, int dtype, uint32_t rank, void* address, const uint64_t* dims,          \
      const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,       \
      int swizzle, int l2_promotion, int out_of_bounds))                                         \
+  X(TensorMapEncodeIm2col, "cuTensorMapEncodeIm2col",                                           \
+    (CuTensorMap * map, int dtype, uint32_t rank, void* address, const uint64_t* dims,          \
+     const uint64_t* strides, const int* lower, const int* upper, uint32_t channels,            \
+     uint32_t pixels, const uint32_t* steps, int interleave, int swizzle, int l2_promotion,     \
+     int out_of_bounds))                                                                        \
   X(TensorMapReplaceAddress, "cuTensorMapReplaceAddress", (CuTensorMap * map, void* address))   \
   X(LaunchKernelEx, "cuLaunchKernelEx",                                                         \
     (const CuLaunchConfig* config, CuFunction function, void** parameters, void** extra))

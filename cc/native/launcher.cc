@@ -22,6 +22,7 @@ namespace ffi = xla::ffi;
 struct Attributes : KernelCall {
   bool cast = false;
   int64_t sides = 0;
+  int64_t outputs = 1;
 };
 
 bool IsSequence(const ffi::Dictionary& dictionary) {
@@ -45,6 +46,9 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
   auto sides = dictionary.get<int64_t>("sides");
   if (sides.has_error()) return sides.error();
   attributes->sides = *sides;
+  if (auto outputs = dictionary.get<int64_t>("outputs"); outputs.has_value()) {
+    attributes->outputs = *outputs;
+  }
   if (dictionary.contains("recipe")) {
     auto recipe = dictionary.get<ffi::Span<const int64_t>>("recipe");
     if (recipe.has_error()) {
@@ -58,6 +62,9 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, Attributes* attributes) {
   }
   if (*sides < 0 || *sides > JAX_BOLT_MAX_SIDES) {
     return Fail(ffi::ErrorCode::kInvalidArgument, *attributes, "too many side inputs");
+  }
+  if (attributes->outputs < 1 || attributes->outputs > 1 + JAX_BOLT_MAX_AUXILIARY) {
+    return Fail(ffi::ErrorCode::kInvalidArgument, *attributes, "too many outputs");
   }
   return ffi::Error::Success();
 }
@@ -76,12 +83,15 @@ ffi::Error Instantiate(ffi::Dictionary dictionary) {
 }
 
 // Operand pointers into `buffers`; null unless the counts and types are right.
-const char* Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, int64_t sides,
-                 JaxBoltBuffers* buffers, int64_t* workspace_bytes) {
-  const size_t first_vector = 2 + static_cast<size_t>(sides);
+const char* Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                 const Attributes& attributes, JaxBoltBuffers* buffers, int64_t* workspace_bytes) {
+  const size_t first_vector = 2 + static_cast<size_t>(attributes.sides);
+  const size_t outputs = static_cast<size_t>(attributes.outputs);
   if (args.size() < first_vector) return "operands are missing";
   if (args.size() - first_vector > JAX_BOLT_MAX_VECTORS) return "too many per-channel inputs";
-  if (rets.size() < 1 || rets.size() > 2) return "expected one result, or two with a workspace";
+  if (rets.size() < outputs || rets.size() > outputs + 1) {
+    return "expected one result, or two with a workspace, and the auxiliary outputs";
+  }
   for (size_t i = 0; i < args.size(); ++i) {
     auto arg = args.get<ffi::AnyBuffer>(i);
     if (arg.has_error()) return "an operand is not a buffer";
@@ -96,11 +106,13 @@ const char* Bind(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
       buffers->vectors[i - first_vector] = data;
     }
   }
-  auto d = rets.get<ffi::AnyBuffer>(0);
-  if (d.has_error()) return "the result is not a buffer";
-  buffers->d = (*d)->untyped_data();
-  if (rets.size() == 2) {
-    auto workspace = rets.get<ffi::AnyBuffer>(1);
+  for (size_t i = 0; i < outputs; ++i) {
+    auto output = rets.get<ffi::AnyBuffer>(i);
+    if (output.has_error()) return "the result is not a buffer";
+    (i == 0 ? buffers->d : buffers->auxiliary[i - 1]) = (*output)->untyped_data();
+  }
+  if (rets.size() > outputs) {
+    auto workspace = rets.get<ffi::AnyBuffer>(outputs);
     if (workspace.has_error()) return "the workspace is not a buffer";
     buffers->workspace = (*workspace)->untyped_data();
     *workspace_bytes = static_cast<int64_t>((*workspace)->size_bytes());
@@ -151,7 +163,7 @@ ffi::Error Launch(void* stream, const JaxBoltDevice& device, const ffi::Remainin
   if (attributes.cast) return Cast(stream, device, args, rets, attributes);
   JaxBoltBuffers buffers = {};
   int64_t have = 0;
-  if (const char* reason = Bind(args, rets, attributes.sides, &buffers, &have)) {
+  if (const char* reason = Bind(args, rets, attributes, &buffers, &have)) {
     return Fail(ffi::ErrorCode::kInvalidArgument, attributes, reason);
   }
   return LaunchKernel(attributes, buffers, have, device, stream);

@@ -28,9 +28,9 @@ namespace py = pybind11;
 
 using Address = std::uintptr_t;
 using Dims = std::vector<int64_t>;
-// a, b, d, sides, vectors, workspace
-using BufferSet =
-    std::tuple<Address, Address, Address, std::vector<Address>, std::vector<Address>, Address>;
+using Addresses = std::vector<Address>;
+// a, b, outputs, sides, vectors, workspace
+using BufferSet = std::tuple<Address, Address, Addresses, Addresses, Addresses, Address>;
 
 const Kernel& FindKernel(const std::string& digest) {
   const Kernel* kernel = Registry::Get().Find(digest);
@@ -48,7 +48,10 @@ Problem CallProblem(int64_t kind, const Dims& dims, const Dims& recipe = {}) {
 }
 
 JaxBoltBuffers Buffers(const BufferSet& set) {
-  const auto& [a, b, d, sides, vectors, workspace] = set;
+  const auto& [a, b, outputs, sides, vectors, workspace] = set;
+  if (outputs.empty() || outputs.size() > 1 + JAX_BOLT_MAX_AUXILIARY) {
+    throw std::invalid_argument("no outputs, or too many");
+  }
   if (sides.size() > JAX_BOLT_MAX_SIDES) throw std::invalid_argument("too many side inputs");
   if (vectors.size() > JAX_BOLT_MAX_VECTORS) {
     throw std::invalid_argument("too many per-channel inputs");
@@ -56,7 +59,10 @@ JaxBoltBuffers Buffers(const BufferSet& set) {
   JaxBoltBuffers buffers = {};
   buffers.a = reinterpret_cast<const void*>(a);
   buffers.b = reinterpret_cast<const void*>(b);
-  buffers.d = reinterpret_cast<void*>(d);
+  buffers.d = reinterpret_cast<void*>(outputs[0]);
+  for (size_t i = 1; i < outputs.size(); ++i) {
+    buffers.auxiliary[i - 1] = reinterpret_cast<void*>(outputs[i]);
+  }
   for (size_t i = 0; i < sides.size(); ++i) {
     buffers.sides[i] = reinterpret_cast<const void*>(sides[i]);
   }
@@ -90,7 +96,8 @@ std::vector<double> ProfileKernel(const std::string& digest, int64_t kind, const
 }
 
 bool WritesAllOf(const std::string& digest, int64_t kind, const Dims& dims,
-                 const BufferSet& buffers, size_t bytes, int ordinal, const Dims& recipe) {
+                 const BufferSet& buffers, const std::vector<size_t>& bytes, int ordinal,
+                 const Dims& recipe) {
   return WritesAll(FindKernel(digest), CallProblem(kind, dims, recipe), Buffers(buffers), bytes,
                    ordinal);
 }
@@ -173,6 +180,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("ABI_VERSION") = JAX_BOLT_ABI_VERSION;
   m.attr("MAX_VECTORS") = JAX_BOLT_MAX_VECTORS;
   m.attr("MAX_SIDES") = JAX_BOLT_MAX_SIDES;
+  m.attr("MAX_AUXILIARY") = JAX_BOLT_MAX_AUXILIARY;
 
   m.def(
       "load",

@@ -200,26 +200,47 @@ std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
 }
 
 bool WritesAll(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers,
-               size_t bytes, int ordinal) {
+               const std::vector<size_t>& bytes, int ordinal) {
+  if (bytes.empty() || bytes.size() > 1 + JAX_BOLT_MAX_AUXILIARY) {
+    throw std::invalid_argument("a kernel has one result, and few auxiliary outputs");
+  }
   const Driver& driver = Driver::Get();
   const Subject subject = MakeSubject(kernel, problem, ordinal);
   const ScopedContext context(driver, driver.Device(ordinal));
   const Stream stream(driver);
-  const auto d = static_cast<CuDevicePointer>(reinterpret_cast<uintptr_t>(buffers.d));
+  const auto output = [&](size_t index) {
+    void* const found = index == 0 ? buffers.d : buffers.auxiliary[index - 1];
+    return static_cast<CuDevicePointer>(reinterpret_cast<uintptr_t>(found));
+  };
   // What a kernel writes is the same both times, so that a byte which follows what was there
   // before was not written.
   constexpr unsigned char kBefore[] = {0x00, 0xff};
-  std::vector<unsigned char> after[2];
+  constexpr size_t kBlock = 1 << 16;
+  std::vector<std::vector<unsigned char>> after[2];
   for (int i = 0; i < 2; ++i) {
-    after[i].resize(bytes);
-    driver.Check(driver.MemsetD8Async(d, kBefore[i], bytes, stream.get()), "cuMemsetD8Async");
+    for (size_t k = 0; k < bytes.size(); ++k) {
+      driver.Check(driver.MemsetD8Async(output(k), kBefore[i], bytes[k], stream.get()),
+                   "cuMemsetD8Async");
+    }
     subject.Launch(buffers, stream);
-    driver.Check(driver.MemcpyDtoHAsync(after[i].data(), d, bytes, stream.get()),
-                 "cuMemcpyDtoHAsync");
+    for (size_t k = 0; k < bytes.size(); ++k) {
+      std::vector<unsigned char>& read = after[i].emplace_back(bytes[k]);
+      driver.Check(driver.MemcpyDtoHAsync(read.data(), output(k), bytes[k], stream.get()),
+                   "cuMemcpyDtoHAsync");
+    }
     stream.Synchronize();
   }
-  for (size_t i = 0; i < bytes; ++i) {
-    if (after[0][i] == kBefore[0] && after[1][i] == kBefore[1]) return false;
+  for (size_t k = 0; k < bytes.size(); ++k) {
+    const std::vector<unsigned char>&first = after[0][k], &second = after[1][k];
+    for (size_t i = 0; i < bytes[k]; i += kBlock) {
+      // Without a way out in the middle compilers vectorise it; results have tens of megabytes.
+      const size_t end = std::min(bytes[k], i + kBlock);
+      unsigned unwritten = 0;
+      for (size_t j = i; j < end; ++j) {
+        unwritten |= (first[j] == kBefore[0]) & (second[j] == kBefore[1]);
+      }
+      if (unwritten != 0) return false;
+    }
   }
   return true;
 }

@@ -20,10 +20,10 @@ namespace jax_bolt::native {
 std::vector<double> Profile(const Kernel& kernel, const Problem& problem,
                             const std::vector<JaxBoltBuffers>& sets, int ordinal, int repeats);
 
-// Whether a launch writes every byte of its result, `bytes` at buffers.d. Launches twice, over
-// different values; throws as Profile does.
+// Whether a launch writes every byte of its outputs: so many of buffers.d, and of the auxiliary
+// ones. Launches twice, over different values; throws as Profile does.
 bool WritesAll(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers,
-               size_t bytes, int ordinal);
+               const std::vector<size_t>& bytes, int ordinal);
 
 // Launches once and waits. Throws as Profile does.
 void Run(const Kernel& kernel, const Problem& problem, const JaxBoltBuffers& buffers, int ordinal);

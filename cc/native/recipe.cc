@@ -8,9 +8,9 @@
 namespace jax_bolt::native {
 namespace {
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 constexpr size_t kWorkspaceAt = 6;
-constexpr size_t kMapNumbers = 24;
+constexpr size_t kMapNumbers = 29;
 constexpr int64_t kMaxThreads = 1024;
 constexpr int64_t kMaxCluster = 8;  // more is not portable and needs another attribute
 constexpr int64_t kMaxSharedBytes = 1 << 20;
@@ -73,6 +73,13 @@ MapRecipe TakeMap(Reader& reader) {
   }
   map.offset = static_cast<uint64_t>(reader.Take("a map's offset", 0, int64_t{1} << 48));
   if (map.offset % 16 != 0) reader.Refuse("a map's offset is not a multiple of 16");
+  map.im2col = reader.Take("a map's mode", 0, 1) != 0;
+  for (int* corner : {map.lower, map.upper}) {
+    for (int i = 0; i < 2; ++i) {
+      corner[i] = static_cast<int>(reader.Take("a map's corner", -128, 127));
+    }
+  }
+  if (map.im2col && map.rank != 4) reader.Refuse("a map in im2col mode has four dims");
   return map;
 }
 
@@ -88,7 +95,9 @@ void* Address(int operand, const JaxBoltBuffers& buffers) {
     address = buffers.d;
   } else if (operand == kOperandWorkspace) {
     address = buffers.workspace;
-  } else if (operand >= kOperandVectors && operand < kNumOperands) {
+  } else if (operand >= kOperandAuxiliary && operand < kNumOperands) {
+    address = buffers.auxiliary[operand - kOperandAuxiliary];
+  } else if (operand >= kOperandVectors && operand < kOperandAuxiliary) {
     address = buffers.vectors[operand - kOperandVectors];
   } else if (operand >= kOperandSides && operand < kOperandVectors) {
     address = buffers.sides[operand - kOperandSides];

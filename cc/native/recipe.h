@@ -18,7 +18,8 @@ namespace jax_bolt::native {
 inline constexpr size_t kMaxParameterBytes = 4096;
 inline constexpr size_t kMaxRank = 5;
 
-// Where an address of the kernel's parameters comes from; sides and vectors are counted from these.
+// Where an address of the kernel's parameters comes from; sides, vectors and auxiliary outputs are
+// counted from these.
 enum Operand : int {
   kNullOperand = -1,
   kOperandA = 0,
@@ -27,7 +28,8 @@ enum Operand : int {
   kOperandWorkspace = 3,
   kOperandSides = 4,
   kOperandVectors = kOperandSides + JAX_BOLT_MAX_SIDES,
-  kNumOperands = kOperandVectors + JAX_BOLT_MAX_VECTORS,
+  kOperandAuxiliary = kOperandVectors + JAX_BOLT_MAX_VECTORS,
+  kNumOperands = kOperandAuxiliary + JAX_BOLT_MAX_AUXILIARY,
 };
 
 // The operand's address; null for kNullOperand and for one that the call does not have.
@@ -43,6 +45,9 @@ struct MapRecipe {
   uint32_t steps[kMaxRank];
   int swizzle;      // bytes
   uint64_t offset;  // bytes from the operand's start
+  bool im2col;      // dims are C W H N, a box is box[1] pixels between the corners (W, H)
+  int lower[2];
+  int upper[2];
 };
 
 // The parameters are the maps, then the pointers, then the ints, without gaps.

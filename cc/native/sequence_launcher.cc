@@ -16,7 +16,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 enum Space : int64_t { kNowhere = 0, kOperand = 1, kResult = 2, kArena = 3 };
 
@@ -27,7 +27,7 @@ struct Place {
 
 struct Step : KernelCall {
   Place a, b, d, workspace;
-  std::vector<Place> sides, vectors;
+  std::vector<Place> sides, vectors, auxiliary;
   int64_t workspace_bytes = 0;
 };
 
@@ -104,6 +104,7 @@ ffi::Error Parse(const ffi::Dictionary& dictionary, std::vector<Step>* steps) {
     for (Place* place : {&step.a, &step.b, &step.d, &step.workspace}) *place = reader.TakePlace();
     step.sides = reader.TakePlaces(JAX_BOLT_MAX_SIDES);
     step.vectors = reader.TakePlaces(JAX_BOLT_MAX_VECTORS);
+    step.auxiliary = reader.TakePlaces(JAX_BOLT_MAX_AUXILIARY);
     step.workspace_bytes = reader.Take();
     if (!reader.reason().empty()) break;
     if (const char* reason = MakeProblem(kind, dims.data, dims.size, &step.problem)) {
@@ -178,6 +179,9 @@ ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::
     }
     for (size_t i = 0; i < step.sides.size(); ++i) buffers.sides[i] = given.At(step.sides[i]);
     for (size_t i = 0; i < step.vectors.size(); ++i) buffers.vectors[i] = given.At(step.vectors[i]);
+    for (size_t i = 0; i < step.auxiliary.size(); ++i) {
+      buffers.auxiliary[i] = given.At(step.auxiliary[i]);
+    }
     if (given.missing()) {
       return Fail(ffi::ErrorCode::kInvalidArgument, step, "a buffer is not there");
     }

@@ -44,7 +44,7 @@ def stand_in(candidate: Candidate) -> Candidate | None:
     """The candidate that has a base program and the template arguments of another.
 
     It takes the same operands, reads and writes as much, and is launched alike. None
-    where the library has none. A second side input is left out.
+    where the library has none. A second side input and auxiliary outputs are left out.
     """
     made = plain(candidate)
     if made is None or made.source not in _known(candidate.arch):
@@ -57,7 +57,7 @@ def plain(candidate: Candidate) -> Candidate | None:
     region = candidate.form.region
     problem, epilogue = region.problem, region.epilogue
     dtype = _TIMED_AS.get(problem.dtype)
-    full = (epilogue.out_dtype, *epilogue.sides)
+    full = epilogue.tensors
     if dtype is None or any(ir.ITEM_BYTES[d] != ir.ITEM_BYTES[dtype] for d in full):
         return None
     # What follows a stock template's main loop takes all its tiles as long.

@@ -21,7 +21,7 @@ from . import forms
 from .invoke import JAX_DTYPES, SEQUENCE, Executable, abi_problem
 from .jit import loader
 
-VERSION = 1
+VERSION = 2
 _NOWHERE, _OPERAND, _RESULT, _ARENA = range(4)  # sequence_launcher.h
 _ALIGNMENT = 256  # bytes; as much as XLA's own buffers have
 
@@ -30,11 +30,15 @@ Value = Any  # an array, or a Promise
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Promise:
-    """The result of a launch that was not made yet, with the user's shape."""
+    """An output of a launch that was not made yet, with the user's shape."""
 
     step: int
     shape: tuple[int, ...]
     dtype: Any
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,16 +48,11 @@ class _Step:
     b: Value
     sides: list[Value]
     vectors: list[Value]
-    promise: Promise
+    promises: list[Promise]
 
     @property
     def inputs(self) -> list[Value]:
         return [self.a, self.b, *self.sides, *self.vectors]
-
-    @property
-    def bytes(self) -> int:
-        """Of the result."""
-        return math.prod(self.promise.shape) * jnp.dtype(self.promise.dtype).itemsize
 
 
 class Chain:
@@ -85,10 +84,12 @@ class Chain:
         sides: Sequence[Value],
         vectors: Sequence[Value],
         shape: Sequence[int],
-    ) -> Promise:
+    ) -> list[Promise]:
         """As ``invoke.call``; ``takes`` must have been true."""
-        dtype = JAX_DTYPES[kernel.form.region.epilogue.out_dtype]
-        promise = Promise(len(self._steps), tuple(shape), dtype)
+        promises = [
+            Promise(len(self._steps), tuple(shape), JAX_DTYPES[output.dtype])
+            for output in kernel.form.region.epilogue.outputs
+        ]
         if isinstance(lhs, Promise):
             a = lhs
             # Of the form's operands only the filter is made.
@@ -98,8 +99,8 @@ class Chain:
             )
         else:
             a, b = forms.prepare(kernel.form.name, kernel.problem, lhs, rhs)
-        self._steps.append(_Step(kernel, a, b, list(sides), list(vectors), promise))
-        return promise
+        self._steps.append(_Step(kernel, a, b, list(sides), list(vectors), promises))
+        return promises
 
     def launch(self, needed: Sequence[Promise]) -> dict[Promise, jax.Array]:
         """Makes the call and forgets the launches; ``needed`` are read elsewhere."""
@@ -114,21 +115,22 @@ class Chain:
             if isinstance(value, Promise):
                 if value in results:
                     return _RESULT, results[value]
-                return _ARENA, arena.results[value.step]
+                return _ARENA, arena.results[value]
             return _OPERAND, operands.setdefault(id(value), (len(operands), value))[0]
 
-        for step in steps:
+        for number, step in enumerate(steps):
             kernel = step.kernel
+            result, *auxiliary = step.promises
             kind, dims = abi_problem(kernel.form.region.problem)
             index = digests.setdefault(kernel.digest, len(digests))
             program += [index, kind, len(dims), *dims]
             program += [len(kernel.recipe), *kernel.recipe]
             workspace = (_NOWHERE, 0)
             if kernel.workspace_bytes:
-                workspace = (_ARENA, arena.workspaces[step.promise.step])
-            program += [*place(step.a), *place(step.b), *place(step.promise)]
+                workspace = (_ARENA, arena.workspaces[number])
+            program += [*place(step.a), *place(step.b), *place(result)]
             program += workspace
-            for group in (step.sides, step.vectors):
+            for group in (step.sides, step.vectors, auxiliary):
                 program += [len(group), *(n for value in group for n in place(value))]
             program.append(kernel.workspace_bytes)
 
@@ -151,23 +153,26 @@ class _Arena:
     """
 
     def __init__(self, steps: Sequence[_Step], kept: dict[Promise, int]):
-        last = {step.promise.step: step.promise.step for step in steps}
+        last = {promise: promise.step for step in steps for promise in step.promises}
         for index, step in enumerate(steps):
             for value in step.inputs:
                 if isinstance(value, Promise):
-                    last[value.step] = index
-        wanted: list[tuple[int, int, int, dict[int, int]]] = []
-        self.results: dict[int, int] = {}
+                    last[value] = index
+        # Bytes, first and last step, whose place it is and where that is noted.
+        wanted: list[tuple[int, int, int, Any, dict[Any, int]]] = []
+        self.results: dict[Promise, int] = {}
         self.workspaces: dict[int, int] = {}
         for index, step in enumerate(steps):
-            if step.promise not in kept:
-                wanted.append((step.bytes, index, last[index], self.results))
+            for promise in step.promises:
+                if promise not in kept:
+                    until = last[promise]
+                    wanted.append((promise.bytes, index, until, promise, self.results))
             if step.kernel.workspace_bytes:
                 size = step.kernel.workspace_bytes
-                wanted.append((size, index, index, self.workspaces))
+                wanted.append((size, index, index, index, self.workspaces))
         placed: list[tuple[int, int, int, int]] = []  # first and last step, start, end
         self.bytes = 0
-        for size, first, until, where in sorted(wanted, key=lambda w: -w[0]):
+        for size, first, until, key, where in sorted(wanted, key=lambda w: -w[0]):
             start = 0
             for begin, end in sorted(
                 (begin, end)
@@ -179,5 +184,5 @@ class _Arena:
                 start = max(start, end)
             end = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
             placed.append((first, until, start, end))
-            where[first] = start
+            where[key] = start
             self.bytes = max(self.bytes, end)

@@ -55,6 +55,7 @@ __all__ = [
     "mlir",
     "name_stack",
     "new_equation",
+    "operation_name",
     "part_of_jaxpr",
     "prefixed",
     "program_like",
@@ -163,6 +164,16 @@ def live_equations(
     return kept[::-1]
 
 
+def operation_name(eqn: JaxprEqn) -> str:
+    """The primitive's, or of a call the function's."""
+    for body in eqn.params.values():
+        if isinstance(body, (ClosedJaxpr, Jaxpr)):
+            jaxpr = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+            name = getattr(jaxpr.debug_info, "func_name", "")
+            return str(eqn.params.get("name", name)) or eqn.primitive.name
+    return eqn.primitive.name
+
+
 def is_drop(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 
@@ -229,14 +240,15 @@ def part_of_jaxpr(
 
 def call_equation(
     invars: Sequence[Any],
-    outvar: Var,
+    outvars: Sequence[Var],
     primitive: Primitive,
     params: dict[str, Any],
     like: JaxprEqn,
 ) -> JaxprEqn:
     """An equation with the source information and context of ``like``."""
+    source, ctx = like.source_info, like.ctx
     return new_jaxpr_eqn(
-        list(invars), [outvar], primitive, params, set(), like.source_info, like.ctx
+        list(invars), list(outvars), primitive, params, set(), source, ctx
     )
 
 
@@ -264,10 +276,15 @@ def register_dce(
 
 
 def without_unused(
-    program: ClosedJaxpr, used: Sequence[bool]
+    program: ClosedJaxpr, used: Sequence[bool], *, keep_inputs: bool = False
 ) -> tuple[ClosedJaxpr, list[bool]]:
-    """``program`` with only the ``used`` results, and which operands these need."""
-    jaxpr, read = _partial_eval.dce_jaxpr(program.jaxpr, list(used))
+    """``program`` with only the ``used`` results, and which operands it then has.
+
+    Those that these results need, or all.
+    """
+    jaxpr, read = _partial_eval.dce_jaxpr(
+        program.jaxpr, list(used), instantiate=keep_inputs
+    )
     return ClosedJaxpr(jaxpr, list(program.consts)), list(read)
 
 

@@ -74,13 +74,16 @@ class Builder:
         self.sides.append(dtype)
         return self.op("side", attr=len(self.sides) - 1)
 
-    def epilogue(self, result: int, out_dtype: ir.DType) -> ir.Epilogue:
+    def epilogue(self, outputs: Sequence[ir.Output]) -> ir.Epilogue:
+        """The program that stores ``outputs``, the result first."""
+        result, *auxiliary = outputs
         return ir.Epilogue(
             ops=tuple(self.ops),
-            result=result,
-            out_dtype=out_dtype,
+            result=result.value,
+            out_dtype=result.dtype,
             vectors=tuple(self.vectors),
             sides=tuple(self.sides),
+            auxiliary=tuple(auxiliary),
         )
 
 

@@ -64,7 +64,20 @@ def evaluate(
     vectors: Sequence[jax.Array],
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """The region's result, unrounded.
+    """The region's result, the first of its ``outputs``."""
+    result, *_ = outputs(region, a, b, sides, vectors, dtype)
+    return result
+
+
+def outputs(
+    region: ir.Region,
+    a: jax.Array,
+    b: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, ...]:
+    """The region's outputs, unrounded: the result and the auxiliary ones.
 
     Args:
       region: whose problem says how ``a`` and ``b`` are stored (a gemm's matrices, a
@@ -74,7 +87,7 @@ def evaluate(
       dtype: what to compute in; float64 needs JAX's x64 mode.
 
     Returns:
-      ``[rows, channels]`` of ``dtype``.
+      each ``[rows, channels]`` of ``dtype``.
     """
     problem = region.problem
     acc = _product(problem, a.astype(dtype), b.astype(dtype))
@@ -94,7 +107,10 @@ def evaluate(
         else:
             value = _apply(op, [values[i] for i in op.args], dtype)
         values.append(value)
-    return jnp.broadcast_to(values[region.epilogue.result], full).astype(dtype)
+    return tuple(
+        jnp.broadcast_to(values[output.value], full).astype(dtype)
+        for output in region.epilogue.outputs
+    )
 
 
 def _apply(op: ir.Op, args: list[Any], dtype: Any) -> Any:
@@ -117,7 +133,7 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
     highest = lax.Precision.HIGHEST
     if isinstance(problem, ir.ConvProblem):
         top, bottom, left, right = problem.padding
-        k, r, s, c = problem.k, problem.r, problem.s, problem.c
+        k, r, s, c = problem.k, problem.r, problem.s, problem.group_channels
         packed = problem.filter_layout == "krsc"
         y = lax.conv_general_dilated(
             a.reshape(problem.n, problem.h, problem.w, problem.c),
@@ -126,6 +142,7 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
             padding=((top, bottom), (left, right)),
             rhs_dilation=problem.dilation,
             dimension_numbers=("NHWC", "OHWI" if packed else "HWIO", "NHWC"),
+            feature_group_count=problem.groups,
             precision=highest,
         )
         return y.reshape(problem.rows, problem.channels)

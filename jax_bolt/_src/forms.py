@@ -40,6 +40,8 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
         names.append("pixels")
         if _wants_k_major(_as_gemm(problem)):
             names.append("pixels_k_major")
+    elif problem.groups > 1:
+        names.append("hwio")
     else:
         if _fits_space_to_depth(problem):
             names.append("space_to_depth")

@@ -58,10 +58,11 @@ def call(
     sides: Sequence[jax.Array],
     vectors: Sequence[jax.Array],
     shape: Sequence[int],
-) -> jax.Array:
-    """Runs the region on its operands as the user has them; result of ``shape``."""
+) -> list[jax.Array]:
+    """Runs the region on its operands as the user has them; outputs of ``shape``."""
     a, b = forms.prepare(kernel.form.name, kernel.problem, lhs, rhs)
-    return launch(kernel, a, b, sides, vectors).reshape(tuple(shape))
+    outputs = launch(kernel, a, b, sides, vectors)
+    return [output.reshape(tuple(shape)) for output in outputs]
 
 
 def launch(
@@ -70,11 +71,12 @@ def launch(
     b: jax.Array,
     sides: Sequence[jax.Array],
     vectors: Sequence[jax.Array],
-) -> jax.Array:
-    """The custom call alone, on prepared operands; result ``[rows, channels]``."""
+) -> list[jax.Array]:
+    """The custom call alone, on prepared operands; outputs ``[rows, channels]``."""
     region = kernel.form.region
     full = (region.problem.rows, region.problem.channels)
-    outputs = [jax.ShapeDtypeStruct(full, JAX_DTYPES[region.epilogue.out_dtype])]
+    dtypes = [JAX_DTYPES[output.dtype] for output in region.epilogue.outputs]
+    outputs = [jax.ShapeDtypeStruct(full, dtype) for dtype in dtypes]
     if kernel.workspace_bytes:
         outputs.append(jax.ShapeDtypeStruct((kernel.workspace_bytes,), jnp.uint8))
     kind, dims = abi_problem(region.problem)
@@ -88,8 +90,9 @@ def launch(
         dims=np.asarray(dims, np.int64),
         recipe=np.asarray(kernel.recipe, np.int64),
         sides=np.int64(len(sides)),
+        outputs=np.int64(len(dtypes)),
     )
-    return results[0]
+    return list(results[: len(dtypes)])
 
 
 def cast(digest: str, arrays: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:

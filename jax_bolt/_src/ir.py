@@ -11,6 +11,7 @@ A region computes, for every output element at flat row ``i`` and channel ``j``:
 
 where ``acc`` is the f32 accumulator of the root. The epilogue is a straight-line
 program over f32 (and bool) values, so any elementwise expression has a place in it.
+A value on the way may be stored as well: an auxiliary output.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ ARITHMETIC: dict[str, tuple[int, str]] = {
     "is_finite": (1, "bool"),
     "select": (3, "float"),  # predicate, value where false, value where true
 }
-# What the C ABI carries (abi.h: JAX_BOLT_MAX_VECTORS, JAX_BOLT_MAX_SIDES).
+# What the C ABI carries (abi.h: JAX_BOLT_MAX_VECTORS, _SIDES and _AUXILIARY).
 MAX_VECTORS = 8
 MAX_SIDES = 2
+MAX_AUXILIARY = 1
 
 LEAVES = ("acc", "vector", "side", "const")
 
@@ -92,10 +94,23 @@ class Vector:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """A value that is stored, by its position, and what it is rounded to."""
+
+    value: int
+    dtype: DType
+
+    @property
+    def text(self) -> str:
+        return f"{self.dtype}:%{self.value}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Epilogue:
     """A straight-line elementwise program from the accumulator to the output.
 
-    ``ops[result]`` is the value stored, rounded to ``out_dtype``.
+    ``ops[result]`` is the value stored, rounded to ``out_dtype``. The values of
+    ``auxiliary`` are stored besides, each in a tensor of its own.
     """
 
     ops: tuple[Op, ...]
@@ -103,6 +118,7 @@ class Epilogue:
     out_dtype: DType
     vectors: tuple[Vector, ...] = ()
     sides: tuple[DType, ...] = ()
+    auxiliary: tuple[Output, ...] = ()
 
     def __post_init__(self) -> None:
         for i, op in enumerate(self.ops):
@@ -112,15 +128,27 @@ class Epilogue:
                 raise ValueError(f"{op.name} takes {ARITHMETIC[op.name][0]} arguments")
             if any(not 0 <= a < i for a in op.args):
                 raise ValueError(f"%{i} = {op.text} reads a later value")
-        if not 0 <= self.result < len(self.ops):
-            raise ValueError(f"result %{self.result} is not one of the operations")
+        for output in self.outputs:
+            if not 0 <= output.value < len(self.ops):
+                raise ValueError(f"result %{output.value} is not one of the operations")
 
     @property
     def text(self) -> str:
         body = ";".join(f"%{i}={op.text}" for i, op in enumerate(self.ops))
         vectors = ",".join(v.text for v in self.vectors)
         sides = ",".join(self.sides)
-        return f"({vectors})({sides}){{{body};{self.out_dtype}:%{self.result}}}"
+        outputs = ",".join(output.text for output in self.outputs)
+        return f"({vectors})({sides}){{{body};{outputs}}}"
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """Everything that is stored, the result first."""
+        return (Output(self.result, self.out_dtype), *self.auxiliary)
+
+    @property
+    def tensors(self) -> tuple[DType, ...]:
+        """The dtypes of what is full-size: the outputs, then the side inputs."""
+        return (*(output.dtype for output in self.outputs), *self.sides)
 
     def kinds(self) -> tuple[str, ...]:
         """``"float"`` or ``"bool"`` for every value."""
@@ -194,7 +222,9 @@ class ConvProblem:
     """2-D fprop: x is N H W C, y is N P Q K, all packed.
 
     ``padding`` is (top, bottom, left, right); ``stride`` and ``dilation`` are (h, w).
-    The filter is stored K R S C, or R S C K where ``filter_layout`` is "hwio".
+    The filter is stored K R S C, or R S C K where ``filter_layout`` is "hwio"; its C is
+    that of one of ``groups``, of which output channels read their own input channels
+    only.
     """
 
     n: int
@@ -209,6 +239,7 @@ class ConvProblem:
     dilation: tuple[int, int] = (1, 1)
     dtype: DType
     filter_layout: FilterLayout = "krsc"
+    groups: int = 1
 
     @property
     def p(self) -> int:
@@ -230,6 +261,7 @@ class ConvProblem:
             f"conv[{self.dtype} n{self.n}h{self.h}w{self.w}c{self.c} "
             f"k{self.k}r{self.r}s{self.s} st{_dims(self.stride)} "
             f"pad{_dims(self.padding)} dil{_dims(self.dilation)}"
+            f"{f' g{self.groups}' if self.groups > 1 else ''}"
             f"{' hwio' if self.filter_layout == 'hwio' else ''}]"
         )
 
@@ -243,17 +275,31 @@ class ConvProblem:
 
     @property
     def flops(self) -> int:
-        return 2 * self.rows * self.k * self.r * self.s * self.c
+        return 2 * self.rows * self.k * self.r * self.s * self.group_channels
 
     @property
     def operand_elements(self) -> tuple[int, int]:
-        return self.n * self.h * self.w * self.c, self.k * self.r * self.s * self.c
+        taps = self.r * self.s
+        return (
+            self.n * self.h * self.w * self.c,
+            self.k * taps * self.group_channels,
+        )
+
+    @property
+    def group_channels(self) -> int:
+        """Input channels that an output channel reads."""
+        return self.c // self.groups
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Every output channel reads one of several input channels."""
+        return self.groups > 1 and self.groups == self.c
 
     @property
     def is_gemm(self) -> bool:
         """A 1x1, stride 1, unpadded conv is a matrix product over its pixels."""
         return (
-            self.r == self.s == 1
+            self.groups == self.r == self.s == 1
             and self.stride == (1, 1)
             and self.padding == (0, 0, 0, 0)
         )
@@ -275,12 +321,11 @@ class Region:
 
     @property
     def bytes_moved(self) -> int:
-        """Least bytes through device memory: every operand and the output once."""
+        """Least bytes through device memory: every operand and output once."""
         a, b = self.problem.operand_elements
         item = ITEM_BYTES[self.problem.dtype]
-        full = (self.epilogue.out_dtype, *self.epilogue.sides)
         out = self.problem.rows * self.problem.channels
-        return (a + b) * item + out * sum(ITEM_BYTES[d] for d in full)
+        return (a + b) * item + out * sum(ITEM_BYTES[d] for d in self.epilogue.tensors)
 
 
 def _number(value: float | int) -> str:

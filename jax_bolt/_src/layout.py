@@ -70,7 +70,7 @@ def transpose_equation(
 ) -> JaxprEqn:
     """``result = source.transpose(permutation)``."""
     params = {"permutation": permutation}
-    return call_equation([source], result, transpose_p, params, like)
+    return call_equation([source], [result], transpose_p, params, like)
 
 
 def without_transposes(program: ClosedJaxpr) -> ClosedJaxpr:

@@ -54,12 +54,12 @@ def _lower_cuda(
         return lower_reference(ctx, *args, site=site, **params)
     shape = ctx.avals_out[0].shape
 
-    def region(*operands: Any) -> Any:
+    def region(*operands: Any) -> list[Any]:
         # The name that profiles and XLA's metadata show (contract 11).
         with jax.named_scope(site.label):
             return invoke.call(kernel, *measure.split(site, operands), shape)
 
-    return mlir.lower_fun(region, multiple_results=False)(ctx, *args)
+    return mlir.lower_fun(region, multiple_results=True)(ctx, *args)
 
 
 def _lower_sequence_cuda(
@@ -94,17 +94,17 @@ def _lower_sequence_cuda(
 
         for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
             site = eqn.params["site"]
-            (result,) = eqn.outvars
             lhs, rhs, *_ = measure.split(site, [values[v] for v in eqn.invars])
             if kernel is None or not chain.takes(kernel, lhs, rhs):
                 flush(index)
             inputs = [values[v] for v in eqn.invars]
             with jax.named_scope(site.label):
                 if kernel is None:
-                    values[result] = reference_fun(site.reference)(*inputs)
+                    made = reference_fun(site.reference)(*inputs)
                 else:
                     roles = measure.split(site, inputs)
-                    values[result] = chain.add(kernel, *roles, site.out_aval.shape)
+                    made = chain.add(kernel, *roles, site.out_avals[0].shape)
+            values.update(zip(eqn.outvars, made, strict=True))
         flush(len(eqns))
         return [values[v] for v in calls.jaxpr.outvars]
 

@@ -7,9 +7,17 @@
 Growth is from the root outwards. Every elementwise equation that (transitively) reads
 the root's result is a candidate; the region ends at the last candidate result that
 everything before it leads to, that is, past which no other value of the region is
-used. A value that is also used elsewhere (a leaking intermediate) therefore ends the
-region there. Per-channel inputs are then followed *inwards* through broadcasts and
-the arithmetic on them, so that ``rsqrt(var + eps) * scale`` is part of the region.
+used. Per-channel inputs are then followed *inwards* through broadcasts and the
+arithmetic on them, so that ``rsqrt(var + eps) * scale`` is part of the region.
+
+A value that is also used elsewhere (a leaking intermediate) ends the region, unless
+something further on has to be in memory anyway: a region or a loop reads it, or the
+program returns it. Then the region goes on to there and stores the intermediate
+besides, as an auxiliary output. Else another kernel would read the one and write the
+other.
+
+    conv(x, w) -> add the residual -> sub, mul, add, relu -> the next conv
+                         \\________ the next residual
 """
 
 from __future__ import annotations
@@ -31,10 +39,15 @@ from .compat import (
     source_line,
 )
 from .elementwise import NotElementwise
+from .graph import Graph
 from .layout import Layout, Permutation
 from .roots import ROOTS, Refused, Root, read_root
 
+AUXILIARY = "auxiliary"  # in the option ``disable``
+
 _CALL = re.compile(r"jit\((.*?)\)")
+# What XLA gives its operands to in memory.
+_LOOPS = ("scan", "while", "cond")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,19 +56,26 @@ class Match:
 
     ``eqns`` are the indices it replaces, the root's first; ``absorbed`` those of
     per-channel arithmetic, which go too unless something else reads them. ``inputs``
-    are the left operand, the right one, the side inputs, the vectors. ``layout`` is the
-    root's.
+    are the left operand, the right one, the side inputs, the vectors; ``outputs`` the
+    result and the auxiliary outputs. ``layout`` is the root's. ``prologue`` names
+    elementwise work on the left operand that no region does.
     """
 
     root: int
     eqns: tuple[int, ...]
     absorbed: tuple[int, ...]
     inputs: tuple[Any, ...]
-    output: Var
+    outputs: tuple[Var, ...]
     region: ir.Region
     name: str
     label: str
     layout: Layout | None
+    prologue: str = ""
+
+    @property
+    def output(self) -> Var:
+        """The result."""
+        return self.outputs[0]
 
     def permutation(self, position: int) -> Permutation | None:
         """How the input at that position is transposed for the kernel, if at all."""
@@ -77,16 +97,20 @@ class Refusal:
     line: str
 
 
-def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
+def find_regions(
+    jaxpr: Jaxpr, auxiliary: int = ir.MAX_AUXILIARY
+) -> tuple[list[Match], list[Refusal]]:
     """All regions of one (canonical) jaxpr; bodies of calls are not entered.
 
-    Later roots choose first: where two branches meet, as in a residual add, the
-    epilogue belongs to one of them and the other's result is its side input.
+    A region has at most so many ``auxiliary`` outputs. Later roots choose first: where
+    two branches meet, as in a residual add, the epilogue belongs to one of them and the
+    other's result is its side input.
     """
-    graph = _Graph(jaxpr)
+    graph = Graph(jaxpr)
     matches: list[Match] = []
     refusals: list[Refusal] = []
     taken: set[int] = set()
+    several = False  # outputs of any region
     for index in reversed(range(len(jaxpr.eqns))):
         eqn = jaxpr.eqns[index]
         if eqn.primitive.name not in ROOTS or is_drop(eqn.outvars[0]):
@@ -100,10 +124,17 @@ def find_regions(jaxpr: Jaxpr) -> tuple[list[Match], list[Refusal]]:
                 Refusal(index, eqn.primitive.name, str(refused), name, line)
             )
             continue
-        match = _Growth(graph, index, root, taken).match(name)
+        growth = _Growth(graph, index, root, taken, auxiliary)
+        match = growth.match(name, several)
         taken.update(match.eqns, match.absorbed)
+        graph.put_together(match.eqns, match.inputs)
+        several |= len(match.outputs) > 1
         matches.append(match)
-    return matches[::-1], refusals[::-1]
+    found = [
+        dataclasses.replace(match, prologue=graph.prologue(match.inputs[0]))
+        for match in reversed(matches)
+    ]
+    return found, refusals[::-1]
 
 
 def site_name(eqn: JaxprEqn) -> str:
@@ -112,29 +143,26 @@ def site_name(eqn: JaxprEqn) -> str:
     return path or source_line(eqn) or eqn.primitive.name
 
 
-class _Graph:
-    """Who produces and who uses each variable; one pass."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ending:
+    """A region's equations in order, its result and its auxiliary outputs."""
 
-    def __init__(self, jaxpr: Jaxpr):
-        self.eqns = jaxpr.eqns
-        self.producer: dict[Var, int] = {}
-        self.users: dict[Var, set[int]] = {}
-        self.escapes: set[Var] = {v for v in jaxpr.outvars if isinstance(v, Var)}
-        for i, eqn in enumerate(jaxpr.eqns):
-            for atom in eqn.invars:
-                if isinstance(atom, Var):
-                    self.users.setdefault(atom, set()).add(i)
-            for var in eqn.outvars:
-                self.producer[var] = i
-
-    def used_only_in(self, var: Var, inside: set[int]) -> bool:
-        return var not in self.escapes and self.users.get(var, set()) <= inside
+    eqns: list[int]
+    outputs: tuple[Var, ...]
 
 
 class _Growth:
     """The growth of one region; see the module's docstring."""
 
-    def __init__(self, graph: _Graph, root: int, problem: Root, taken: set[int]):
+    def __init__(
+        self,
+        graph: Graph,
+        root: int,
+        problem: Root,
+        taken: set[int],
+        auxiliary: int,
+    ):
+        self.auxiliary = auxiliary
         self.graph = graph
         self.root = root
         self.problem = problem
@@ -149,20 +177,25 @@ class _Growth:
             self.axis = problem.layout.out[3]
             self.channels = (self.shape[self.axis],)
 
-    def match(self, name: str) -> Match:
-        for eqns in self._endings():
+    def match(self, name: str, several: bool) -> Match:
+        """``several``: whether there is a region of several outputs already."""
+        for ending in self._endings():
+            # Regions of one output never do: each may come where its result did.
+            may_wait = several or len(ending.outputs) > 1
+            if may_wait and self.graph.waits_for_itself(ending.eqns):
+                continue
             try:
-                return self._emit(name, eqns)
+                return self._emit(name, ending)
             except NotElementwise:
                 # Too many inputs for a kernel: the next shorter ending.
                 continue
         raise AssertionError("the root alone is always a region")
 
-    def _endings(self) -> list[list[int]]:
-        """Legal sets of equations, the largest first; the last is the root alone."""
+    def _endings(self) -> list[_Ending]:
+        """Where it may end, the largest first; the last is the root alone."""
         # value -> equations of the region that it is computed by
         ancestors: dict[Var, frozenset[int]] = {self.out: frozenset([self.root])}
-        endings = [[self.root]]
+        endings = [_Ending([self.root], (self.out,))]
         for index in range(self.root + 1, len(self.graph.eqns)):
             eqn = self.graph.eqns[index]
             if index in self.taken or not self._grows(eqn, ancestors):
@@ -176,8 +209,9 @@ class _Growth:
                 )
             )
             ancestors[out] = inside
-            if self._closed(inside, out) and _is_float(out):
-                endings.append(sorted(inside))
+            outputs = (out, *self._leaks(inside, out))
+            if all(map(_is_float, outputs)) and self._pays(outputs):
+                endings.append(_Ending(sorted(inside), outputs))
         # Where no float value ends the region well the root alone still does.
         return endings[::-1]
 
@@ -224,48 +258,73 @@ class _Growth:
             len(self.channels),
         )
 
-    def _closed(self, inside: frozenset[int], out: Var) -> bool:
-        """No value of the region but ``out`` is used outside it."""
+    def _leaks(self, inside: frozenset[int], out: Var) -> list[Var]:
+        """The values of the region beside ``out`` that are used outside it."""
         users = set(inside)
-        for index in inside:
-            (var,) = self.graph.eqns[index].outvars
-            if var is not out and not self.graph.used_only_in(var, users):
-                return False
-        return True
+        made = [self.graph.eqns[index].outvars[0] for index in sorted(inside)]
+        return [
+            v for v in made if v is not out and not self.graph.used_only_in(v, users)
+        ]
 
-    def _emit(self, name: str, eqns: list[int]) -> Match:
+    def _pays(self, outputs: Sequence[Var]) -> bool:
+        """Whether one kernel for all ``outputs`` moves less than one that ends before.
+
+        That one writes what leaks, too. The result is then read from it and written by
+        another kernel, where something reads the result from memory; else what reads it
+        computes it.
+        """
+        result, *auxiliary = outputs
+        if len(auxiliary) > self.auxiliary:
+            return False
+        return not auxiliary or self._is_in_memory(result)
+
+    def _is_in_memory(self, var: Var) -> bool:
+        """Returned, or read by a region, a root or a loop, maybe reshaped."""
+        if var in self.graph.escapes:
+            return True
+        for index in self.graph.users.get(var, ()):
+            eqn = self.graph.eqns[index]
+            name = eqn.primitive.name
+            if index in self.taken or name in ROOTS or name in _LOOPS:
+                return True
+            if name == "reshape" and self._is_in_memory(eqn.outvars[0]):
+                return True
+        return False
+
+    def _emit(self, name: str, ending: _Ending) -> Match:
+        eqns = ending.eqns
         emission = _Emission(self, set(eqns))
         for index in eqns[1:]:
             emission.equation(index)
-        output = self.graph.eqns[eqns[-1]].outvars[0]
         builder = emission.builder
         if len(builder.vectors) > ir.MAX_VECTORS or len(builder.sides) > ir.MAX_SIDES:
             raise NotElementwise("more inputs than a kernel takes")
         lhs, rhs = self.graph.eqns[self.root].invars
         inputs = (lhs, rhs, *emission.sides, *emission.vectors)
-        needed = self._needed(output, inputs)
+        needed = self._needed(ending.outputs, inputs)
+        stored = [
+            ir.Output(emission.values[v], elementwise.dtype_of(v))
+            for v in ending.outputs
+        ]
         region = ir.Region(
-            problem=self.problem.problem,
-            epilogue=builder.epilogue(
-                emission.values[output], elementwise.dtype_of(output)
-            ),
+            problem=self.problem.problem, epilogue=builder.epilogue(stored)
         )
         return Match(
             root=self.root,
             eqns=tuple(eqns),
             absorbed=tuple(sorted(needed - set(eqns))),
             inputs=inputs,
-            output=output,
+            outputs=ending.outputs,
             region=region,
             name=name,
             layout=self.problem.layout,
             label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
         )
 
-    def _needed(self, output: Var, inputs: Sequence[Any]) -> set[int]:
-        """Equations that compute ``output`` from ``inputs``."""
+    def _needed(self, outputs: Sequence[Var], inputs: Sequence[Any]) -> set[int]:
+        """Equations that compute ``outputs`` from ``inputs``."""
         needed: set[int] = set()
-        pending: list[Any] = [output]
+        pending: list[Any] = list(outputs)
         while pending:
             var = pending.pop()
             if not isinstance(var, Var) or var in inputs:
@@ -398,7 +457,7 @@ class _Emission:
 
 
 def label(root: str, epilogue: ir.Epilogue, callees: Sequence[str]) -> str:
-    """A short name: ``conv3x3+bn+add+relu``."""
+    """A short name: ``conv3x3+bn+add+relu``, ``+aux`` with an auxiliary output."""
     steps: list[str] = []
     per_channel = epilogue.per_channel()
     names = [op.name for op in epilogue.ops]
@@ -415,6 +474,7 @@ def label(root: str, epilogue: ir.Epilogue, callees: Sequence[str]) -> str:
     if not callees:
         known = ("max", "tanh", "logistic", "erf", "exp", "clamp")
         steps += ["relu" if n == "max" else n for n in known if n in names][:1]
+    steps += ["aux"] * len(epilogue.auxiliary)
     return "+".join([root, *(s for s in steps if s)])
 
 

@@ -39,7 +39,8 @@ class Options:
     jobs: compilers run at once; None is one per CPU that the process, or its
         container, may use.
     disable: names of kernel templates that are never used. "cast" keeps the casts of
-        parameters apart, and "sequence" the launches of consecutive kernels.
+        parameters apart, and "sequence" the launches of consecutive kernels;
+        "auxiliary" leaves each kernel one output.
     dump_dir: where every traced program is written, as it came, as it was rewritten,
         and its regions; None writes nothing.
     """

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``bolt_call``: one equation that stands for a region and carries its reference.
 
+Its results are the region's: the result, then the auxiliary outputs.
+
 Whatever JAX does to the equation other than lowering it for a CUDA device goes
 through the reference jaxpr, the user's own equations: a CPU runs it, ``vmap`` batches
 it, ``grad`` differentiates it (with the user's custom rules), so an optimized function
@@ -25,6 +27,8 @@ from .compat import (
     batching,
     jaxpr_as_fun,
     mlir,
+    register_dce,
+    without_unused,
 )
 
 
@@ -33,7 +37,8 @@ class SiteInfo:
     """A region in a program: what it computes, where, and from which operands.
 
     ``operands`` gives, for the left operand, the right one, each side input and each
-    vector, its position among the equation's inputs.
+    vector, its position among the equation's inputs. ``prologue`` names elementwise
+    work on the left operand that is done ahead of the region.
     """
 
     region: ir.Region
@@ -43,14 +48,16 @@ class SiteInfo:
     label: str
     line: str
     root: str
+    prologue: str = ""
 
     @property
     def in_avals(self) -> list[Any]:
         return list(self.reference.in_avals)
 
     @property
-    def out_aval(self) -> Any:
-        return self.reference.out_avals[0]
+    def out_avals(self) -> list[Any]:
+        """Of the result and of the auxiliary outputs."""
+        return list(self.reference.out_avals)
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.label}"
@@ -66,28 +73,33 @@ class Family:
     sites: list[SiteInfo] = dataclasses.field(default_factory=list)
     unled: bool = False
 
+    def add(self, site: SiteInfo) -> None:
+        """Adds what became of a site, where there is nothing like it yet."""
+        if all(site.region != known.region for known in self.sites):
+            self.sites.append(site)
+
     def __repr__(self) -> str:
         return f"<{len(self.sites)} sites>"
 
 
 bolt_call_p = Primitive("bolt_call")
+bolt_call_p.multiple_results = True
 
 
-def reference_fun(reference: ClosedJaxpr):
-    """The region as a function of its operands, in plain JAX; one result."""
-    fun = jaxpr_as_fun(reference)
-    return lambda *args: fun(*args)[0]
+def reference_fun(reference: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """The region as a function of its operands, in plain JAX; all its results."""
+    return jaxpr_as_fun(reference)
 
 
 @bolt_call_p.def_impl
-def _impl(*args: Any, reference: ClosedJaxpr, **_: Any) -> Any:
+def _impl(*args: Any, reference: ClosedJaxpr, **_: Any) -> list[Any]:
     # Outside jit (disable_jit, say) nothing is compiled, so nothing is tuned either.
     return reference_fun(reference)(*args)
 
 
 @bolt_call_p.def_abstract_eval
-def _abstract_eval(*_avals: Any, reference: ClosedJaxpr, **_: Any) -> Any:
-    return reference.out_avals[0]
+def _abstract_eval(*_avals: Any, reference: ClosedJaxpr, **_: Any) -> list[Any]:
+    return list(reference.out_avals)
 
 
 def is_call(eqn: JaxprEqn, family: Family) -> bool:
@@ -96,8 +108,8 @@ def is_call(eqn: JaxprEqn, family: Family) -> bool:
 
 
 def _batch(args, dims, *, reference, **_):
-    out = jax.vmap(reference_fun(reference), in_axes=tuple(dims))(*args)
-    return out, 0
+    results = jax.vmap(reference_fun(reference), in_axes=tuple(dims))(*args)
+    return results, [0] * len(results)
 
 
 def jvp(fun: Callable, primals: Any, tangents: Any) -> Any:
@@ -138,13 +150,46 @@ def _jvp(primals, tangents, *, reference, **_):
     return jvp(reference_fun(reference), primals, tangents)
 
 
-def _transpose(cotangent, *args, reference, **_):
-    if isinstance(cotangent, ad.Zero):
+def _transpose(cotangents, *args, reference, **_):
+    if all(isinstance(c, ad.Zero) for c in cotangents):
         return [ad.Zero(a.aval) if ad.is_undefined_primal(a) else None for a in args]
-    return transpose(reference_fun(reference), cotangent, args)
+    given = [ad.instantiate_zeros(c) for c in cotangents]
+    return transpose(reference_fun(reference), given, args)
+
+
+def _drop_unused(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], Any]:
+    """What remains when only some results are read: jaxpr's dead code elimination."""
+    if all(used):
+        return [True] * len(eqn.invars), eqn
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    site = _storing(eqn.params["site"], used)
+    eqn.params["family"].add(site)
+    params = {**eqn.params, "site": site, "reference": site.reference}
+    kept = [v for v, keep in zip(eqn.outvars, used, strict=True) if keep]
+    return [True] * len(eqn.invars), eqn.replace(outvars=kept, params=params)
+
+
+def _storing(site: SiteInfo, used: Sequence[bool]) -> SiteInfo:
+    """The site with those of its outputs only that are used."""
+    epilogue = site.region.epilogue
+    outputs = [o for o, keep in zip(epilogue.outputs, used, strict=True) if keep]
+    first, *auxiliary = outputs
+    stored = dataclasses.replace(
+        epilogue,
+        result=first.value,
+        out_dtype=first.dtype,
+        auxiliary=tuple(auxiliary),
+    )
+    # All operands stay: which of them a kernel takes is in the region.
+    reference, _ = without_unused(site.reference, used, keep_inputs=True)
+    region = dataclasses.replace(site.region, epilogue=stored)
+    label = site.label.removesuffix("+aux")
+    return dataclasses.replace(site, region=region, reference=reference, label=label)
 
 
 batching.primitive_batchers[bolt_call_p] = _batch
+register_dce(bolt_call_p, _drop_unused)
 ad.primitive_jvps[bolt_call_p] = _jvp
 ad.primitive_transposes[bolt_call_p] = _transpose
 
@@ -152,7 +197,7 @@ ad.primitive_transposes[bolt_call_p] = _transpose
 def lower_reference(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
     """XLA's own path: the reference jaxpr, inlined."""
     fun = reference_fun(params["reference"])
-    return mlir.lower_fun(fun, multiple_results=False)(ctx, *args)
+    return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
 
 
 mlir.register_lowering(bolt_call_p, lower_reference)

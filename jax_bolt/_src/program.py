@@ -163,6 +163,7 @@ def _site(
         epilogue=site.label,
         region=site.region,
         fused=True,
+        prologue=site.prologue,
     )
     if arch is None:
         return base

@@ -16,7 +16,7 @@ from . import ir
 _REGION = re.compile(
     r"(?P<problem>(?:gemm|conv)\[[^\]]*\]) "
     r"\((?P<vectors>[^()]*)\)\((?P<sides>[^()]*)\)"
-    r"\{(?P<body>.*);(?P<out>\w+):%(?P<result>\d+)\}"
+    r"\{(?P<body>.*);(?P<outputs>\w+:%\d+(?:,\w+:%\d+)*)\}"
 )
 _GEMM = re.compile(
     r"gemm\[(?P<dtype>\w+) (?P<a_layout>row|col),(?P<b_layout>row|col) "
@@ -25,10 +25,12 @@ _GEMM = re.compile(
 _CONV = re.compile(
     r"conv\[(?P<dtype>\w+) n(?P<n>\d+)h(?P<h>\d+)w(?P<w>\d+)c(?P<c>\d+) "
     r"k(?P<k>\d+)r(?P<r>\d+)s(?P<s>\d+) st(?P<stride>[\dx]+) "
-    r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?P<hwio> hwio)?\]"
+    r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?: g(?P<groups>\d+))?"
+    r"(?P<hwio> hwio)?\]"
 )
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
 _VECTOR = re.compile(r"(\w+)\[(n?)\]")
+_OUTPUT = re.compile(r"(\w+):%(\d+)")
 
 
 def parse(text: str) -> ir.Region:
@@ -46,12 +48,15 @@ def parse(text: str) -> ir.Region:
 def _region(text: str) -> ir.Region:
     found = _match(_REGION, text)
     vectors = [_match(_VECTOR, each) for each in _list(found["vectors"])]
+    outputs = [_match(_OUTPUT, each) for each in _list(found["outputs"])]
+    result, *auxiliary = (ir.Output(int(o[2]), _dtype(o[1])) for o in outputs)
     epilogue = ir.Epilogue(
         ops=tuple(_op(each) for each in found["body"].split(";")),
-        result=int(found["result"]),
-        out_dtype=_dtype(found["out"]),
+        result=result.value,
+        out_dtype=result.dtype,
         vectors=tuple(ir.Vector(_dtype(v[1]), scalar=not v[2]) for v in vectors),
         sides=tuple(_dtype(each) for each in _list(found["sides"])),
+        auxiliary=tuple(auxiliary),
     )
     return ir.Region(problem=_problem(found["problem"]), epilogue=epilogue)
 
@@ -71,7 +76,9 @@ def _problem(text: str) -> ir.Problem:
         "dilation": _dims(found.pop("dilation"), 2, least=1),
     }
     dtype = _dtype(found.pop("dtype"))
-    sizes = {name: int(value) for name, value in found.items()}
+    sizes = {name: int(value or 1) for name, value in found.items()}
+    if not sizes["groups"] or sizes["c"] % sizes["groups"]:
+        raise ValueError(f"{text!r} has no whole channels in a group")
     return ir.ConvProblem(**sizes, **windows, dtype=dtype, filter_layout=layout)
 
 

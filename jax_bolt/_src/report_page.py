@@ -244,6 +244,7 @@ def _details(site: Site) -> _Markup:
         ("problem", site.problem),
         ("kernel", "" if site.kernel == "xla" else site.kernel),
         ("reason", site.reason),
+        ("XLA before", site.prologue),
         ("provenance", site.provenance),
         ("times", _measured(site)),
         ("candidates", f"{site.candidates} timed" if site.candidates else ""),
@@ -298,7 +299,8 @@ def _errors(site: Site) -> str:
 
 def _program(region: ir.Region) -> str:
     lines = [f"%{i} = {op.text}" for i, op in enumerate(region.epilogue.ops)]
-    return "\n".join([*lines, f"{region.epilogue.out_dtype} %{region.epilogue.result}"])
+    stored = [f"{output.dtype} %{output.value}" for output in region.epilogue.outputs]
+    return "\n".join([*lines, *stored])
 
 
 def _sizes(problem: ir.Problem) -> str:
@@ -312,7 +314,8 @@ def _sizes(problem: ir.Problem) -> str:
     for name, (high, wide) in (("/", problem.stride), (" dilated ", problem.dilation)):
         if (high, wide) != (1, 1):
             window += f"{name}{high}" if high == wide else f"{name}{high}x{wide}"
-    return f"{problem.dtype} {image}, {window}"
+    groups = f", {problem.groups} groups" if problem.groups > 1 else ""
+    return f"{problem.dtype} {image}, {window}{groups}"
 
 
 def _floor_us(site: Site) -> float:

@@ -8,9 +8,10 @@ that follow each other one ``bolt_sequence``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from . import cast, layout, sequence
+from . import cast, ir, layout, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -25,8 +26,9 @@ from .compat import (
     source_line,
     sub_jaxprs,
     transposed,
+    variables,
 )
-from .match import Match, Refusal, find_regions
+from .match import AUXILIARY, Match, Refusal, find_regions
 from .options import Options
 from .primitive import Family, SiteInfo, bolt_call_p
 
@@ -73,7 +75,8 @@ class _Pass:
 
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
-        matches, refusals = find_regions(jaxpr)
+        disabled = AUXILIARY in self.options.disable
+        matches, refusals = find_regions(jaxpr, 0 if disabled else ir.MAX_AUXILIARY)
         calls: dict[int, list[JaxprEqn]] = {}
         replaced: set[int] = set()
         for root in sorted([*matches, *refusals], key=lambda found: found.root):
@@ -89,6 +92,8 @@ class _Pass:
                 eqns += calls[index]
             elif index not in replaced:
                 eqns.append(self._with_bodies(eqn))
+        if any(len(match.outputs) > 1 for match in matches):
+            eqns = _in_order(eqns)
         # Per-channel arithmetic that only regions read is in their kernels.
         absorbed = {id(jaxpr.eqns[i]) for match in matches for i in match.absorbed}
         live = live_equations(eqns, jaxpr.outvars, lambda eqn: id(eqn) in absorbed)
@@ -112,13 +117,14 @@ class _Pass:
         site = SiteInfo(
             region=match.region,
             reference=part_of_jaxpr(
-                jaxpr, edges.around(body), edges.operands, [edges.result]
+                jaxpr, edges.around(body), edges.operands, edges.results
             ),
             operands=edges.positions,
             name=match.name,
             label=match.label,
             line=source_line(root),
             root=root.primitive.name,
+            prologue=match.prologue,
         )
         self.family.sites.append(site)
         self.roots.append(site)
@@ -128,7 +134,7 @@ class _Pass:
             "family": self.family,
             "options": self.options,
         }
-        call = call_equation(edges.operands, edges.output, bolt_call_p, params, root)
+        call = call_equation(edges.operands, edges.outputs, bolt_call_p, params, root)
         return [*edges.before, call, *edges.after]
 
     def _with_bodies(self, eqn: JaxprEqn) -> JaxprEqn:
@@ -153,8 +159,36 @@ class _Pass:
         return body if len(self.family.sites) == found else like_body(new, body)
 
 
+def _in_order(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
+    """``eqns``, each after what it reads, and otherwise as they are.
+
+    An auxiliary output may be read before the place of its call: then the call, and
+    what it waits for, come earlier. Effects stay in order.
+    """
+    producer = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
+    effect: int | None = None
+    needed: list[list[int]] = []
+    for index, eqn in enumerate(eqns):
+        needed.append([producer[v] for v in variables(eqn.invars) if v in producer])
+        if eqn.effects:
+            needed[-1] += [] if effect is None else [effect]
+            effect = index
+    placed: dict[int, JaxprEqn] = {}
+    for index in range(len(eqns)):
+        pending = [index]
+        while pending:
+            last = pending[-1]
+            missing = [i for i in needed[last] if i not in placed]
+            assert not set(missing) & set(pending), "equations wait for each other"
+            pending += missing[:1]
+            if not missing:
+                placed.setdefault(last, eqns[last])
+                pending.pop()
+    return list(placed.values())
+
+
 class _Edges:
-    """A call's operands and result, and the transposes to and from them.
+    """A call's operands and results, and the transposes to and from them.
 
     The reference is the user's own equations between the same transposes undone.
     """
@@ -170,15 +204,24 @@ class _Edges:
         made = {key: self._operand(*key) for key in dict.fromkeys(wanted)}
         self.operands = list(dict.fromkeys(made.values()))
         self.positions = tuple(self.operands.index(made[key]) for key in wanted)
-        self.output = self.result = match.output
+        # The call's, and the reference's.
+        self.outputs, self.results = list(match.outputs), list(match.outputs)
         self._last: list[JaxprEqn] = []
         if match.layout is not None and not layout.is_identity(match.layout.out):
             out = match.layout.out
-            aval = transposed(match.output.aval, out)
-            self.output, self.result = self._make_var(aval), self._make_var(aval)
-            self._last = [self._transpose(match.output, self.result, out)]
             back = layout.inverse(out)
-            self.after = [self._transpose(self.output, match.output, back)]
+            avals = [transposed(v.aval, out) for v in match.outputs]
+            self.outputs, self.results = (
+                [self._make_var(aval) for aval in avals] for _ in range(2)
+            )
+            self._last = [
+                self._transpose(value, result, out)
+                for value, result in zip(match.outputs, self.results, strict=True)
+            ]
+            self.after = [
+                self._transpose(output, value, back)
+                for output, value in zip(self.outputs, match.outputs, strict=True)
+            ]
 
     def around(self, body: list[JaxprEqn]) -> list[JaxprEqn]:
         """The reference's equations."""

@@ -61,10 +61,12 @@ def read_root(eqn: JaxprEqn) -> Root:
         raise Refused("shapes are symbolic; kernels are chosen for fixed shapes")
     if any(d == 0 for shape in shapes for d in shape):
         raise Refused("a dimension is zero")
-    _check_precision(eqn, dtype)
     if eqn.primitive.name == "dot_general":
-        return _read_dot(eqn, dtype)
-    return _read_conv(eqn, dtype)
+        root = _read_dot(eqn, dtype)
+    else:
+        root = _read_conv(eqn, dtype)
+    _check_precision(eqn, root.problem)
+    return root
 
 
 def _operand_dtype(eqn: JaxprEqn) -> ir.DType:
@@ -78,14 +80,17 @@ def _operand_dtype(eqn: JaxprEqn) -> ir.DType:
     return _FLOATS[lhs]
 
 
-def _check_precision(eqn: JaxprEqn, dtype: ir.DType) -> None:
+def _check_precision(eqn: JaxprEqn, problem: ir.Problem) -> None:
     precision = eqn.params.get("precision")
     if precision is None:
         return
+    dtype = problem.dtype
+    # Depthwise kernels have no tensor cores, and so no TF32.
+    exact = isinstance(problem, ir.ConvProblem) and problem.is_depthwise
     for item in precision if isinstance(precision, tuple) else (precision,):
         name = getattr(item, "name", str(item))
         if name in ("HIGH", "HIGHEST"):
-            if dtype == "f32":
+            if dtype == "f32" and not exact:
                 raise Refused(f"precision={name} asks for more than TF32 on float32")
         elif name not in _ALGORITHMS[dtype]:
             raise Refused(f"precision {name} is not what the kernels compute")
@@ -157,8 +162,12 @@ def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
     )
     if p["batch_group_count"] != 1:
         raise Refused(f"batch_group_count={p['batch_group_count']}")
-    if p["feature_group_count"] != 1:
-        raise Refused(f"feature_group_count={p['feature_group_count']}: grouped conv")
+    groups = int(p["feature_group_count"])
+    if groups not in (1, x[3]):
+        raise Refused(
+            f"feature_group_count={groups}, {w[2]} input channels each: grouped, but "
+            "not depthwise"
+        )
     if tuple(p["lhs_dilation"]) != (1, 1):
         raise Refused(f"lhs_dilation={tuple(p['lhs_dilation'])}: transposed conv")
     (top, bottom), (left, right) = (tuple(map(int, pair)) for pair in p["padding"])
@@ -176,10 +185,12 @@ def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
         padding=(top, bottom, left, right),
         dilation=_pair(p["rhs_dilation"]),
         dtype=dtype,
+        groups=groups,
     )
     if (problem.n, problem.p, problem.q, problem.k) != out:
         raise Refused(f"the result's shape {out} is not that of the problem")
-    label = f"conv{problem.r}x{problem.s}"
+    name = "depthwise" if problem.is_depthwise else "conv"
+    label = f"{name}{problem.r}x{problem.s}"
     return Root(problem, 1, label, None if layout.is_ours else layout)
 
 

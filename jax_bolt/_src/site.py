@@ -19,6 +19,8 @@ class Site:
     problem: sizes and dtypes, "" where the root was refused.
     epilogue: short, as "conv3x3+bn+relu"; ``region`` has all of it.
     fused: whether the root and its epilogue are one region.
+    prologue: elementwise work on its input that XLA does ahead of it, as "mul, add,
+        relu": what no other region's epilogue can do, after a concatenation, say.
     reason: why it is not fused, or why XLA runs it; "" otherwise.
     kernel: the template and its config, or "xla"; "" without an architecture.
     provenance: "shipped", "user", "heuristic" or "xla".
@@ -40,6 +42,7 @@ class Site:
     epilogue: str = ""
     region: ir.Region | None = None
     fused: bool = False
+    prologue: str = ""
     reason: str = ""
     kernel: str = ""
     provenance: str = ""

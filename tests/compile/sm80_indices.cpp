@@ -45,6 +45,16 @@ struct Functor {
   }
 };
 
+// The same, and its accumulator and side input as an auxiliary output.
+template <class Out, class Side, int kHoisted, class Other>
+struct Storing : Functor<Out, Side, kHoisted> {
+  using Auxiliary = jax_bolt::Types<Other>;
+  static float apply(float acc, float const (&c)[kHoisted], float const (&s)[1], float (&d)[1]) {
+    d[0] = acc + s[0];
+    return Functor<Out, Side, kHoisted>::apply(acc, c, s);
+  }
+};
+
 static float value_at(int row, int column) { return float((row * 31 + column * 17) % 64 - 32); }
 
 // One CTA's tile at (row, channel) of entry `batch` of a [batch + 1, rows, channels] D.
@@ -68,9 +78,15 @@ long epilogue(int rows, int channels, int row, int channel, int batch) {
   std::vector<Side> side(total);
   for (std::int64_t i = 0; i < total; ++i) side[i] = Side(float(i % 3 == 1));
   std::vector<Output> d(total + 64, Output(kUntouched));
+  using Others = jax_bolt::AuxiliaryOf<F>;
+  constexpr bool kStores = Others::kCount > 0;
+  using Other = jax_bolt::Storage<
+      jax_bolt::TypeAt<0, std::conditional_t<kStores, Others, jax_bolt::Types<float>>>>;
+  std::vector<Other> other(total + 64, Other(77.0f));
 
   JaxBoltBuffers buffers{};
   buffers.d = d.data();
+  buffers.auxiliary[0] = other.data();
   buffers.sides[0] = side.data();
   buffers.vectors[0] = vector0.data();
   buffers.vectors[1] = vector1.data();
@@ -126,20 +142,32 @@ long epilogue(int rows, int channels, int row, int channel, int batch) {
       if (kBool) want = want != 0.0f;
     }
     errors += float(d[i]) != want;
+    float const stored = inside && kStores ? value_at(r, c) + float(side[i]) : 77.0f;
+    errors += float(other[i]) != stored;
   }
   return errors;
 }
 
-template <class Out, class Side, class Element, int kM, int kN, int kK, int kWarpM, int kWarpN,
-          int kAccess, int kHoisted = 2>
-void tile() {
-  using F = Functor<Out, Side, kHoisted>;
+template <class F, class Element, int kM, int kN, int kK, int kWarpM, int kWarpN, int kAccess>
+void tile_of() {
   constexpr auto run = epilogue<F, Element, kM, kN, kK, kWarpM, kWarpN, kAccess>;
   long const inner = run(kM + 5, kN * 2, 0, kN, 1);
   long const ragged = run(kM * 2 - 13, kN + 3 * kAccess, kM, 0, 1);
   long const small = run(3, 5 * kAccess, 0, 0, 0);
   printf("epilogue %dx%dx%d by %dx%d, access %d: %ld errors\n", kM, kN, kK, kWarpM, kWarpN, kAccess,
          inner + ragged + small);
+}
+
+template <class Out, class Side, class Element, int kM, int kN, int kK, int kWarpM, int kWarpN,
+          int kAccess, int kHoisted = 2>
+void tile() {
+  tile_of<Functor<Out, Side, kHoisted>, Element, kM, kN, kK, kWarpM, kWarpN, kAccess>();
+}
+
+template <class Other, class Out, class Side, class Element, int kM, int kN, int kK, int kWarpM,
+          int kWarpN, int kAccess>
+void storing_tile() {
+  tile_of<Storing<Out, Side, 2, Other>, Element, kM, kN, kK, kWarpM, kWarpN, kAccess>();
 }
 
 template <class Element, int kM, int kN, int kK, int kWarpM, int kWarpN, int kAlign, int kChannels>
@@ -227,6 +255,9 @@ int main() {
   tile<float, float, float, 128, 256, 16, 64, 64, 4>();
   tile<float, bfloat16_t, float, 128, 64, 32, 64, 32, 1>();
   tile<bool, bool, bfloat16_t, 64, 128, 64, 32, 64, 8>();
+  storing_tile<bfloat16_t, bfloat16_t, bfloat16_t, bfloat16_t, 128, 128, 32, 64, 64, 8>();
+  storing_tile<float, half_t, half_t, half_t, 64, 64, 64, 32, 32, 4>();
+  storing_tile<bfloat16_t, float, float, bfloat16_t, 128, 64, 64, 64, 32, 4>();
 
   few_channels<bfloat16_t, 256, 64, 32, 64, 64, 8, 8>(
       conv(3, 8, 72, {15, 3, 1, 1, 1, 1}, {13, 3, 1, 1, 1, 1}));

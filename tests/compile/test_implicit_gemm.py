@@ -71,9 +71,9 @@ def test_the_largest_tiles_neither_spill_nor_serialise(
     assert "C751" not in log, log
 
 
-def compiled(region: ir.Region, tile: tiles.Tile, folder: Path) -> str:
-    """The compiler's log."""
-    source = codegen.source(region, family, tile.config(), HOPPER)
+def compiled(region: ir.Region, tile: tiles.Tile, folder: Path, more: str = "") -> str:
+    """The compiler's log; ``more`` follows the kernel."""
+    source = codegen.source(region, family, tile.config(), HOPPER) + more
     found = toolchain.find(options.current())
     binary = compiler.compile(found, source, HOPPER, folder)
     assert binary.suffix == ".cubin"
@@ -113,4 +113,41 @@ def test_split_packed_and_wide(tmp_path, problem, traits, out_dtype):
     log = compiled(region, largest(region, **traits), tmp_path)
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2 - sides, log
     assert ("jax_bolt_prologue" in log) == (problem.c == 3)
+    assert "C751" not in log, log
+
+
+def storing(epilogue: ir.Epilogue, dtype: ir.DType) -> ir.Epilogue:
+    """``epilogue``, and what it begins with as an auxiliary output."""
+    return dataclasses.replace(epilogue, auxiliary=(ir.Output(2, dtype),))
+
+
+@pytest.mark.parametrize(
+    ("problem", "traits", "epilogue"),
+    [
+        (
+            dataclasses.replace(FEW_TILES, n=32, h=28, w=28, c=128, k=128),
+            {"schedule": "cooperative", "warps_m": 2},
+            storing(bias_silu(1, "bf16"), "bf16"),
+        ),
+        (
+            ir.GemmProblem(m=4096, n=1024, k=1024, dtype="bf16"),
+            {"schedule": "pingpong", "channel_blocks": 2},
+            storing(bias_silu(0, "bf16"), "f32"),
+        ),
+        (
+            FEW_TILES,
+            {"splits": 8, "warpgroups": 2},
+            storing(bias_silu(2, "bf16"), "bf16"),
+        ),
+    ],
+)
+def test_auxiliary_outputs(tmp_path, problem, traits, epilogue):
+    """As fast as without, and where Python takes the slot's tiles to be."""
+    if isinstance(problem, ir.ConvProblem):
+        problem = dataclasses.replace(problem, filter_layout="hwio")
+    region = ir.Region(problem=problem, epilogue=epilogue)
+    tiles_of_slot = tiles.slot_tiles_of(epilogue)
+    check = f"static_assert(JaxBoltKernel::kSlotTiles == {tiles_of_slot});\n"
+    log = compiled(region, largest(region, **traits), tmp_path, check)
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
     assert "C751" not in log, log

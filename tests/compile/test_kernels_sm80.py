@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 from pathlib import Path
 
@@ -34,6 +35,7 @@ EPILOGUE = ir.Epilogue(
     vectors=(ir.Vector("f32"),),
     sides=("bf16",),
 )
+STORING = dataclasses.replace(EPILOGUE, auxiliary=(ir.Output(4, "f32"),))
 GEMM = ir.GemmProblem(m=6272, n=1024, k=256, dtype="bf16")
 CONV = ir.ConvProblem(
     n=32, h=28, w=28, c=128, k=128, r=3, s=3, padding=(1, 1, 1, 1), dtype="bf16"
@@ -51,7 +53,10 @@ class Problem(ctypes.Structure):
 class Buffers(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p * count)
-        for name, count in (("abd", 3), ("sides", 2), ("vectors", 8), ("workspace", 1))
+        for name, count in (
+            *(("abd", 3), ("auxiliary", 1), ("sides", 2)),
+            *(("vectors", 8), ("workspace", 1)),
+        )
     )
 
 
@@ -77,7 +82,7 @@ def build(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gemm(build) -> Path:
-    return build(gemm_sm80, ir.Region(problem=GEMM, epilogue=EPILOGUE), AMPERE)
+    return build(gemm_sm80, ir.Region(problem=GEMM, epilogue=STORING), AMPERE)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +147,13 @@ def test_no_workspace_and_readable_errors(gemm):
     assert b"invalid argument" in library.jax_bolt_error_string(1)
 
 
-@pytest.mark.parametrize("slot", ["a", "b", "d", "side"])
+@pytest.mark.parametrize("slot", ["a", "b", "d", "auxiliary", "side"])
 def test_misaligned_buffers_are_refused_before_any_launch(gemm, slot):
     library = ctypes.CDLL(str(gemm))
-    pointers = dict.fromkeys(("a", "b", "d", "side"), 1 << 20)
+    pointers = dict.fromkeys(("a", "b", "d", "auxiliary", "side"), 1 << 20)
     pointers[slot] += 8
-    a, b, d, side = pointers.values()
-    buffers = Buffers((a, b, d), (side, 0))
+    a, b, d, auxiliary, side = pointers.values()
+    buffers = Buffers((a, b, d), (auxiliary,), (side, 0))
     problem = Problem(0, 4, (64, 64, 64, 1))
     device = (ctypes.c_int32 * 2)(0, 132)
     status = library.jax_bolt_launch(
@@ -180,4 +185,4 @@ def test_indices_on_the_cpu(tmp_path):
     source = Path(__file__).with_name("sm80_indices.cpp")
     printed = on_cpu.output_of(source, found, tmp_path)
     wrong = [line for line in printed.splitlines() if ": 0 errors" not in line]
-    assert not wrong and len(printed.splitlines()) == 15
+    assert not wrong and len(printed.splitlines()) == 18

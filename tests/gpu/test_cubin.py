@@ -133,7 +133,7 @@ def test_profiled(digest):
         d = jnp.zeros((ROWS, COLUMNS), jnp.float32)
         kept.append(jax.block_until_ready((a, b, vector, d)))
         where = [x.unsafe_buffer_pointer() for x in kept[-1]]
-        sets.append((where[0], where[1], where[3], [], [where[2]], 0))
+        sets.append((where[0], where[1], [where[3]], [], [where[2]], 0))
     native = loader.native()
     times = native.profile(digest, 0, DIMS, sets, 0, 3, RECIPE.encode())
     assert 0.5 < min(times) < 100  # as many launches in a graph

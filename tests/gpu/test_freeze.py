@@ -12,7 +12,7 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
-from jax_bolt._src import resolve
+from jax_bolt._src import results
 from jax_bolt._src.jit import loader, store
 
 
@@ -41,7 +41,7 @@ def x():
 @pytest.fixture
 def forced(monkeypatch):
     """Kernels wherever there are any, whatever tuning chose; the store is shared."""
-    monkeypatch.setattr(resolve, "stored", lambda *_: None)
+    monkeypatch.setattr(results, "stored", lambda *_: None)
     with jax_bolt.options(on_miss="heuristic"):
         yield
 

@@ -16,7 +16,7 @@ import region_cases as cases
 from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import loader
-from jax_bolt._src.kernels import implicit_gemm_sm90
+from jax_bolt._src.kernels import depthwise, depthwise_tiles, implicit_gemm_sm90
 from jax_bolt._src.kernels.image import Image
 from jax_bolt._src.kernels.implicit_gemm_tiles import tiles_of
 from jax_bolt._src.primitive import reference_fun
@@ -37,15 +37,30 @@ def chosen(case, candidates):
         groups.setdefault(key, []).append(candidate)
     turn = len(case.name)
     found = [group[turn % len(group)] for group in groups.values()]
-    return found + parts(candidates) + (splits(candidates) if is_deep(case) else [])
+    found += first(candidates, lambda tile: tile.parts > 1)
+    found += first(candidates, lambda tile: tile.im2col)
+    found += widths(candidates)
+    return found + (splits(candidates) if is_deep(case) else [])
 
 
-def parts(candidates):
-    """A candidate of each form whose blocks leave in parts."""
+def first(candidates, is_wanted):
+    """A candidate of each form with such a tile."""
     found = {}
     for candidate, tile in tiles(candidates):
-        if tile.parts > 1:
+        if is_wanted(tile):
             found.setdefault(candidate.form.name, with_tile(candidate, tile))
+    return list(found.values())
+
+
+def widths(candidates):
+    """A depthwise candidate for every number of channels that a thread may have."""
+    found = {}
+    for candidate in candidates:
+        if candidate.template is depthwise:
+            for tile in depthwise_tiles.tiles_of(candidate.form.region, candidate.arch):
+                if tile.width not in found:
+                    found[tile.width] = with_tile(candidate, tile)
+            break
     return list(found.values())
 
 
@@ -106,7 +121,7 @@ def load(site, candidate):
 
 
 def truth(site, operands):
-    """The region in float64 on the CPU."""
+    """The region's outputs in float64 on the CPU."""
     lhs, rhs, sides, vectors = measure.split(site, operands)
     cpu = jax.devices("cpu")[0]
     with jax.enable_x64(True), jax.default_device(cpu):
@@ -116,10 +131,16 @@ def truth(site, operands):
         if isinstance(site.region.problem, ir.ConvProblem):
             rhs = jnp.transpose(rhs, (3, 0, 1, 2))
         count = len(sides)
-        value = evaluate.evaluate(
+        values = evaluate.outputs(
             site.region, lhs, rhs, rest[:count], rest[count:], jnp.float64
         )
-        return np.asarray(value)
+        return list(map(np.asarray, values))
+
+
+def errors(outputs, wanted):
+    return [
+        relative_error(got, want) for got, want in zip(outputs, wanted, strict=True)
+    ]
 
 
 def relative_error(got, want):
@@ -132,22 +153,23 @@ def relative_error(got, want):
 def test_error_is_at_most_1_25_of_xla(case):
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1).sets[0]
-    want = truth(site, operands)
-    xla = relative_error(jax.jit(reference_fun(site.reference))(*operands), want)
+    wanted = truth(site, operands)
+    xla = errors(jax.jit(reference_fun(site.reference))(*operands), wanted)
     candidates = all_candidates()[0][case.name]
     assert candidates
     for candidate in candidates:
         kernel = load(site, candidate)
         ours = jax.jit(measure.kernel_function(site, kernel))
         before = loader.native().launches(kernel.digest)
-        error = relative_error(ours(*operands), want)
+        found = errors(ours(*operands), wanted)
         assert loader.native().launches(kernel.digest) == before + 1
-        assert error <= 1.25 * xla + 1e-7, (candidate.text, error, xla)
+        for error, of_xla in zip(found, xla, strict=True):
+            assert error <= 1.25 * of_xla + 1e-7, (candidate.text, found, xla)
 
 
 def test_every_template_ran():
     ran = {c.template.name for group in all_candidates()[0].values() for c in group}
-    expected = {"gemm_sm80", "conv_sm80"}
+    expected = {"gemm_sm80", "conv_sm80", "depthwise"}
     if target().arch.sm == 90:
         expected |= {"implicit_gemm_sm90"}
     assert ran == expected
@@ -159,7 +181,7 @@ def test_every_template_ran():
 REPEATED = [
     case
     for case in (*cases.GEMMS, *cases.CONVS)
-    if is_deep(case) or "33x31x3-64" in case.name
+    if is_deep(case) or case is cases.DEPTHWISE[0] or "33x31x3-64" in case.name
 ]
 
 
@@ -169,15 +191,18 @@ def test_results_are_bitwise_equal_over_runs(case):
     operands = measure.make_operands(site, l2_bytes=1).sets[0]
     for candidate in all_candidates()[0][case.name]:
         fun = jax.jit(measure.kernel_function(site, load(site, candidate)))
-        first = np.asarray(fun(*operands)).tobytes()
+        first = [np.asarray(output).tobytes() for output in fun(*operands)]
         for _ in range(100):
-            assert np.asarray(fun(*operands)).tobytes() == first, candidate.text
+            again = [np.asarray(output).tobytes() for output in fun(*operands)]
+            assert again == first, candidate.text
 
 
 def test_every_output_element_is_written():
     """The tuner's worker looks for what two launches leave as it was."""
     with isolate.worker(target().ordinal) as worker:
-        for case in (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6]):
+        stored = [c for c in (*cases.GEMMS, *cases.CONVS) if "stores-" in c.name]
+        some = (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6])
+        for case in (*some, *stored, *cases.DEPTHWISE):
             for candidate in all_candidates()[0][case.name]:
                 digest, path = built(candidate)
                 assert not isinstance(path, CompileError)
@@ -193,6 +218,11 @@ LARGE = [
     ),
     cases.Case(
         "output", cases.conv, (cases.shape(700, 56, 56, 8), cases.shape(1, 1, 8, 512))
+    ),
+    cases.Case(
+        "depthwise",
+        functools.partial(cases.conv, groups=512),
+        (cases.shape(700, 56, 56, 512), cases.shape(3, 3, 1, 512)),
     ),
 ]
 
@@ -215,7 +245,7 @@ def test_tensors_of_more_than_two_gib(case):
         jax.random.normal(key, a.shape, a.dtype)
         for key, a in zip(keys, case.args, strict=True)
     )
-    got = jax.jit(measure.kernel_function(site, kernel))(x, w)
+    (got,) = jax.jit(measure.kernel_function(site, kernel))(x, w)
     assert max(x.nbytes, got.nbytes) > 2**31
     for ends in (slice(0, 2), slice(-2, None)):
         want = np.asarray(jax.jit(case.fun)(x[ends], w)).astype(np.float64)

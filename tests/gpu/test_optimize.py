@@ -106,13 +106,39 @@ def test_heuristic_kernels_run_in_every_transform(args, forced):
     assert ours <= 1.25 * plain
 
 
+def test_depthwise_convs_between_pointwise_ones(forced):
+    """Inverted residual blocks: each kernel may start while the one before it runs."""
+
+    def block(x, wide, w, narrow, stride=1):
+        y = jax.nn.relu6(cases.conv(x, wide))
+        y = jax.nn.relu6(cases.conv(y, w, stride=stride, groups=w.shape[3]))
+        return cases.conv(y, narrow)
+
+    def model(x, *filters):
+        for _ in range(2):
+            x = x + block(x, *filters)
+        return block(x, *filters, stride=2)
+
+    args = (
+        *(normal(0, 8, 28, 28, 32), normal(1, 1, 1, 32, 192) * 0.2),
+        *(normal(2, 3, 3, 1, 192) * 0.3, normal(3, 1, 1, 192, 32) * 0.1),
+    )
+    fun = jax_bolt.optimize(model)
+    labels = [site.epilogue for site in fun.explain(*args).sites]
+    assert labels.count("depthwise3x3+relu") == 3
+    assert all(site.fused for site in fun.explain(*args).sites)
+    want = jax.jit(model)(*args)
+    for _ in range(20):
+        close(fun(*args), want)
+
+
 def test_another_layout(forced):
     def fun(x, w1, w2, scale):
         numbers = ("NCHW", "OIHW", "NCHW")
         y = jax.lax.conv_general_dilated(
             x, w1, (1, 1), "SAME", dimension_numbers=numbers
         )
-        y = jax.nn.relu(y * scale[:, None, None])
+        y = jax.nn.relu(y * scale[None, :, None, None])
         y = jax.lax.conv_general_dilated(
             y, w2, (2, 2), "SAME", dimension_numbers=numbers
         )
@@ -182,6 +208,83 @@ def test_a_dependent_read_never_sees_stale_data(forced):
     for i in range(1000):
         got = np.asarray(fun(inputs[i % 4])).view(np.uint16)
         assert (got == want[i % 4]).all(), i
+
+
+def preactivation(x, filters, scales):
+    """Blocks that read the sum, and what a scale and a relu make of it."""
+    for w, (first, second) in zip(filters, scales, strict=True):
+        y = jax.nn.relu(x * cases.over_channels(first, x))
+        y = jax.nn.relu(cases.conv(y, w) * cases.over_channels(second, x))
+        x = x + cases.conv(y, w.swapaxes(0, 1))
+    return x
+
+
+def preactivation_args(blocks, channels):
+    filters = [normal(i, 3, 3, channels, channels) * 0.05 for i in range(blocks)]
+    scales = [(normal(20 + i, channels), normal(40 + i, channels)) for i in range(6)]
+    return filters, scales[:blocks]
+
+
+def outputs(report):
+    """How many each region has."""
+    regions = [site.region for site in report.sites]
+    return [len(region.epilogue.outputs) for region in regions]
+
+
+@pytest.mark.parametrize(("batch", "size", "channels"), [(1, 14, 64), (3, 9, 40)])
+def test_what_is_stored_is_read_when_it_is_there(forced, batch, size, channels):
+    """As above: sums lie in the call's arena until the end of the next block."""
+    parameters = preactivation_args(6, channels)
+
+    def chain(x):
+        return preactivation(x, *parameters)
+
+    fun = jax_bolt.optimize(chain)
+    inputs = [normal(60 + i, batch, size, size, channels) for i in range(4)]
+    report = fun.explain(inputs[0])
+    assert outputs(report).count(2) == 5
+    assert all(site.kernel != "xla" for site in report.sites)
+    assert fun.lower(inputs[0]).as_text().count("kind = 3") == 1
+    want = [np.asarray(fun(x)).view(np.uint16) for x in inputs]
+    for x in inputs:
+        close(fun(x), jax.jit(chain)(x))
+    for i in range(400):
+        got = np.asarray(fun(inputs[i % 4])).view(np.uint16)
+        assert (got == want[i % 4]).all(), i
+
+
+def test_two_outputs_are_tuned():
+    filters, scales = preactivation_args(2, 128)
+
+    def fun(x):
+        return preactivation(x, filters, scales)
+
+    x = normal(60, 8, 14, 14, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = jax_bolt.tune(fun, x)
+    assert outputs(report) == [1, 2, 1, 1]
+    for site in report.sites:
+        assert site.time_us and site.xla_time_us, report
+        assert site.error is not None and site.xla_error is not None
+        assert site.error <= 1.25 * site.xla_error + 1e-6
+    close(jax_bolt.optimize(fun)(x), jax.jit(fun)(x))
+
+
+def test_a_result_and_what_it_comes_from(forced):
+    """Both are the caller's, in the user's layout, shape and dtypes."""
+
+    def fun(x, w):
+        y = jnp.einsum("bnc,cd->bnd", x, w)
+        return y, jnp.tanh(y.astype(jnp.float32))
+
+    args = normal(0, 3, 50, 64), normal(1, 64, 72) * 0.1
+    made = jax_bolt.optimize(fun)
+    (site,) = made.explain(*args).sites
+    assert site.kernel != "xla" and site.region.text.endswith("f32:%1,bf16:%0}")
+    for got, want in zip(made(*args), jax.jit(fun)(*args), strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        close(got, want)
 
 
 def test_threads_share_kernels(args, forced):

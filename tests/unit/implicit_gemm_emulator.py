@@ -28,8 +28,9 @@ SHARED_BYTES = {1: 232448, 2: 115712}
 
 _HEADERS = Path(__file__).parents[2] / "cc/include/jax_bolt/implicit_gemm"
 
-# Accumulators [pixels, 64], vectors of [64] and sides [pixels, 64] -> [pixels, 64].
-Apply = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], np.ndarray]
+# Accumulators [pixels, 64], vectors of [64] and sides [pixels, 64] -> outputs of
+# [pixels, 64], the result first.
+Apply = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], Sequence[np.ndarray]]
 
 
 @functools.cache
@@ -157,6 +158,8 @@ class Tensor:
         assert sum((size - 1) * stride for size, stride in ends) < self.data.size
         counts = zip(tensor.box, tensor.steps, strict=True)
         self._shape = tuple(-(-extent // step) for extent, step in counts)
+        if tensor.corners is not None:
+            self._shape = tensor.box
         self._loaded: dict[tuple[int, ...], np.ndarray] = {}
 
     @property
@@ -180,10 +183,36 @@ class Tensor:
         width = self._shape[0]
         return position.reshape(-1, width), inside.reshape(-1, width)
 
+    def _column(self, coordinates: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """As ``_box``, in im2col mode: a run of the pixels between the corners."""
+        assert self.map.corners is not None
+        channel, col, row, image, offset_right, offset_down = coordinates
+        assert 0 <= offset_right <= 255 and 0 <= offset_down <= 255
+        left, top, right, bottom = self.map.corners
+        _, w, h, n = self.map.dims
+        _, right_step, down_step, _ = self.map.steps
+        # The first pixel is one of those between the corners.
+        assert (col - left) % right_step == (row - top) % down_step == 0
+        assert left <= col <= w - 1 + right and top <= row <= h - 1 + bottom
+        channels = channel + np.arange(self.map.box[0])
+        positions, found = [], []
+        for _ in range(self.map.box[1]):
+            x, y = col + offset_right, row + offset_down
+            positions.append(channels + np.dot((x, y, image), self._strides[1:]))
+            real = 0 <= x < w and 0 <= y < h and 0 <= image < n
+            found.append((channels < self.map.dims[0]) & real)
+            col += right_step
+            if col > w - 1 + right:
+                col, row = left, row + down_step
+            if row > h - 1 + bottom:
+                row, image = top, image + 1
+        return np.stack(positions), np.stack(found)
+
     def load(self, *coordinates: int) -> np.ndarray:
         """The box as it lies in shared memory, [rows, 64]."""
         if coordinates not in self._loaded:
-            position, inside = self._box(coordinates)
+            find = self._box if self.map.corners is None else self._column
+            position, inside = find(coordinates)
             found = self.data[np.where(inside, position, 0)]
             self._loaded[coordinates] = np.where(inside, found, np.float32(0))
         return self._loaded[coordinates]
@@ -271,7 +300,7 @@ def pack(recipe: Recipe, instance: str, a: np.ndarray, b: np.ndarray) -> np.ndar
 
 
 class Launch:
-    """One launch of the kernel; ``output`` and ``writes`` are its result."""
+    """One launch of the kernel; ``outputs`` and ``writes`` are what it leaves."""
 
     def __init__(
         self,
@@ -279,39 +308,44 @@ class Launch:
         instance: str,
         a: np.ndarray,
         b: np.ndarray,
-        outputs: int,
+        elements: int,
         apply: Apply,
         vectors: Sequence[np.ndarray] = (),
         sides: Sequence[np.ndarray] = (),
         prologue: str | None = None,
+        auxiliary: int = 0,
     ):
         self.t = Arguments.of(instance)
         self.g = geometry(recipe.ints)
         self.grid, self.apply = recipe.grid, apply
-        self.output = np.full(outputs, np.nan, np.float32)
-        self._positions: list[np.ndarray] = []
+        self.outputs = [
+            np.full(elements, np.nan, np.float32) for _ in range(1 + auxiliary)
+        ]
+        self._positions: list[list[np.ndarray]] = [[] for _ in self.outputs]
 
         # An operand's number says which array a map or a pointer is of.
-        operands = {0: a, 1: b, 2: self.output}
+        numbers = [2, *range(14, 14 + auxiliary)]
+        operands = {0: a, 1: b, **dict(zip(numbers, self.outputs, strict=True))}
         assert (prologue is None) == (recipe.prologue is None)
         if recipe.prologue is not None and prologue is not None:
             operands[3] = pack(recipe.prologue, prologue, a, b)
             assert operands[3].size * ITEM == recipe.workspace_bytes
         operands |= {4 + i: side for i, side in enumerate(sides)}
         operands |= {6 + i: vector for i, vector in enumerate(vectors)}
-        assert len(recipe.maps) == 3 + max(1, len(sides))
+        assert len(recipe.maps) == 3 + auxiliary + max(1, len(sides))
         read = [0, 1] if recipe.prologue is None else [3, 3]
-        assert [m.operand for m in recipe.maps[:3]] == [*read, 2]
-        pixels, filters, output, *rest = (
+        leading = [m.operand for m in recipe.maps[: 3 + auxiliary]]
+        assert leading == [*read, *numbers]
+        self.pixels, self.filters, *rest = (
             Tensor(tensor, operands[tensor.operand]) for tensor in recipe.maps
         )
-        self.pixels, self.filters, self.to = pixels, filters, output
-        self.sides = rest if sides else []
+        self.to = rest[: 1 + auxiliary]
+        self.sides = rest[1 + auxiliary :] if sides else []
         assert len(recipe.pointers) == max(1, len(vectors))
         self.vectors = [operands[i] for i in recipe.pointers if i >= 0]
         assert len(self.vectors) == len(vectors)
         self.taps = sum(self.g.phase_taps[: self.g.phases])
-        self.chunk = ROW // pixels.item  # input channels
+        self.chunk = ROW // self.pixels.item  # input channels
         self._check(recipe)
 
     def _check(self, recipe: Recipe) -> None:
@@ -352,8 +386,10 @@ class Launch:
         whole = t.filter_stage if t.krsc else FILTER_BLOCK
         assert self.filters.bytes == whole
         assert all(side.bytes == g.side_bytes for side in self.sides)
-        result, *sides = (x.item // 2 for x in (self.to, *self.sides))
-        tiles = sum(sides) + (0 if sides and sides[0] == result else result)
+        assert all(to.bytes == self.to[0].bytes for to in self.to)
+        stored, sides = ([x.item // 2 for x in kind] for kind in (self.to, self.sides))
+        in_place = stored[0] if sides and sides[0] == stored[0] else 0
+        tiles = sum(stored) + sum(sides) - in_place
         slots = t.warpgroups * g.store_stages * tiles
         barriers = 2 * limit("kMaxPixelStages") + 2 * limit("kMaxFilterStages")
         barriers += 4 * limit("kMaxStoreStages") + 4
@@ -365,8 +401,12 @@ class Launch:
 
     @property
     def writes(self) -> np.ndarray:
-        """How often every output was written."""
-        return np.bincount(np.concatenate(self._positions), minlength=self.output.size)
+        """How often every element of every output was written."""
+        counts = [
+            np.bincount(np.concatenate(positions), minlength=output.size)
+            for positions, output in zip(self._positions, self.outputs, strict=True)
+        ]
+        return np.concatenate(counts)
 
     def run(self) -> Launch:
         with np.errstate(invalid="ignore"):
@@ -463,6 +503,19 @@ class Launch:
         stage = _nothing(g.stage_bytes, self.chunk)
         stage[g.loads * g.load_bytes // ROW :] = 0  # clear_tails
         for i in range(g.loads):
+            if g.image_cols > 0:
+                line, c = divmod(col + i * g.load_cols, g.image_cols)
+                n, r = divmod(line, g.image_rows)
+                box = self.pixels.load(
+                    chunk * self.chunk,
+                    c * g.step_cols + g.first_col,
+                    r * g.step_rows + g.first_row,
+                    n,
+                    g.phase_col[phase],
+                    g.phase_row[phase],
+                )
+                _put(stage, i * g.load_bytes, box)
+                continue
             box = self.pixels.load(
                 chunk * self.chunk + g.phase_channel[phase],
                 col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
@@ -492,11 +545,14 @@ class Launch:
         channels = np.minimum(channel + np.arange(BLOCK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]
         results = self.apply(accumulators, vectors, sides)
-        width = ROW // self.to.item  # channels in a tile
-        for first in range(0, BLOCK, width):
-            slot = _nothing(g.slot_bytes, width)
-            _put(slot, 0, results[:, first : first + width])
-            for i in range(g.stores):
-                box = _take(slot, i * g.store_bytes, self.to.bytes // ROW)
-                written = self.to.store(box, channel + first, col, row + i, image)
-                self._positions.append(written)
+        for to, result, positions in zip(
+            self.to, results, self._positions, strict=True
+        ):
+            width = ROW // to.item  # channels in a tile
+            for first in range(0, BLOCK, width):
+                slot = _nothing(g.slot_bytes, width)
+                _put(slot, 0, result[:, first : first + width])
+                for i in range(g.stores):
+                    box = _take(slot, i * g.store_bytes, to.bytes // ROW)
+                    at = (channel + first, col, row + i, image)
+                    positions.append(to.store(box, *at))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import FAKES, Build
-from test_recipe import MAP, RECIPE
+from test_recipe import COLUMNS, MAP, RECIPE
 
 from jax_bolt import _native
 from jax_bolt._src.kernels import recipe
@@ -27,8 +27,8 @@ from jax_bolt._src.kernels.recipe import Recipe, TensorMap
 
 GEMM, DIMS = 0, [4, 3, 5, 1]
 BYTES = RECIPE.parameter_bytes
-# a, b, d, sides, vectors, workspace
-SET = [0x1000, 0x2000, 0x3000, [0x4000, 0x5000], [0x100 * i for i in range(1, 9)], 0]
+# a, b, outputs, sides, vectors, workspace
+SET = [0x1000, 0x2000, [0x3000], [0x4000, 0x5000], [0x100 * i for i in range(1, 9)], 0]
 ENCODED = list(RECIPE.encode())
 
 Call = Callable[..., list[dict[str, Any]]]
@@ -125,6 +125,16 @@ def test_types_and_swizzles(launch: Any, dtype: Any, swizzle: int, want: Any) ->
     launch(Recipe(32, 1, maps=(dataclasses.replace(tensor, swizzle=0),)))
 
 
+def test_im2col_mode(launch: Any) -> None:
+    seen = launch(Recipe(32, 1, maps=(COLUMNS,)))
+    words = struct.unpack("<16Q", bytes.fromhex(seen["parameters"]))
+    assert words[:4] == (0x1000, 9, 4, 3)  # BFLOAT16, rank, SWIZZLE_128B
+    assert words[4:8] == COLUMNS.dims and words[9:12] == COLUMNS.strides
+    assert words[12] == 0xFFFF0100
+    channels_and_pixels = 64 << 36 | 32 << 24 | 1 << 12 | 1
+    assert words[13:15] == (channels_and_pixels, 1 << 36 | 2 << 24 | 2 << 12 | 1)
+
+
 def test_maps_are_encoded_once_and_given_each_calls_address(
     call: Call, cubin: Any
 ) -> None:
@@ -196,6 +206,10 @@ def test_a_prologue_is_launched_first(call: Call, cubin: Any) -> None:
 # --- What is refused
 
 
+def _with_map(tensor: TensorMap) -> tuple[int, ...]:
+    return dataclasses.replace(RECIPE, maps=(tensor,)).encode()
+
+
 def changed(index: int, value: int) -> list[int]:
     return [*ENCODED[:index], value, *ENCODED[index + 1 :]]
 
@@ -204,8 +218,8 @@ def changed(index: int, value: int) -> list[int]:
     ("numbers", "message"),
     [
         ([], "it is a cubin, and the call has no launch recipe"),
-        ([2, 384], "it ends before the grid"),
-        (changed(0, 1), "the version is 1, not from 2 to 2"),
+        ([3, 384], "it ends before the grid"),
+        (changed(0, 1), "the version is 1, not from 3 to 3"),
         (changed(1, 0), "threads is 0"),
         (changed(2, 2**40), "the grid is 1099511627776"),
         (changed(2, 131), "the cluster does not divide the grid"),
@@ -221,10 +235,10 @@ def changed(index: int, value: int) -> list[int]:
         ),
         (changed(34, 8), "a map's offset is not a multiple of 16"),
         (changed(8, 33), "the number of maps is 33"),
-        (changed(8, 2), "it has 41 numbers, which is not what it says"),
+        (changed(8, 2), "it has 46 numbers, which is not what it says"),
         (changed(10, 2**62), "the number of ints is"),
-        (ENCODED[:-1], "it has 40 numbers"),
-        ([*ENCODED, 0], "it has 42 numbers"),
+        (ENCODED[:-1], "it has 45 numbers"),
+        ([*ENCODED, 0], "it has 47 numbers"),
         (changed(11, -1), "a map's operand is -1"),
         (changed(12, 4), "a map's dtype is 4"),
         (changed(13, 6), "a map's rank is 6"),
@@ -233,8 +247,15 @@ def changed(index: int, value: int) -> list[int]:
         (changed(23, 257), "a map's box is 257"),
         (changed(28, 9), "a map's step is 9"),
         (changed(33, 96), "a map's swizzle is 96"),
-        (changed(35, 14), "a pointer's operand is 14"),
-        (changed(39, 2**31), "an int is 2147483648"),
+        (changed(35, 2), "a map's mode is 2"),
+        (changed(36, -129), "a map's corner is -129"),
+        (changed(39, 128), "a map's corner is 128"),
+        (
+            [*_with_map(COLUMNS)[:13], 5, *_with_map(COLUMNS)[14:]],
+            "a map in im2col mode has four dims",
+        ),
+        (changed(40, 15), "a pointer's operand is 15"),
+        (changed(44, 2**31), "an int is 2147483648"),
         (
             list(Recipe(32, 1, ints=(0,) * 64).encode()),
             f"its parameters take {BYTES} bytes, and the launch recipe has 256",
@@ -254,7 +275,7 @@ def test_bad_recipes(call: Call, cubin: Any, numbers: list[int], message: str) -
 
 
 def test_too_many_parameters(call: Call, cubin: Any) -> None:
-    numbers = [2, 32, 1, 1, 0, 0, 0, 0, 31, 0, 1024, *MAP.numbers * 31, *[0] * 1024]
+    numbers = [3, 32, 1, 1, 0, 0, 0, 0, 31, 0, 1024, *MAP.numbers * 31, *[0] * 1024]
     check = ["check", "k", GEMM, DIMS, numbers]
     seen = call(["load", "k", cubin(0)], check)[1]
     assert "more than 4096 bytes of parameters" in seen["value"]
@@ -278,7 +299,7 @@ def test_a_thread_without_a_context_loads_kernels(call: Call, cubin: Any) -> Non
     ("place", "value", "message"),
     [
         (0, 0x1008, r"a buffer is not aligned to 16 bytes, as TMA needs (status -4)"),
-        (2, 0x3004, r"a buffer is not aligned to 16 bytes, as TMA needs (status -4)"),
+        (2, [0x3004], r"a buffer is not aligned to 16 bytes, as TMA needs (status -4)"),
         (3, [0x4000], r"names an operand that the call does not have (status -3)"),
         (0, 0, r"names an operand that the call does not have (status -3)"),
     ],

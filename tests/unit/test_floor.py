@@ -118,6 +118,23 @@ def test_problems_of_a_report_give_the_same_roots(stride: int, kernel: int) -> N
     assert floor.of_problems([problem, product]) == expected
 
 
+def test_a_depthwise_problem_gives_the_same_root() -> None:
+    def conv(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=16,
+        )
+
+    sizes: dict = {"n": 2, "h": 14, "w": 14, "c": 16, "k": 16, "r": 3, "s": 3}
+    problem = ir.ConvProblem(**sizes, padding=(1, 1, 1, 1), dtype="bf16", groups=16)
+    expected = floor.roots(conv, _like(2, 14, 14, 16), _like(3, 3, 1, 16))
+    assert floor.of_problems([problem]) == expected
+
+
 def test_measured_ceilings_are_positive() -> None:
     ceilings = floor.measure(quick=True)
     assert ceilings.flops > 0 and ceilings.bandwidth > 0

@@ -57,17 +57,26 @@ WIDE = dataclasses.replace(SIDE, out_dtype="f32")
 SINGLE = dataclasses.replace(WIDE, sides=("f32",))
 # The first side input as wide as the result, the second wider.
 MIXED = dataclasses.replace(FULL, sides=("bf16", "f32"))
+# Auxiliary outputs: as wide as the result or wider, beside a side input in its place.
+STORED = dataclasses.replace(PLAIN, auxiliary=(ir.Output(0, "f32"),))
+BOTH = dataclasses.replace(FULL, auxiliary=(ir.Output(4, "bf16"),))
+BOTH_WIDE = dataclasses.replace(SINGLE, auxiliary=(ir.Output(0, "f32"),))
+
+
+def _full(acc, vectors, sides):
+    first = acc * vectors[0] + sides[0]
+    return first + vectors[1] * sides[1], first
+
+
 APPLY: dict[ir.Epilogue, emulator.Apply] = {
-    PLAIN: lambda acc, vectors, sides: acc,
-    SIDE: lambda acc, vectors, sides: acc + sides[0],
-    WIDE: lambda acc, vectors, sides: acc + sides[0],
-    SINGLE: lambda acc, vectors, sides: acc + sides[0],
-    MIXED: lambda acc, vectors, sides: (
-        acc * vectors[0] + sides[0] + vectors[1] * sides[1]
+    PLAIN: lambda acc, vectors, sides: [acc],
+    **dict.fromkeys((SIDE, WIDE, SINGLE), lambda acc, vectors, sides: [acc + sides[0]]),
+    **dict.fromkeys(
+        (FULL, MIXED), lambda acc, vectors, sides: _full(acc, vectors, sides)[:1]
     ),
-    FULL: lambda acc, vectors, sides: (
-        acc * vectors[0] + sides[0] + vectors[1] * sides[1]
-    ),
+    STORED: lambda acc, vectors, sides: [acc, acc],
+    BOTH: _full,
+    BOTH_WIDE: lambda acc, vectors, sides: [acc + sides[0], acc],
 }
 
 
@@ -117,6 +126,7 @@ CONVS = [
     conv(2, 13, 15, 64, 128, 1, stride=(2, 2)),
     conv(2, 14, 14, 24, 8, 1, stride=(2, 2)),
     conv(2, 8, 8, 64, 8, 1, stride=(4, 4)),
+    conv(5, 21, 23, 64, 72, 1, stride=(2, 2)),
     # few channels, no padding in width: a filter's row is one wide pixel
     conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0)),
     hwio(conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0))),
@@ -208,8 +218,8 @@ def region(problem: ir.Problem, epilogue: ir.Epilogue = PLAIN) -> ir.Region:
 
 
 @functools.lru_cache(maxsize=1)
-def operands(taken: ir.Region) -> tuple[dict, np.ndarray]:
-    """Small integers, whose sums are exact in any order, and the expected result."""
+def operands(taken: ir.Region) -> tuple[dict, list[np.ndarray]]:
+    """Small integers, whose sums are exact in any order, and the expected outputs."""
     rng = np.random.default_rng(len(taken.text))
 
     def some(count: int) -> np.ndarray:
@@ -220,8 +230,8 @@ def operands(taken: ir.Region) -> tuple[dict, np.ndarray]:
     sides = [some(problem.rows * problem.channels) for _ in epilogue.sides]
     vectors = [some(problem.channels) for _ in epilogue.vectors]
     given = {"a": a, "b": b, "sides": sides, "vectors": vectors}
-    expected = evaluate.evaluate(taken, **jax.tree.map(jnp.asarray, given))
-    return given, np.asarray(expected).reshape(-1)
+    expected = evaluate.outputs(taken, **jax.tree.map(jnp.asarray, given))
+    return given, [np.asarray(output).reshape(-1) for output in expected]
 
 
 def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
@@ -231,13 +241,15 @@ def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
     launch = emulator.Launch(
         recipe,
         implicit_gemm_sm90.instantiate(taken, config, gpu),
-        outputs=expected.size,
+        elements=expected[0].size,
+        auxiliary=len(taken.epilogue.auxiliary),
         apply=APPLY[taken.epilogue],
         prologue=implicit_gemm_sm90.prologue(taken),
         **given,
     ).run()
     np.testing.assert_array_equal(launch.writes, 1, config.text)
-    np.testing.assert_array_equal(launch.output, expected, config.text)
+    for got, want in zip(launch.outputs, expected, strict=True):
+        np.testing.assert_array_equal(got, want, config.text)
 
 
 def sample(taken: ir.Region, gpu: arch.GpuArch, count: int) -> list[Config]:
@@ -250,7 +262,7 @@ def sample(taken: ir.Region, gpu: arch.GpuArch, count: int) -> list[Config]:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
 def test_what_the_kernel_computes(problem):
-    kinds = (PLAIN, SIDE, FULL, WIDE, SINGLE, MIXED)
+    kinds = (PLAIN, SIDE, FULL, WIDE, SINGLE, MIXED, STORED, BOTH, BOTH_WIDE)
     epilogue = kinds[PROBLEMS.index(problem) % len(kinds)]
     taken = region(problem, epilogue)
     assert implicit_gemm_sm90.supports(taken, HOPPER) is None
@@ -305,7 +317,7 @@ def test_any_conv(problem):
 
 def test_the_problems_cover_every_kind_of_tile():
     """So that the tests above leave no schedule, layout or shape of block out."""
-    kinds, blocks, resident, parts = (set() for _ in range(4))
+    kinds, blocks, resident, parts, im2col = (set() for _ in range(5))
     for problem in PROBLEMS[::2]:
         image = Image.of(problem)
         for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, SMALL):
@@ -315,8 +327,10 @@ def test_the_problems_cover_every_kind_of_tile():
             resident.add(tile.rings.resident)
             parts.add(tile.parts)
             blocks.add((layout.whole_images, layout.whole_rows, image.is_line))
+            im2col.add((tile.im2col, layout.loads))
     assert kinds == set(implicit_gemm_tiles._SHAPES)
     assert resident == {0, 1} and parts == {1, 2, 3, 4}
+    assert {(False, 1), (False, 2), (True, 1), (True, 2)} <= im2col
     deep = Image.of(gemm(40, 72, 1000))
     splits = {t.splits for t in implicit_gemm_tiles.tiles_of(deep, PLAIN, HOPPER)}
     assert splits == {1, 2, 3, 4, 6, 8}
@@ -379,13 +393,14 @@ def test_the_source_says_no_sizes(epilogue):
 
 def test_operands_of_a_recipe():
     """Sides and vectors by their numbers, and something for the ones there are none."""
-    for epilogue in (PLAIN, SIDE, FULL):
+    for epilogue in (PLAIN, SIDE, FULL, STORED, BOTH):
         taken = region(CONVS[0], epilogue)
         config = implicit_gemm_sm90.configs(taken, HOPPER)[0]
         recipe = implicit_gemm_sm90.recipe(taken, config, HOPPER)
         sides = [4 + i for i in range(len(epilogue.sides))]
         vectors = [6 + i for i in range(len(epilogue.vectors))]
-        assert [m.operand for m in recipe.maps] == [0, 1, 2, *(sides or [2])]
+        outputs = [2, *(14 + i for i in range(len(epilogue.auxiliary)))]
+        assert [m.operand for m in recipe.maps] == [0, 1, *outputs, *(sides or [2])]
         assert list(recipe.pointers) == (vectors or [-1])
 
 
@@ -408,6 +423,17 @@ def test_operands_of_a_recipe():
         (
             region(CONVS[0], dataclasses.replace(FULL, sides=("bf16",) * 3)),
             "3 side inputs, more than 2",
+        ),
+        (
+            region(
+                CONVS[0],
+                dataclasses.replace(PLAIN, auxiliary=(ir.Output(0, "bool"),)),
+            ),
+            "takes no tensors of bool",
+        ),
+        (
+            region(CONVS[0], dataclasses.replace(STORED, auxiliary=STORED.outputs)),
+            "2 auxiliary outputs, more than 1",
         ),
         (region(conv(1, 16, 16, 8, 8, 9)), "a filter of 9x9, more than 64 taps"),
         (region(conv(1, 64, 64, 8, 8, 5, stride=(5, 5))), "strides (5, 5)"),

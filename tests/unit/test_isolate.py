@@ -44,7 +44,7 @@ def request(path: Path, name: str = "", **changes: Any) -> dict[str, Any]:
             "ab": [operand, operand],
             "sides": [operand],
             "vectors": [["bf16", 16, 1.0, True], ["bool", 8, 1.0, False]],
-            "result_bytes": M * 8 * 4,
+            "output_bytes": [M * 8 * 4],
         },
     }
     return given | changes
@@ -168,6 +168,20 @@ def test_an_error_that_leaves_the_worker_whole(
             worker.time(request(path, **changes))
         assert not raised.value.fatal
     assert pid_of(worker) == process
+
+
+def test_every_output_is_written(start: Callable, build: Build, kernel: Path) -> None:
+    worker = start()
+
+    def two(path: Path) -> dict[str, Any]:
+        made = request(path)
+        made["operands"] |= {"output_bytes": [M * 8 * 4] * 2}
+        return made
+
+    assert worker.time(two(kernel)).micros == pytest.approx(M)
+    lazy = build("kernel.cc", "lazy_too.so", "-DFAKE_LEAVES_AUXILIARY=1")
+    with pytest.raises(Failed, match="left elements unwritten"):
+        worker.time(two(lazy))
 
 
 def test_base_programs_need_not_write_all(start: Callable, build: Build) -> None:
@@ -354,7 +368,7 @@ def test_a_request_says_what_the_kernel_reads() -> None:
         "ab": [["bf16", 24 * 64 * 2, 1.0, False], ["bf16", 16 * 64 * 2, 0.125, False]],
         "sides": [["f16", 24 * 16 * 2, 1.0, False]],
         "vectors": [["f32", 64, 1.0, True], ["bf16", 2, 1.0, True]],
-        "result_bytes": 24 * 16 * 4,
+        "output_bytes": [24 * 16 * 4],
     }
     assert json.loads(json.dumps(made)) == made
     assert made["dims"] == [24, 16, 64, 1]

@@ -92,6 +92,31 @@ def close(got: Any, want: Any, bound: float = 1e-5) -> None:
     assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
 
 
+def test_a_depthwise_conv_between_pointwise_ones():
+    """An inverted residual block in NCHW: transposes of its input, for either reader,
+    of its result and of the three filters."""
+
+    def block(x: Any, wide: Any, w: Any, narrow: Any, scale: Any) -> Any:
+        y = jax.nn.relu6(conv(x, wide))
+        y = lax.conv_general_dilated(
+            y, w, (1, 1), "SAME", dimension_numbers=NCHW, feature_group_count=24
+        )
+        y = jax.nn.relu6(y * scale[None, :, None, None])
+        return conv(y, narrow) + x
+
+    args = (
+        *(normal(0, 2, 8, 7, 9), normal(1, 24, 8, 1, 1), normal(2, 24, 1, 3, 3)),
+        *(normal(3, 8, 24, 1, 1), normal(4, 24)),
+    )
+    done = rewritten(block, *args)
+    assert [site.label for site in done.family.sites] == [
+        *("conv1x1+relu", "depthwise3x3+affine+relu", "conv1x1+add")
+    ]
+    assert primitives(done.program)["transpose"] == 6
+    assert not primitives(done.program)["conv_general_dilated"]
+    close(jax_bolt.optimize(block)(*args), block(*args))
+
+
 def test_a_ported_model_keeps_transposes_at_its_edges_only():
     done = rewritten(model, *ARGS)
     assert not done.refusals and len(done.family.sites) == 5

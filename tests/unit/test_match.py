@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 from jax_bolt._src import canonicalize, ir, match
 
@@ -35,6 +36,7 @@ def conv(x, w, **kw):
 
 
 X, W = shape(2, 8, 8, 16), shape(3, 3, 16, 32)
+WINDOW = (1, 2, 2, 1), (1, 2, 2, 1)
 Y, V = shape(2, 8, 8, 32), shape(32, dtype=F32)
 
 
@@ -100,13 +102,144 @@ def test_any_activation(activation):
     assert found.output is program.jaxpr.outvars[0]
 
 
-def test_a_leaking_intermediate_ends_the_region():
+def stored(found):
+    """What each output is: the operation, and the dtype."""
+    epilogue = found.region.epilogue
+    return [(epilogue.ops[o.value].name, o.dtype) for o in epilogue.outputs]
+
+
+def test_a_leaking_intermediate_is_an_auxiliary_output():
     def fun(x, w):
         y = conv(x, w) * BF16(2)
         return jax.nn.relu(y), y
 
     found = one(fun, X, W)
-    assert names(found) == ["acc", "const", "mul"]
+    assert stored(found) == [("max", "bf16"), ("mul", "bf16")]
+    assert found.label == "conv3x3+relu+aux"
+
+
+def test_each_output_has_its_own_dtype():
+    def fun(x, w):
+        y = conv(x, w)
+        return y, jnp.tanh(y.astype(F32))
+
+    assert stored(one(fun, X, W)) == [("tanh", "f32"), ("acc", "bf16")]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        # What reads it computes it: a reduction, pooling, another root's epilogue.
+        lambda z, y: (z.mean((1, 2)), y),
+        lambda z, y: (lax.reduce_window(z, BF16(0), lax.max, *WINDOW, "SAME"), y),
+        lambda z, y: (jnp.concatenate([z, y], 3), y),
+        # Nothing reads it.
+        lambda z, y: y,
+    ],
+)
+def test_a_leaking_intermediate_ends_the_region_blocked(later):
+    """Where nothing needs what follows in memory."""
+
+    def fun(x, w):
+        y = conv(x, w) * BF16(2)
+        return later(jax.nn.relu(y), y)
+
+    assert names(one(fun, X, W)) == ["acc", "const", "mul"]
+
+
+def test_more_auxiliary_outputs_than_a_kernel_has_blocked():
+    def fun(x, w):
+        y = conv(x, w)
+        z = jax.nn.relu(y)
+        return jnp.tanh(z), z, y
+
+    # The longest that stores one beside its result.
+    assert stored(one(fun, X, W)) == [("max", "bf16"), ("acc", "bf16")]
+
+
+def test_a_boolean_is_no_auxiliary_output_blocked():
+    def fun(x, w):
+        y = conv(x, w)
+        positive = y > 0
+        return jnp.where(positive, y, BF16(0)), positive
+
+    assert stored(one(fun, X, W)) == [("acc", "bf16")]
+
+
+def test_a_root_reads_what_follows_a_residual():
+    """A block of a pre-activation ResNet."""
+
+    def fun(x, w, u, v, r, s):
+        total = conv(x, w) + r
+        inner = conv(jax.nn.relu(total * s), u)
+        return conv(jax.nn.relu(inner), v) + total
+
+    s, u = shape(1, 1, 1, 32), shape(3, 3, 32, 32)
+    (first, second, third), _ = find(fun, X, W, u, u, Y, s)
+    assert stored(first) == [("max", "bf16"), ("add", "bf16")]
+    assert second.inputs[0] is first.outputs[0]
+    assert stored(second) == [("max", "bf16")]
+    assert stored(third) == [("add", "bf16")]
+    assert third.inputs[2] is first.outputs[1]
+
+
+def test_a_reshape_lies_as_what_it_is_of():
+    def fun(x, w, u):
+        y = conv(x, w)
+        return jax.nn.relu(y).reshape(2, -1) @ u, y
+
+    (first, _), _ = find(fun, X, W, shape(8 * 8 * 32, 8))
+    assert stored(first) == [("max", "bf16"), ("acc", "bf16")]
+
+
+def test_a_loop_reads_what_is_in_memory():
+    def fun(x, w):
+        y = conv(x, w)
+        z = jax.nn.relu(y)
+        return y, lax.fori_loop(0, 3, lambda _, c: jnp.sort(c), z)
+
+    assert stored(one(fun, X, W)) == [("max", "bf16"), ("acc", "bf16")]
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_region_that_would_wait_for_itself_blocked(reduced):
+    """What it reads depends on what it stores: squeeze-and-excite, say."""
+
+    def fun(x, w, u):
+        y = conv(x, w)
+        gate = y.mean((1, 2), keepdims=True) if reduced else conv(y, u)
+        return conv(y * jax.nn.sigmoid(gate), u)
+
+    found, _ = find(fun, X, W, shape(3, 3, 32, 32))
+    assert stored(found[0]) == [("acc", "bf16")]
+
+
+def test_two_regions_that_would_wait_for_each_other_blocked():
+    """The first could end at its product, but for what the second one reads."""
+
+    def fun(x, w, u):
+        y, z = conv(x, w), conv(x, u)
+        return y, z, y * jnp.tanh(z), z * jnp.tanh(y)
+
+    (first, second), _ = find(fun, X, W, W)
+    assert stored(first) == [("tanh", "bf16"), ("acc", "bf16")]
+    assert stored(second) == [("mul", "bf16"), ("acc", "bf16")]
+    assert second.inputs[2] is first.outputs[0]
+
+
+@pytest.mark.parametrize("prints", [True, False])
+def test_effects_stay_in_order_blocked(prints):
+    """What is read comes after something that needs what is stored."""
+
+    def fun(x, w):
+        y = conv(x, w)
+        if prints:
+            jax.debug.print("{}", y[0, 0, 0, 0])
+        r = io_callback(lambda: np.zeros(Y.shape, BF16), Y)
+        return y, y + r
+
+    both = [("add", "bf16"), ("acc", "bf16")]
+    assert stored(one(fun, X, W)) == (both[1:] if prints else both)
 
 
 def test_an_intermediate_that_is_reduced_ends_the_region():
@@ -208,9 +341,19 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
             "dtype int8",
         ),
         (
-            lambda x, w: conv(x, w, feature_group_count=16),
-            (X, shape(3, 3, 1, 32)),
-            "feature_group_count=16",
+            lambda x, w: conv(x, w, feature_group_count=4),
+            (X, shape(3, 3, 4, 32)),
+            "feature_group_count=4, 4 input channels each",
+        ),
+        (
+            lambda x, w: conv(x, w, batch_group_count=2),
+            (X, W),
+            "batch_group_count=2",
+        ),
+        (
+            lambda x, w: conv(x, w, precision="highest"),
+            (shape(2, 8, 8, 16, dtype=F32), shape(3, 3, 16, 32, dtype=F32)),
+            "precision=HIGHEST",
         ),
         (
             lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((1, 1), (1, 1))),
@@ -285,6 +428,41 @@ def test_zeros_of_either_sign_are_two_constants():
     found = one(lambda x, w: jnp.copysign(1, 1) * (conv(x, w) + 0.0) * -0.0, X, W)
     values = [op.attr for op in found.region.epilogue.ops if op.name == "const"]
     assert sorted(str(v) for v in values if v == 0) == ["-0.0", "0.0"]
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_a_depthwise_conv_and_its_epilogue_are_one_region(multiplier):
+    def fun(x, w, mean, var, scale, offset):
+        y = conv(x, w, feature_group_count=16, window_strides=(2, 2))
+        y = batch_norm(y, *map(spread, (mean, var, scale, offset)))
+        return jax.nn.silu(y)
+
+    k = 16 * multiplier
+    found = one(fun, X, shape(3, 3, 1, k), *(shape(k, dtype=F32),) * 4)
+    problem = found.region.problem
+    assert found.label == "depthwise3x3+bn+silu"
+    assert isinstance(problem, ir.ConvProblem)
+    assert (problem.groups, problem.c, problem.k) == (16, 16, k)
+    assert " g16]" in problem.text
+    assert problem.flops == 2 * problem.rows * k * 9
+    assert problem.operand_elements == (2 * 8 * 8 * 16, 9 * k)
+
+
+def test_a_conv_of_one_channel_is_no_depthwise_one():
+    x, w = shape(2, 8, 8, 1), shape(3, 3, 1, 8)
+    found = one(lambda x, w: conv(x, w, feature_group_count=1), x, w)
+    assert not getattr(found.region.problem, "is_depthwise", True)
+    assert " g" not in found.region.problem.text
+
+
+def test_depthwise_convs_are_exact_in_float32():
+    """No tensor cores, no TF32: any precision may be asked for."""
+    x, w = shape(2, 8, 8, 16, dtype=F32), shape(3, 3, 1, 16, dtype=F32)
+    for precision in (None, "high", "highest"):
+        one(
+            lambda x, w, p=precision: conv(x, w, feature_group_count=16, precision=p),
+            *(x, w),
+        )
 
 
 def test_highest_precision_means_nothing_to_bfloat16():

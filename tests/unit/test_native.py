@@ -53,7 +53,7 @@ def launch(*operands: Any, results: Any = None, **attributes: Any) -> Any:
     given: dict[str, Any] = dict(digest="kernel", kind=GEMM, dims=(4, 3, 5, 1), sides=0)
     given |= attributes
     given["kind"] = np.int64(given["kind"])
-    given["sides"] = np.int64(given["sides"])
+    given |= {k: np.int64(given[k]) for k in ("sides", "outputs") if k in given}
     given["dims"] = np.array(given["dims"], np.int64)
     if results is None:
         results = jax.ShapeDtypeStruct((4, 3), jnp.float32)
@@ -171,6 +171,17 @@ def test_execute_with_workspace(target: str) -> None:
             )
 
 
+def test_auxiliary_outputs_come_before_the_workspace(target: str) -> None:
+    a, b, side = rand(4, 5), rand(5, 3), rand(3, 4).reshape(4, 3)
+    space = jax.ShapeDtypeStruct((64,), jnp.uint8)
+    results = (D, D, space)
+    given: dict[str, Any] = dict(sides=1, outputs=2, dims=(4, 3, 5, 2))
+    full, bare, bytes_ = launch(a, b, side, results=results, **given)
+    np.testing.assert_allclose(bare, a @ b, rtol=1e-5)
+    np.testing.assert_allclose(full, a @ b + side, rtol=1e-5)
+    np.testing.assert_array_equal(bytes_, np.full(64, 7))
+
+
 def too_many(count: int) -> list[np.ndarray]:
     return [rand(3)] * count
 
@@ -189,6 +200,10 @@ D = jax.ShapeDtypeStruct((4, 3), jnp.float32)
         ([], dict(sides=1), "operands are missing"),
         (too_many(9), {}, "too many per-channel inputs"),
         ([], dict(results=(D, D, D)), "expected one result"),
+        ([], dict(outputs=2), "expected one result"),
+        ([], dict(outputs=2, results=(D,) * 4), "expected one result"),
+        ([], dict(outputs=3), "too many outputs"),
+        ([], dict(outputs=0), "too many outputs"),
         ([], dict(dims=(4, 3, 13, 1)), r"a fake failure \(status -3\)"),
     ],
 )

@@ -103,14 +103,14 @@ def test_profile_reports_errors(profile: Any, failing: str, message: str) -> Non
 
 def test_profile_refuses_bad_arguments(kernel: Path, profile: Any) -> None:
     assert profile(20, 2, 0)["error"].startswith("ValueError: profile needs at least")
-    one = (0, 0, 0, [], [], 0)
+    one = (0, 0, [0], [], [], 0)
     dims = [4, 3, 5, 1]
     with pytest.raises(ValueError, match="at least one set"):
         _native.profile("profiled", GEMM, dims, [], 0, 1)
     with pytest.raises(ValueError, match="too many side inputs"):
-        _native.run("profiled", GEMM, dims, (0, 0, 0, [1] * 3, [], 0), 0)
+        _native.run("profiled", GEMM, dims, (0, 0, [0], [1] * 3, [], 0), 0)
     with pytest.raises(ValueError, match="too many per-channel inputs"):
-        _native.run("profiled", GEMM, dims, (0, 0, 0, [], [1] * 9, 0), 0)
+        _native.run("profiled", GEMM, dims, (0, 0, [0], [], [1] * 9, 0), 0)
     with pytest.raises(RuntimeError, match="kernel absent is not loaded"):
         _native.run("absent", GEMM, dims, one, 0)
 
@@ -144,7 +144,7 @@ def test_no_driver(kernel: Path) -> None:
     for call in (
         lambda: _native.device_info(),
         lambda: _native.workspace_bytes("profiled", GEMM, [1] * 4, 0),
-        lambda: _native.run("profiled", GEMM, [1] * 4, (0, 0, 0, [], [], 0), 0),
+        lambda: _native.run("profiled", GEMM, [1] * 4, (0, 0, [0], [], [], 0), 0),
     ):
         with pytest.raises(RuntimeError, match=r"no CUDA driver: libcuda\.so\.1"):
             call()

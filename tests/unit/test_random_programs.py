@@ -66,7 +66,7 @@ class Program:
         def near_one(*dims: int) -> Array:
             return jnp.asarray(rng.uniform(0.5, 1.5, dims), jnp.float32)
 
-        taps = {"conv3": 3, "conv1": 1, "joined": 1}
+        taps = {"conv3": 3, "conv1": 1, "joined": 1, "block": 1}
         made = []
         for name, *_ in self.steps:
             size, inputs = taps.get(name, 3), C * (2 if name == "joined" else 1)
@@ -132,6 +132,11 @@ class Program:
         mul = lax.rsqrt(p["var"] + 1e-5) * p["scale"]
         y = (x - self._spread(p["mean"], x)) * self._spread(mul, x)
         return (y + self._spread(p["bias"], x)).astype(dtype)
+
+    def _block(self, p: Any, x: Array, y: Array, number: int) -> Array:
+        """Of a pre-activation ResNet, which reads ``x`` twice."""
+        before = self._act(p, self._norm(p, x, y, number), y, number)
+        return self._conv3(p, before, y, number) + (y if number % 3 == 0 else x)
 
     def _act(self, p: Any, x: Array, _: Array, number: int) -> Array:
         return ACTIVATIONS[number % len(ACTIVATIONS)](x)
@@ -203,9 +208,10 @@ def check_ir(site: Any, bound: float) -> None:
     lhs, rhs, sides, vectors = measure.split(site, operands)
     if isinstance(site.region.problem, ir.ConvProblem):
         rhs = jnp.transpose(rhs, (3, 0, 1, 2))
-    truth = evaluate.evaluate(site.region, lhs, rhs, sides, vectors)
+    truths = evaluate.outputs(site.region, lhs, rhs, sides, vectors)
     found = reference_fun(site.reference)(*operands)
-    check_close(found.reshape(truth.shape), truth, bound)
+    for output, truth in zip(found, truths, strict=True):
+        check_close(output.reshape(truth.shape), truth, bound)
 
 
 @settings(
@@ -216,12 +222,25 @@ def check_ir(site: Any, bound: float) -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(PROGRAMS, st.integers(0, 2**16))
+# Blocks, one after the other: sums are stored, and what the next conv reads.
+@example(Program(False, False, (("block", -1, 0, 1),) * 4, (2, 3), True), 4)
+@example(Program(True, True, (("block", -1, -2, 3),) * 4, (), False), 1)
 # A vector along the rows, of as many as there are channels.
 @example(Program(True, False, (("conv3", 0, 0, 0), ("rows", -1, 0, 0)), (), False), 1)
 def test_programs_gradients_and_regions(drawn: Program, seed: int) -> None:
     # Users' code is not held to what ours is.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         check(drawn, seed)
+
+
+def test_blocks_store_their_sums() -> None:
+    blocks = Program(False, False, (("block", -1, 0, 1),) * 4, (), False)
+    rng = np.random.default_rng(0)
+    args = blocks.parameters(rng), blocks.image(rng)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        traced, _ = program.trace(blocks, (), args, {}, options.Options())
+    stored = [len(s.region.epilogue.outputs) for s in traced.family.sites]
+    assert stored == [2, 2, 2, 1]
 
 
 def check(drawn: Program, seed: int) -> None:

@@ -23,6 +23,17 @@ MAP = TensorMap(
     swizzle=128,
     offset=32,
 )
+# Of images of 7 by 9 and their padding every other pixel, 32 of them at once.
+COLUMNS = TensorMap(
+    operand=recipe.A,
+    dtype=recipe.DTYPES.index("bf16"),
+    dims=(64, 9, 7, 5),
+    strides=(128, 1152, 8064),
+    box=(64, 32, 1, 1),
+    steps=(1, 2, 2, 1),
+    swizzle=128,
+    corners=(-1, -1, 1, 0),
+)
 RECIPE = Recipe(
     threads=384,
     grid=132,
@@ -37,18 +48,32 @@ RECIPE = Recipe(
 
 def test_encode() -> None:
     assert RECIPE.encode() == (
-        *(2, 384, 132, 2, 100_000, 1, 0, 0, 1, 4, 2),
+        *(3, 384, 132, 2, 100_000, 1, 0, 0, 1, 4, 2),
         *(0, 1, 4),
         *(64, 8, 7, 5, 1),
         *(128, 1024, 7168, 0),
         *(64, 8, 4, 2, 1),
         *(1, 2, 1, 1, 1),
         *(128, 32),
+        *(0, 0, 0, 0, 0),
         *(-1, 2, 5, 13),
         *(5, -6),
     )
-    assert len(MAP.numbers) == 24
+    assert len(MAP.numbers) == 29
     assert RECIPE.parameter_bytes == 128 + 32 + 8
+
+
+def test_im2col_mode() -> None:
+    assert COLUMNS.numbers[24:] == (1, -1, -1, 1, 0)
+    assert MAP.numbers[24:] == (0, 0, 0, 0, 0)
+    for change, message in (
+        (dict(corners=(-129, 0, 0, 0)), "corner -129 is not from -128 to 127"),
+        (dict(corners=(0, 0, 0, 128)), "corner 128"),
+        (dict(box=(64, 32, 2, 1)), "C W H N and boxes of pixels"),
+        (dict(steps=(1, 2, 2, 2)), "C W H N and boxes of pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(COLUMNS, **change)  # type: ignore[arg-type]
 
 
 def test_a_prologue_follows_the_recipe() -> None:
@@ -65,6 +90,10 @@ def test_a_prologue_follows_the_recipe() -> None:
 def test_the_operands_are_those_of_the_abi() -> None:
     count = _native.MAX_SIDES + _native.MAX_VECTORS
     assert recipe.vector(_native.MAX_VECTORS - 1) == 4 + count - 1
+    outputs = [recipe.output(i) for i in range(_native.MAX_AUXILIARY + 1)]
+    assert outputs == [recipe.D, *(4 + count + i for i in range(len(outputs) - 1))]
+    with pytest.raises(ValueError, match="output 2 is not from 0 to 1"):
+        recipe.output(2)
     with pytest.raises(ValueError, match="side 2 is not from 0 to 1"):
         recipe.side(2)
     with pytest.raises(ValueError, match="vector -1 is not from 0 to 7"):
@@ -75,7 +104,7 @@ def test_the_operands_are_those_of_the_abi() -> None:
     ("change", "message"),
     [
         (dict(operand=-1), "operand -1"),
-        (dict(operand=14), "operand 14"),
+        (dict(operand=15), "operand 15"),
         (dict(dtype=4), "dtype 4 is not from 0 to 3"),
         (dict(offset=8), "offset 8 is not a multiple of 16 bytes"),
         (dict(offset=-16), "offset -16"),
@@ -114,7 +143,7 @@ def test_maps_that_the_hardware_does_not_have(
         (dict(grid=131), "cluster of 2 does not divide the grid, 131"),
         (dict(smem_bytes=300_000), "smem_bytes 300000"),
         (dict(pointers=(-2,)), "pointer -2"),
-        (dict(pointers=(14,)), "pointer 14"),
+        (dict(pointers=(15,)), "pointer 15"),
         (dict(ints=(2**31,)), "int 2147483648"),
         (dict(maps=(MAP,) * 32), "4136 bytes of parameters, more than 4096"),
     ],
@@ -127,4 +156,4 @@ def test_launches_that_there_are_none_of(change: dict[str, Any], message: str) -
 def test_the_most_parameters() -> None:
     full = Recipe(32, 1, ints=(0,) * 1024)
     assert full.parameter_bytes == 4096
-    assert Recipe(32, 1).encode() == (2, 32, 1, 1, 0, 0, 0, 0, 0, 0, 0)
+    assert Recipe(32, 1).encode() == (3, 32, 1, 1, 0, 0, 0, 0, 0, 0, 0)

@@ -11,6 +11,8 @@ import region_cases
 
 from jax_bolt._src import ir, region_text
 
+CONV = ir.ConvProblem(n=1, h=9, w=8, c=7, k=6, r=5, s=4, dtype="f16")
+
 
 @pytest.mark.parametrize("case", region_cases.GEMMS + region_cases.CONVS, ids=str)
 def test_what_is_written_is_read(case):
@@ -39,6 +41,8 @@ def test_all_that_a_problem_can_be():
             dtype="f16",
             filter_layout="hwio",
         ),
+        dataclasses.replace(CONV, groups=8, c=8, k=16),
+        dataclasses.replace(CONV, groups=4, c=4, filter_layout="hwio"),
     )
     for problem in problems:
         region = ir.Region(problem=problem, epilogue=epilogue)
@@ -80,6 +84,8 @@ def test_what_is_no_region(old, new):
         ("st1x1", "st1x1x1"),
         ("st1x1", "st0x1"),
         ("dil1x1", "dil1x0"),
+        ("dil1x1", "dil1x1 g0"),
+        ("dil1x1", "dil1x1 g2"),
         ("pad0x0x0x0", "pad0x0"),
         ("0x1.8000000000000p+0", "0x1p99999"),
         ("0x1.8000000000000p+0", "nothing"),

@@ -26,12 +26,13 @@ def test_ir_and_reference_agree(case):
         lhs, rhs, sides, vectors = measure.split(site, operands)
         if isinstance(site.region.problem, ir.ConvProblem):
             rhs = jnp.transpose(rhs, (3, 0, 1, 2))
-        want = evaluate.evaluate(site.region, lhs, rhs, sides, vectors)
-        return want, reference(*operands).astype(F32).reshape(want.shape)
+        wanted = evaluate.outputs(site.region, lhs, rhs, sides, vectors)
+        found = [y.astype(F32).reshape(wanted[0].shape) for y in reference(*operands)]
+        return list(zip(found, wanted, strict=True))
 
-    want, got = map(np.asarray, both(operands))
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert error < TOLERANCE[site.region.problem.dtype], error
+    for got, want in jax.tree.map(np.asarray, both(operands)):
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < TOLERANCE[site.region.problem.dtype], error
 
 
 def test_operand_sets_differ():
@@ -46,8 +47,29 @@ def test_the_yardstick_sees_what_is_wrong():
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1)
     yardstick = measure.Yardstick(operands)
-    right = jax.jit(reference_fun(site.reference))(*operands.sets[0])
-    assert yardstick.error(right) < TOLERANCE[site.region.problem.dtype]
-    assert yardstick.error(right * 1.5) > 0.1
-    assert yardstick.error(jnp.zeros_like(right)) == 1.0
-    assert not yardstick.error(right.at[(0,) * right.ndim].set(jnp.nan)) < 1e9
+    (right,) = jax.jit(reference_fun(site.reference))(*operands.sets[0])
+
+    def error(result):
+        (found,) = yardstick.errors([result])
+        return found
+
+    assert error(right) < TOLERANCE[site.region.problem.dtype]
+    assert error(right * 1.5) > 0.1
+    assert error(jnp.zeros_like(right)) == 1.0
+    assert not error(right.at[(0,) * right.ndim].set(jnp.nan)) < 1e9
+
+
+def test_the_output_that_is_wrong_decides():
+    region = cases.CONVS[0].site().region
+    good, bad, nan = (1e-3, 1e-3), (2e-3, 1e-3), (float("nan"), 1e-3)
+
+    def worst(*pairs):
+        of_kernel, of_xla = zip(*pairs, strict=True)
+        return measure.worst(of_kernel, of_xla, region)
+
+    assert worst(good) == measure.Errors(*good)
+    for wrong in (bad, nan, (1e-1, 1e-1)):
+        for pairs in ((good, wrong), (wrong, good)):
+            assert not measure.is_accurate(worst(*pairs), region)
+    fine = worst((1e-3, 1e-3), (4e-3, 4e-3))
+    assert measure.is_accurate(fine, region) and fine.kernel == 4e-3

@@ -53,6 +53,7 @@ def site(name: str = "Net/Conv_0", **changes) -> Site:
             kernel="implicit_gemm_sm90 pixels=88 (hwio)",
             provenance="user",
             estimate="13.0 µs: 7 tiles on the busiest SM",
+            prologue="mul, add",
             floor=FLOOR,
             time_us=15.0,
             xla_time_us=30.0,
@@ -122,6 +123,16 @@ def test_without_a_published_peak_only_bytes_make_a_floor():
     found = floor(region(), arch.from_name("sm_87"))
     assert found.compute_us is None
     assert found.time_us == found.memory_us > 0
+
+
+def test_an_auxiliary_output_counts_and_groups_lessen_the_filter():
+    conv = ir.ConvProblem(n=1, h=8, w=8, c=32, k=32, r=1, s=1, groups=32, dtype="bf16")
+    epilogue = ir.Epilogue(
+        (ir.Op("acc"),), 0, out_dtype="bf16", auxiliary=(ir.Output(0, "f32"),)
+    )
+    found = floor(ir.Region(problem=conv, epilogue=epilogue), H200)
+    assert found.bytes_moved == 2 * (64 * 32 + 32) + 64 * 32 * (2 + 4)
+    assert found.flops == 2 * 64 * 32
 
 
 # --- Totals, text, JSON
@@ -222,7 +233,8 @@ def test_the_page_has_every_fact(report, tmp_path):
         "7.4 GFLOP at the tensor cores' peak (7.5 µs)",
         "XLA was timed faster: 12.0 µs",
         "dtype int8",
-        "%0 = acc()",
+        "%0 = acc()\nbf16 %0",
+        "mul, add",
         "1.00e-03, XLA's 2.00e-03",
         "2026-01-02, jax 0.11.2",
     ):

@@ -47,6 +47,25 @@ def test_consecutive_calls_are_one_sequence():
     assert names(lambda x, w: dense(x, w), SQUARE, SQUARE) == ["bolt_call"]
 
 
+def test_depthwise_convs_belong_to_one():
+    def conv(x, w, groups=1):
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    def block(x, wide, w, narrow):
+        y = conv(jax.nn.relu6(conv(x, wide)), w, groups=32)
+        return conv(jax.nn.relu6(y), narrow) + x
+
+    filters = shape(1, 1, 8, 32), shape(3, 3, 1, 32), shape(1, 1, 32, 8)
+    assert names(block, shape(2, 7, 7, 8), *filters) == ["bolt_sequence"]
+
+
 def test_what_reads_a_result_ends_the_sequence():
     def fun(x, w):
         y = dense(dense(x, w), w)
@@ -203,7 +222,7 @@ def test_one_custom_call_for_a_sequence(kernel):  # noqa: F811
 
 def launches(text: str) -> list[int]:
     """How many kernels every custom call launches."""
-    programs = re.findall(r"program = dense<\[1, (\d+),", text)
+    programs = re.findall(r"program = dense<\[2, (\d+),", text)
     return [int(count) for count in programs] + [1] * text.count("sides = ")
 
 
@@ -248,10 +267,21 @@ def host(build: Build) -> str:
     return name
 
 
-def product(m: int, n: int, k: int, sides: int = 0, batch: int = 1) -> Executable:
-    """A x B + side_0 of float32; with a batch it has a workspace of 64 bytes."""
+def product(
+    m: int, n: int, k: int, sides: int = 0, batch: int = 1, auxiliary: int = 0
+) -> Executable:
+    """A x B + side_0 of float32; with a batch it has a workspace of 64 bytes.
+
+    An auxiliary output is A x B.
+    """
     problem = ir.GemmProblem(m=m, n=n, k=k, dtype="f32")
-    epilogue = ir.Epilogue((ir.Op("acc"),), 0, "f32", sides=("f32",) * sides)
+    epilogue = ir.Epilogue(
+        (ir.Op("acc"),),
+        0,
+        "f32",
+        sides=("f32",) * sides,
+        auxiliary=(ir.Output(0, "f32"),) * auxiliary,
+    )
     form = Form("direct", ir.Region(problem=problem, epilogue=epilogue))
     return Executable("kernel", problem, form, 64 if batch > 1 else 0)
 
@@ -267,10 +297,10 @@ def test_kernels_find_their_buffers(host, monkeypatch):
 
     def fun(x, w, v, u):
         calls = Chain()
-        first = calls.add(product(4, 6, 5), x, w, [], [], (4, 6))
-        second = calls.add(product(4, 6, 6, 1), first, v, [first], [], (4, 6))
-        third = calls.add(product(4, 6, 6, 1), second, v, [first], [], (4, 6))
-        last = calls.add(product(4, 3, 6), third, u, [], [], (4, 3))
+        (first,) = calls.add(product(4, 6, 5), x, w, [], [], (4, 6))
+        (second,) = calls.add(product(4, 6, 6, 1), first, v, [first], [], (4, 6))
+        (third,) = calls.add(product(4, 6, 6, 1), second, v, [first], [], (4, 6))
+        (last,) = calls.add(product(4, 3, 6), third, u, [], [], (4, 3))
         made = calls.launch([last, second])
         assert not len(calls) and list(made) == [last, second]
         return list(made.values())
@@ -282,23 +312,50 @@ def test_kernels_find_their_buffers(host, monkeypatch):
     np.testing.assert_allclose(last, (two @ v + one) @ u, rtol=1e-4, atol=1e-5)
 
 
+def test_auxiliary_outputs_are_read_and_returned(host, monkeypatch):
+    """One inside the call alone, one that is a result of the call."""
+    monkeypatch.setattr(loader, "ffi_target", lambda: host)
+    x, w, v = rand(4, 5), rand(5, 6), rand(6, 6)
+
+    def fun(x, w, v):
+        calls = Chain()
+        (one,) = calls.add(product(4, 6, 5), x, w, [], [], (4, 6))
+        two, bare = calls.add(product(4, 6, 6, 1, 1, 1), one, v, [one], [], (4, 6))
+        (three,) = calls.add(product(4, 6, 6, 1), two, v, [bare], [], (4, 6))
+        four, kept = calls.add(product(4, 6, 6, 1, 1, 1), three, v, [two], [], (4, 6))
+        made = calls.launch([four, kept])
+        assert not len(calls)
+        return [made[four], made[kept]]
+
+    four, kept = jax.jit(fun)(x, w, v)
+    bare = x @ w @ v
+    two = bare + x @ w
+    np.testing.assert_allclose(kept, (two @ v + bare) @ v, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(four, kept + two, rtol=1e-4, atol=1e-5)
+
+
 def steps(kernels: list[Executable], reads: list[list[int]]) -> list[Any]:
     made: list[Any] = []
     for index, (kernel_, read) in enumerate(zip(kernels, reads, strict=True)):
         p = kernel_.problem
         promise = Promise(index, (p.rows, p.channels), jnp.float32)
-        first, *others = [made[i].promise for i in read] or [None]
-        made.append(chain._Step(kernel_, first, None, others, [], promise))
+        first, *others = [made[i].promises[0] for i in read] or [None]
+        made.append(chain._Step(kernel_, first, None, others, [], [promise]))
     return made
+
+
+def starts(arena: Any, found: list[Any]) -> list[int]:
+    """Where the outputs of ``found`` lie."""
+    return [arena.results[promise] for step in found for promise in step.promises]
 
 
 def test_the_arena_is_used_again():
     """Results of 1024 bytes, each read by the next launch alone: two are alive."""
     kernels = [product(16, 16, 16) for _ in range(6)]
     found = steps(kernels, [[], [0], [1], [2], [3], [4]])
-    arena = chain._Arena(found, {found[-1].promise: 0})
+    arena = chain._Arena(found, {found[-1].promises[0]: 0})
     assert arena.bytes == 2048
-    assert [arena.results[i] for i in range(5)] == [0, 1024, 0, 1024, 0]
+    assert starts(arena, found[:-1]) == [0, 1024, 0, 1024, 0]
 
 
 def test_a_place_inside_a_larger_one_is_taken():
@@ -306,8 +363,9 @@ def test_a_place_inside_a_larger_one_is_taken():
     kernels = [product(m, 16, 16) for m in (64, 4, 4, 4)]
     found = steps(kernels, [[], [0], [1, 0], [2, 0]])
     arena = chain._Arena(found, {})
-    assert arena.results[0] == 0
-    assert all(arena.results[i] >= 64 * 16 * 4 for i in (1, 2, 3))
+    first, *others = starts(arena, found)
+    assert first == 0
+    assert all(start >= 64 * 16 * 4 for start in others)
 
 
 def test_nothing_in_the_arena_overlaps_what_is_alive():
@@ -316,9 +374,9 @@ def test_nothing_in_the_arena_overlaps_what_is_alive():
     ]
     found = steps(kernels, [[], [0], [1, 0], [2, 0]])
     arena = chain._Arena(found, {})
-    sizes = [step.bytes for step in found]
+    sizes = [step.promises[0].bytes for step in found]
     alive = {0: (0, 3), 1: (1, 2), 2: (2, 3), 3: (3, 3)}
-    spans = [(*alive[i], arena.results[i], sizes[i]) for i in range(4)]
+    spans = [(*alive[i], starts(arena, found)[i], sizes[i]) for i in range(4)]
     spans += [(i, i, arena.workspaces[i], 64) for i in (1, 2)]
     for i, (first, last, start, size) in enumerate(spans):
         assert start % 256 == 0 and start + size <= arena.bytes
@@ -335,7 +393,7 @@ def call(host: str, program: list[int], **attributes: Any) -> Any:
     return fun(rand(4, 5), rand(5, 3))
 
 
-GOOD = [1, 1, 0, 0, 4, 4, 3, 5, 1, 0, 1, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0]
+GOOD = [2, 1, 0, 0, 4, 4, 3, 5, 1, 0, 1, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0, 0]
 
 
 def changed(index: int, value: int) -> list[int]:
@@ -345,8 +403,8 @@ def changed(index: int, value: int) -> list[int]:
 @pytest.mark.parametrize(
     ("program", "attributes", "message"),
     [
-        (changed(0, 2), {}, "the program has another version"),
-        (changed(1, 2), {}, "the program is not valid at number 21"),
+        (changed(0, 1), {}, "the program has another version"),
+        (changed(1, 2), {}, "the program is not valid at number 22"),
         (changed(1, 10**15), {}, "the program is not valid at number 1"),
         (changed(2, 1), {}, "the program is not valid at number 2"),
         (changed(3, 7), {}, "kernel kernel: "),
@@ -356,8 +414,9 @@ def changed(index: int, value: int) -> list[int]:
         (changed(10, 4), {}, "the program is not valid at number 10"),
         (changed(10, -1), {}, "the program is not valid at number 10"),
         (changed(18, 3), {}, "the program is not valid at number 18"),
+        (changed(20, 2), {}, "the program is not valid at number 20"),
         ([*GOOD, 0], {}, "the program is longer than it says"),
-        (GOOD[:-1], {}, "the program is not valid at number 20"),
+        (GOOD[:-1], {}, "the program is not valid at number 21"),
         ([], {}, "the program has another version"),
         (changed(11, 2), {}, "a buffer is not there"),
         (changed(15, 1), {}, "a buffer is not there"),

@@ -9,9 +9,10 @@
 
 #include <stdint.h>
 
-#define JAX_BOLT_ABI_VERSION 1
+#define JAX_BOLT_ABI_VERSION 2
 #define JAX_BOLT_MAX_VECTORS 8
 #define JAX_BOLT_MAX_SIDES 2
+#define JAX_BOLT_MAX_AUXILIARY 1
 #define JAX_BOLT_MAX_DIMS 16
 
 #ifdef __cplusplus
@@ -39,6 +40,7 @@ typedef struct JaxBoltBuffers {
   const void* a;                             /* gemm: A; conv: x, N H W C */
   const void* b;                             /* gemm: B; conv: filter, K R S C */
   void* d;                                   /* row-major, [batch * M, N] or [N * P * Q, K] */
+  void* auxiliary[JAX_BOLT_MAX_AUXILIARY];   /* further outputs, as d, each with its own dtype */
   const void* sides[JAX_BOLT_MAX_SIDES];     /* as d, each with its own dtype */
   const void* vectors[JAX_BOLT_MAX_VECTORS]; /* N (K) elements each, or one */
   void* workspace;                           /* jax_bolt_workspace_bytes bytes, 256-byte aligned */

@@ -17,7 +17,7 @@ inline bool is_aligned(void const* pointer, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
-/// Whether D and every side input can be accessed `elements` at a time, at most 16 bytes each.
+/// Whether every output and side input can be accessed `elements` at a time, at most 16 bytes each.
 template <class Epilogue>
 bool epilogue_is_aligned(JaxBoltBuffers const& buffers, int elements) {
   auto const access = [elements](std::int64_t item) {
@@ -25,6 +25,12 @@ bool epilogue_is_aligned(JaxBoltBuffers const& buffers, int elements) {
     return bytes < 16 ? bytes : std::int64_t{16};
   };
   bool aligned = is_aligned(buffers.d, access(sizeof(Storage<typename Epilogue::Output>)));
+  using Auxiliary = AuxiliaryOf<Epilogue>;
+  for_each_index<Auxiliary::kCount>([&](auto index) {
+    using Type = Storage<TypeAt<decltype(index)::value, Auxiliary>>;
+    void const* output = buffers.auxiliary[decltype(index)::value];
+    aligned = aligned && is_aligned(output, access(sizeof(Type)));
+  });
   for_each_index<Epilogue::kSides>([&](auto index) {
     using Side = Storage<TypeAt<decltype(index)::value, typename Epilogue::Sides>>;
     aligned = aligned && is_aligned(buffers.sides[decltype(index)::value], access(sizeof(Side)));

@@ -25,6 +25,8 @@ _MACROS: dict[Artifact, str] = {
     "module": "JAX_BOLT_KERNEL",
     "cubin": "JAX_BOLT_DEVICE_KERNEL",
 }
+# What is exact enough where 16 bits are kept of the result (epilogue/math.hpp).
+_NARROW = {"erfc": "erfc_narrow"}
 _CAST_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
 _INFIX = {
     "add": "+",
@@ -77,6 +79,11 @@ def functor(epilogue: ir.Epilogue, name: str = "Epilogue") -> str:
     v, c, s = (f"[{max(1, n)}]" for n in (vectors, len(hoisted), sides))
     vector_types = ", ".join(map(_vector_type, epilogue.vectors))
     side_types = ", ".join(CPP_TYPES[dtype] for dtype in epilogue.sides)
+    auxiliary, stored = [], ""
+    if epilogue.auxiliary:
+        types = ", ".join(CPP_TYPES[output.dtype] for output in epilogue.auxiliary)
+        auxiliary = [f"  using Auxiliary = jax_bolt::Types<{types}>;"]
+        stored = f", float (&d)[{len(epilogue.auxiliary)}]"
     lines = [
         f"struct {name} {{",
         f"  using Output = {CPP_TYPES[epilogue.out_dtype]};",
@@ -85,12 +92,13 @@ def functor(epilogue: ir.Epilogue, name: str = "Epilogue") -> str:
         f"  static constexpr int kSides = {sides};",
         f"  using Vectors = jax_bolt::Types<{vector_types}>;",
         f"  using Sides = jax_bolt::Types<{side_types}>;",
+        *auxiliary,
         "  JAX_BOLT_HOST_DEVICE static void columns("
         f"float const (&v){v}, float (&c){c}) {{",
         *_columns(epilogue, hoisted),
         "  }",
         "  JAX_BOLT_HOST_DEVICE static float apply("
-        f"float acc, float const (&c){c}, float const (&s){s}) {{",
+        f"float acc, float const (&c){c}, float const (&s){s}{stored}) {{",
         *_apply(epilogue, hoisted),
         "  }",
         "};",
@@ -119,9 +127,12 @@ def _apply(epilogue: ir.Epilogue, hoisted: tuple[int, ...]) -> list[str]:
         return "acc" if op.name == "acc" else f"s[{int(op.attr or 0)}]"
 
     given = {i: f"c[{k}]" for k, i in enumerate(hoisted)}
-    lines, names = _body(epilogue, (epilogue.result,), given, leaf)
-    kind = epilogue.kinds()[epilogue.result]
-    return [*lines, f"    return {_as_float(names[epilogue.result], kind)};"]
+    wanted = tuple(output.value for output in epilogue.outputs)
+    lines, names = _body(epilogue, wanted, given, leaf)
+    kinds = epilogue.kinds()
+    result, *auxiliary = (_as_float(names[i], kinds[i]) for i in wanted)
+    lines += [f"    d[{k}] = {text};" for k, text in enumerate(auxiliary)]
+    return [*lines, f"    return {result};"]
 
 
 def _body(
@@ -159,7 +170,8 @@ def _body(
             if inverse is not None:
                 expression = f"{names[op.args[0]]} * {inverse}"
             else:
-                expression = _expression(op, [names[a] for a in op.args])
+                narrow = hoist.is_narrow(epilogue)
+                expression = _expression(op, [names[a] for a in op.args], narrow)
             lines.append(f"    {kinds[i]} const x{i} = {expression};")
     return lines, names
 
@@ -177,7 +189,7 @@ def _reciprocal(op: ir.Op, ops: Sequence[ir.Op]) -> str | None:
     return literal(1.0 / divisor)
 
 
-def _expression(op: ir.Op, args: list[str]) -> str:
+def _expression(op: ir.Op, args: list[str], narrow: bool) -> str:
     if op.name in _INFIX:
         return f"{args[0]} {_INFIX[op.name]} {args[1]}"
     if op.name == "neg":
@@ -187,7 +199,7 @@ def _expression(op: ir.Op, args: list[str]) -> str:
     if op.name == "select":
         predicate, where_false, where_true = args
         return f"{predicate} ? {where_true} : {where_false}"
-    function = op.name
+    function = _NARROW.get(op.name, op.name) if narrow else op.name
     if function == "integer_pow":
         exponent = int(op.attr or 0)
         if not -(2**31) < exponent < 2**31:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import conv_sm80, gemm_sm80, implicit_gemm_sm90
+from . import conv_sm80, depthwise, gemm_sm80, implicit_gemm_sm90
 from .template import Template
 
 TEMPLATES: tuple[Template, ...] = (
     implicit_gemm_sm90,
+    depthwise,
     gemm_sm80,
     conv_sm80,
 )

@@ -49,6 +49,7 @@ def epilogue_limit(epilogue: ir.Epilogue) -> str | None:
     for what, count, limit in (
         ("per-channel inputs", len(epilogue.vectors), ir.MAX_VECTORS),
         ("side inputs", len(epilogue.sides), ir.MAX_SIDES),
+        ("auxiliary outputs", len(epilogue.auxiliary), ir.MAX_AUXILIARY),
     ):
         if count > limit:
             return f"{count} {what}, more than {limit}"

@@ -36,6 +36,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     p = region.problem
     if not isinstance(p, ir.ConvProblem):
         return "not a conv"
+    if p.groups > 1:
+        return f"a conv of {p.groups} groups"
     if p.filter_layout != "krsc":
         return "the filter is not packed as K R S C"
     if arch.sm < 80:

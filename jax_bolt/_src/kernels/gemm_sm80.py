@@ -98,7 +98,7 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
 
 
 def store_alignment(region: ir.Region) -> int:
-    """Elements of D one thread writes at once; 8 at most, even of one byte."""
+    """Elements of the result one thread writes at once; 8 at most, even of one byte."""
     return min(8, alignment(region.problem.channels, region.epilogue.out_dtype))
 
 

@@ -17,7 +17,7 @@ import math
 
 from .. import ir
 from . import recipe
-from .image import BLOCK, ROW, Axis, Image, cols_of, rows_of
+from .image import BLOCK, ROW, Axis, Image, cols_of, corners, rows_of
 from .recipe import TensorMap
 
 MAX_BOX = 256  # TMA's limit on a box's extents
@@ -230,7 +230,7 @@ class Layout:
         i, phases, taps = self.image, self.phases, self.taps
         _, row_tiles, col_tiles = self.tiles
         channel_tiles = i.channel_tiles(filter_blocks)
-        down, right = i.steps
+        down, right = i.steps if i.source is None else i.source.stride
         images, rows, cols = self.store_box
         whole, line = self.whole_images, i.is_line
         numbers = [
@@ -250,6 +250,7 @@ class Layout:
             *(self.stores, self.pitch * ROW, self.slot_bytes),
             images * rows * cols * ROW,
             int(i.filters > 1),
+            *self._images,
         ]
         numbers += _filled(
             [c.remainder * i.c if i.folds else 0 for _, c in phases], MAX_PHASES
@@ -270,28 +271,25 @@ class Layout:
         numbers += _filled([at for _, _, at in taps], MAX_TAPS)
         return tuple(numbers)
 
+    @property
+    def _images(self) -> tuple[int, int, int, int]:
+        """Of the images that a line is gathered from: an output's rows and columns, and
+        where its first tap reads."""
+        source = self.image.source
+        if source is None:
+            return 0, 0, 0, 0
+        left, top, *_ = corners(source)
+        return source.p, source.q, top, left
+
     def maps(self, filter_blocks: int, epilogue: ir.Epilogue) -> tuple[TensorMap, ...]:
-        """Pixels, filters, output and (at least one) side input."""
+        """Pixels, filters, outputs and (at least one) side input."""
         i = self.image
         dtype = recipe.DTYPES.index("tf32" if i.dtype == "f32" else i.dtype)
-        item = i.item
         a, b, filter_offset = recipe.A, recipe.B, 0
         if i.packing is not None:
             a = b = recipe.WORKSPACE
             filter_offset = i.packing.filter_offset
-        sh, sw = i.stride if i.folds else (1, 1)
-        row = i.row * item
-        images, rows, cols = self.source_box
-        down, right = i.steps
-        pixels = TensorMap(
-            operand=a,
-            dtype=dtype,
-            dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
-            strides=(sw * i.pixel * item, row, sh * row, i.h * row),
-            box=(i.chunk, cols, 1, rows, images),
-            steps=(1, right, 1, down, 1),
-            swizzle=128,
-        )
+        pixels = self._boxes(a, dtype) if i.source is None else self._columns(a, dtype)
         taps = i.r * i.s
         if i.k_outer:
             sizes = (i.c, taps, i.k, i.filters)
@@ -307,9 +305,45 @@ class Layout:
             tile = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
             return _contiguous(operand, recipe.DTYPES.index(dtype), out, tile)
 
-        result = full(recipe.D, epilogue.out_dtype)
+        outputs = [
+            full(recipe.output(n), output.dtype)
+            for n, output in enumerate(epilogue.outputs)
+        ]
         sides = [full(recipe.side(n), dtype) for n, dtype in enumerate(epilogue.sides)]
-        return (pixels, filters, result, *(sides or [result]))
+        return (pixels, filters, *outputs, *(sides or outputs[:1]))
+
+    def _boxes(self, operand: int, dtype: int) -> TensorMap:
+        """Input pixels as boxes of rows and columns."""
+        i = self.image
+        sh, sw = i.stride if i.folds else (1, 1)
+        row = i.row * i.item
+        images, rows, cols = self.source_box
+        down, right = i.steps
+        return TensorMap(
+            operand=operand,
+            dtype=dtype,
+            dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
+            strides=(sw * i.pixel * i.item, row, sh * row, i.h * row),
+            box=(i.chunk, cols, 1, rows, images),
+            steps=(1, right, 1, down, 1),
+            swizzle=128,
+        )
+
+    def _columns(self, operand: int, dtype: int) -> TensorMap:
+        """Input pixels as columns of the im2col matrix."""
+        i = self.image.source
+        assert i is not None
+        row = i.row * i.item
+        return TensorMap(
+            operand=operand,
+            dtype=dtype,
+            dims=(i.c, i.w, i.h, i.n),
+            strides=(i.pixel * i.item, row, i.h * row),
+            box=(i.chunk, self.box[2], 1, 1),
+            steps=(1, i.stride[1], i.stride[0], 1),
+            swizzle=128,
+            corners=corners(i),
+        )
 
 
 def _contiguous(

@@ -17,9 +17,9 @@ _COSTS = {
 
 
 def live(epilogue: ir.Epilogue) -> frozenset[int]:
-    """The values that the result depends on."""
+    """The values that the outputs depend on."""
     found: set[int] = set()
-    pending = [epilogue.result]
+    pending = [output.value for output in epilogue.outputs]
     while pending:
         i = pending.pop()
         if i not in found:
@@ -38,7 +38,7 @@ def constant(epilogue: ir.Epilogue) -> tuple[bool, ...]:
 
 
 def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
-    """The per-channel values that per-element ones (or D) read, in order.
+    """The per-channel values that per-element ones (or outputs) read, in order.
 
     Hoisting the last value of each per-channel subexpression keeps a live BatchNorm's
     ``scale * rsqrt(var + eps)`` out of the elements' work.
@@ -47,16 +47,24 @@ def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
     same = epilogue.per_channel()
     known = constant(epilogue)
     read = {a for i in used if not same[i] for a in epilogue.ops[i].args}
-    read.add(epilogue.result)
+    read.update(output.value for output in epilogue.outputs)
     return tuple(i for i in sorted(read) if same[i] and not known[i])
+
+
+def is_narrow(epilogue: ir.Epilogue) -> bool:
+    """Whether at most 16 bits are kept of all that is stored."""
+    return all(ir.ITEM_BYTES[output.dtype] <= 2 for output in epilogue.outputs)
 
 
 @functools.lru_cache(maxsize=1024)  # every tile asks
 def work(epilogue: ir.Epilogue) -> int:
     """Instructions per element, about: what ranks tiles, not what is exact."""
     same, known = epilogue.per_channel(), constant(epilogue)
+    costs = _COSTS
+    if is_narrow(epilogue):
+        costs = costs | {"erfc": 12}  # erfc_narrow
     return sum(
-        _COSTS.get(epilogue.ops[i].name, 1)
+        costs.get(epilogue.ops[i].name, 1)
         for i in live(epilogue)
         if not same[i] and not known[i] and epilogue.ops[i].name not in ir.LEAVES
     )

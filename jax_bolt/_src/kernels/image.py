@@ -25,6 +25,7 @@ class Image:
     ``pixel`` and ``row`` are elements from one input pixel or row to the next.
     ``k_outer``: the filter has its output channels outermost (KRSC), not innermost.
     With ``packing`` it is the conv that a prologue leaves, its operands a workspace.
+    With ``source`` it is a line of all that image's output pixels (``line_of``).
     """
 
     n: int
@@ -45,6 +46,7 @@ class Image:
     filters: int  # 1, or one for every image
     dtype: ir.DType
     packing: Packing | None = None
+    source: Image | None = None
 
     @staticmethod
     def of(problem: ir.Problem) -> Image:
@@ -111,8 +113,10 @@ class Image:
 
     @property
     def is_line(self) -> bool:
-        """One tap, one row: any run of pixels is a tile, and no image is in sight."""
-        return (self.r, self.s, self.h, self.p) == (1, 1, 1, 1) and self.stride[1] == 1
+        """Any run of pixels is a tile, and no image is in sight: one tap and one row,
+        or whatever im2col mode gathers."""
+        one_row = (self.r, self.s, self.h, self.p) == (1, 1, 1, 1)
+        return self.source is not None or (one_row and self.stride[1] == 1)
 
     @property
     def folds(self) -> bool:
@@ -135,6 +139,43 @@ class Image:
     def channel_tiles(self, filter_blocks: int) -> int:
         """Tiles of ``filter_blocks`` times 64 output channels."""
         return -(-self.k // (BLOCK * filter_blocks))
+
+
+@functools.lru_cache(maxsize=1024)
+def line_of(image: Image) -> Image | None:
+    """All output pixels of a conv as one line, or None.
+
+    TMA's im2col mode gathers a tap's inputs, across the ends of rows and of images. So
+    a tile may have any number of pixels, as a product's has; but every tap is a load of
+    its own. Without a stride that is several times what a box with its halo loads, so
+    that only strided convs, and padded ones of one tap, are seen so.
+    """
+    one_tap, padded = (image.r, image.s) == (1, 1), image.padding != (0, 0)
+    if image.is_line or image.filters > 1 or image.pixel != image.c:
+        return None
+    if image.stride == (1, 1) and not (one_tap and padded):
+        return None
+    down, right = image.dilation
+    reach = max((image.r - 1) * down, (image.s - 1) * right)
+    if reach > 255 or not all(-128 <= n <= 127 for n in corners(image)):
+        return None
+    pixels = image.n * image.p * image.q
+    return dataclasses.replace(
+        image,
+        **{"n": 1, "h": 1, "w": pixels, "p": 1, "q": pixels},
+        stride=(1, 1),
+        padding=(0, 0),
+        source=image,
+    )
+
+
+def corners(image: Image) -> tuple[int, int, int, int]:
+    """Where the first tap's columns and rows begin, and end as seen from the image's:
+    what TMA's im2col mode calls the lower and the upper corner."""
+    top, left = image.padding
+    right = (image.q - 1) * image.stride[1] - left - (image.w - 1)
+    bottom = (image.p - 1) * image.stride[0] - top - (image.h - 1)
+    return -left, -top, right, bottom
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,9 +225,18 @@ def axes(
     return tuple(result)
 
 
+def _offsets(taps: int, dilation: int) -> tuple[Axis, ...]:
+    """The phases of a line that is gathered: a tap each, ``remainder`` its offset."""
+    return tuple(Axis(tap * dilation, 1, 0, ((tap, 0),)) for tap in range(taps))
+
+
 def rows_of(image: Image) -> tuple[Axis, ...]:
+    if image.source is not None:
+        return _offsets(image.r, image.dilation[0])
     return axes(image.h, image.r, image.stride[0], image.dilation[0], image.padding[0])
 
 
 def cols_of(image: Image) -> tuple[Axis, ...]:
+    if image.source is not None:
+        return _offsets(image.s, image.dilation[1])
     return axes(image.w, image.s, image.stride[1], image.dilation[1], image.padding[1])

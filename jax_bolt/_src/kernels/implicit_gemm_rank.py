@@ -87,7 +87,7 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     if not rings.resident:
         loads += steps * FILTER_BLOCK * tile.filter_blocks
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
-    moved = sum(ir.ITEM_BYTES[d] // 2 for d in (epilogue.out_dtype, *epilogue.sides))
+    moved = sum(ir.ITEM_BYTES[d] // 2 for d in epilogue.tensors)
     moved *= blocks * sharing * tile.parts * layout.slot_bytes
     products += steps * _STEP
     moves = (loads + moved) / _LOAD_RATE + boxes * _BOX

@@ -43,11 +43,13 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return f"needs sm_90a, not {arch.name}"
     if problem.dtype not in ("bf16", "f16", "f32"):
         return f"no tensor-core path for {problem.dtype} operands"
-    for dtype in (epilogue.out_dtype, *epilogue.sides):
+    for dtype in epilogue.tensors:
         if dtype not in ("bf16", "f16", "f32"):
             return f"takes no tensors of {dtype}"
     if too_many := epilogue_limit(epilogue):
         return too_many
+    if isinstance(problem, ir.ConvProblem) and problem.groups > 1:
+        return f"a conv of {problem.groups} groups"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
     image = Image.of(problem)
@@ -57,9 +59,7 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:
         return "an empty filter or negative padding"
-    narrowest = min(
-        ir.ITEM_BYTES[dtype] for dtype in (epilogue.out_dtype, *epilogue.sides)
-    )
+    narrowest = min(ir.ITEM_BYTES[dtype] for dtype in epilogue.tensors)
     if not image.k_outer:
         narrowest = min(narrowest, image.item)
     if image.pixel * image.item % 16 or image.k * narrowest % 16:
@@ -99,7 +99,7 @@ def _varied(tiles: list[Tile], count: int, of_a_kind: int) -> list[Tile]:
     for tile in tiles:
         kind = (
             *(tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
-            *(tile.schedule, tile.rings.resident),
+            *(tile.schedule, tile.rings.resident, tile.im2col),
         )
         kinds[kind] += 1
         if kinds[kind] <= of_a_kind and len(chosen) < count:

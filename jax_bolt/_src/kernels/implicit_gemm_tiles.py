@@ -15,14 +15,15 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config
-from .geometry import MAX_RINGS, NO_RINGS, Block, Layout, Rings, round_up
-from .image import BLOCK, ROW, Image
+from .geometry import MAX_PHASES, MAX_RINGS, NO_RINGS, Block, Layout, Rings, round_up
+from .image import BLOCK, ROW, Image, line_of
 
 NAME = "implicit_gemm_sm90"
 
 FILTER_BLOCK = BLOCK * ROW  # bytes
 # Full and empty barriers of every stage there can be, slots' for two warpgroups, and
 # two more of each of these.
+_IM2COL = "im2col-"  # in a config's text
 _BARRIERS = (2 * (MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) + 4) * 8
 
 
@@ -33,7 +34,7 @@ class Tile:
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
     pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels. A
-    block leaves in ``parts``.
+    block leaves in ``parts``. With ``im2col`` it is one of ``line_of`` the image.
     """
 
     pixels: int
@@ -46,6 +47,7 @@ class Tile:
     rings: Rings = NO_RINGS
     splits: int = 1
     parts: int = 1
+    im2col: bool = False
 
     @property
     def filter_blocks(self) -> int:
@@ -62,7 +64,9 @@ class Tile:
 
     def layout(self, image: Image) -> Layout:
         count = self.blocks * self.warps_n
-        return _layout(image, self.block, count, self.pixels, self.parts)
+        seen = line_of(image) if self.im2col else image
+        assert seen is not None
+        return _layout(seen, self.block, count, self.pixels, self.parts)
 
     def config(self) -> Config:
         b, rings = self.block, self.rings
@@ -73,7 +77,7 @@ class Tile:
             warpgroups=f"{self.warps_m}x{self.warps_n}",
             schedule=self.schedule,
             resident=rings.resident,
-            block=f"{b.images}x{b.rows}x{b.cols}",
+            block=f"{_IM2COL * self.im2col}{b.images}x{b.rows}x{b.cols}",
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
             splits=self.splits,
             parts=self.parts,
@@ -86,7 +90,8 @@ class Tile:
 
         blocks, channel_blocks = split("blocks")
         warps_m, warps_n = split("warpgroups")
-        images, rows, cols = split("block")
+        block = str(config["block"])
+        images, rows, cols = map(int, block.removeprefix(_IM2COL).split("x"))
         pixel_stages, filter_stages, store_stages = split("stages")
         return Tile(
             pixels=int(config["pixels"]),
@@ -101,6 +106,7 @@ class Tile:
             ),
             splits=int(config["splits"]),
             parts=int(config["parts"]),
+            im2col=block.startswith(_IM2COL),
         )
 
 
@@ -113,16 +119,18 @@ _layout = functools.lru_cache(maxsize=1024)(Layout)
 
 def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]:
     columns = len(hoist.columns(epilogue))
-    for block, pixels in _blocks(image):
+    line = line_of(image)
+    found = [(False, *block) for block in _blocks(image)]
+    if line is not None and image.r * image.s <= MAX_PHASES:
+        found += [(True, *block) for block in _blocks(line)]
+    for im2col, block, pixels in found:
         for shape in _SHAPES:
-            blocks, channel_blocks, warps_m, warps_n, schedule = shape
+            blocks, channel_blocks, warps_m, warps_n, _ = shape
             if blocks * channel_blocks * pixels // 2 > _accumulators(shape, columns):
                 continue
             if (channel_blocks * warps_m - 1) * BLOCK >= image.k:
                 continue  # blocks of channels that do not exist
-            base = Tile(
-                pixels, blocks, channel_blocks, warps_m, warps_n, schedule, block
-            )
+            base = Tile(*(pixels, *shape, block), im2col=im2col)
             layout = base.layout(image)
             if layout.problem() is not None:
                 continue
@@ -133,14 +141,14 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
                 dataclasses.replace(base, splits=splits)
                 for splits in _splits(base, image, arch)
             ]
-            if image.is_line and (parts := _parts(pixels)) > 1:
+            if layout.image.is_line and (parts := _parts(pixels)) > 1:
                 variants += [
                     dataclasses.replace(variant, parts=parts)
                     for variant in variants
                     if variant.splits == 1
                 ]
             for variant in variants:
-                tile = _staged(variant, variant.layout(image), epilogue, arch)
+                tile = _staged(variant, image, epilogue, arch)
                 if tile is not None:
                     yield tile
 
@@ -213,8 +221,9 @@ def _blocks(image: Image) -> tuple[tuple[Block, int], ...]:
         cols = -(-image.q // parts)
         if cols < 7 or image.q - cols * (parts - 1) <= 0:
             continue
-        for rows in (2, 3, 4, 5, 6, 7, 8, 12, 14, 16):
-            if rows <= image.p:
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 16):
+            # A row alone reads its halo for itself: only where there is no other.
+            if rows <= image.p and (rows > 1 or image.p == 1):
                 add(Block(1, rows, cols))
     # A block of the same pixels counts once.
     return tuple(dict.fromkeys(found))
@@ -233,19 +242,18 @@ def _idle_blocks(layout: Layout) -> bool:
 def slot_tiles_of(epilogue: ir.Epilogue) -> int:
     """Tiles of 128 bytes a pixel in a slot: the first side input lies in the result's
     place where it is as wide."""
-    result, *sides = (
-        ir.ITEM_BYTES[dtype] // 2 for dtype in (epilogue.out_dtype, *epilogue.sides)
-    )
+    tiles = [ir.ITEM_BYTES[dtype] // 2 for dtype in epilogue.tensors]
+    result, sides = tiles[0], tiles[len(epilogue.outputs) :]
     in_place = bool(sides) and sides[0] == result
-    return sum(sides) + (0 if in_place else result)
+    return sum(tiles) - (result if in_place else 0)
 
 
 def _staged(
-    tile: Tile, layout: Layout, epilogue: ir.Epilogue, arch: GpuArch
+    tile: Tile, image: Image, epilogue: ir.Epilogue, arch: GpuArch
 ) -> Tile | None:
     """``tile`` with as many stages as shared memory holds, or None."""
     sides, slot_tiles = len(epilogue.sides), slot_tiles_of(epilogue)
-    image = layout.image
+    layout = tile.layout(image)
     steps, boxes = steps_of(tile, layout)
     per_sm = (
         arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2

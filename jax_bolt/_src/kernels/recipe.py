@@ -12,7 +12,7 @@ import dataclasses
 
 from .. import ir
 
-VERSION = 2
+VERSION = 3
 
 # Operands of the custom call, by number.
 NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
@@ -23,7 +23,8 @@ ITEM_BYTES = (2, 2, 4, 4)
 
 _SIDES = 4
 _VECTORS = _SIDES + ir.MAX_SIDES
-_OPERANDS = _VECTORS + ir.MAX_VECTORS
+_AUXILIARY = _VECTORS + ir.MAX_VECTORS
+_OPERANDS = _AUXILIARY + ir.MAX_AUXILIARY
 _SWIZZLES = (0, 32, 64, 128)
 _MAX_RANK = 5
 _MAX_CLUSTER = 8  # what every GPU with clusters can launch
@@ -44,6 +45,12 @@ def vector(index: int) -> int:
     return _VECTORS + index
 
 
+def output(index: int) -> int:
+    """The operand number of an output, 0 the result; ValueError as ``side``."""
+    _range("output", index, 0, ir.MAX_AUXILIARY)
+    return D if index == 0 else _AUXILIARY + index - 1
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorMap:
     """A tensor that TMA moves, and the box that one instruction moves of it.
@@ -53,6 +60,10 @@ class TensorMap:
     TMA's element strides: a box takes every ``steps[i]``-th element. ``swizzle`` is in
     bytes, 0 for none. The tensor begins ``offset`` bytes into the operand. Out of
     bounds is read as zeros and not written.
+
+    With ``corners`` it is read in TMA's im2col mode: dims are C W H N, and a box is
+    ``box[1]`` pixels, one after the other, of those every ``steps`` from the lower
+    corner (W, H) to the upper one, which counts from the image's last pixel.
 
     Raises ValueError for what the hardware does not have.
     """
@@ -65,6 +76,7 @@ class TensorMap:
     steps: tuple[int, ...]
     swizzle: int
     offset: int = 0
+    corners: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         rank = len(self.dims)
@@ -95,6 +107,11 @@ class TensorMap:
             raise ValueError(f"offset {self.offset} is not a multiple of 16 bytes")
         if self.steps[0] != 1:
             raise ValueError(f"TMA ignores the innermost step, {self.steps[0]}")
+        if self.corners is not None:
+            if rank != 4 or self.box[2:] != (1, 1) or self.steps[3] != 1:
+                raise ValueError("im2col mode has C W H N and boxes of pixels")
+            for corner in self.corners:
+                _range("corner", corner, -128, 127)
         row = self.box[0] * ITEM_BYTES[self.dtype]
         if row % 16:
             raise ValueError(f"a box's row of {row} bytes is not a multiple of 16")
@@ -105,7 +122,7 @@ class TensorMap:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """24 numbers: unused dims, boxes and steps are 1, unused strides 0."""
+        """29 numbers: unused dims, boxes and steps are 1, unused strides 0."""
         unused = _MAX_RANK - len(self.dims)
         ones, zeros = (1,) * unused, (0,) * unused
         return (
@@ -115,6 +132,7 @@ class TensorMap:
             *(*self.box, *ones),
             *(*self.steps, *ones),
             *(self.swizzle, self.offset),
+            *(int(self.corners is not None), *(self.corners or (0, 0, 0, 0))),
         )
 
 

@@ -308,7 +308,7 @@ def request_for(
 ) -> dict[str, Any]:
     """What the worker is to time: ``candidate``, built as ``path``, on random data.
 
-    With ``verify`` it also makes sure that the whole result is written. Raises
+    With ``verify`` it also makes sure that all outputs are written as a whole. Raises
     Failed for what cannot be launched.
     """
     region = candidate.form.region
@@ -344,7 +344,7 @@ def request_for(
                 operand(v.dtype, 1 if v.scalar else problem.channels, positive=True)
                 for v in epilogue.vectors
             ],
-            "result_bytes": full * ir.ITEM_BYTES[epilogue.out_dtype],
+            "output_bytes": [full * ir.ITEM_BYTES[o.dtype] for o in epilogue.outputs],
         },
     }
 

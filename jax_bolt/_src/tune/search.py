@@ -330,14 +330,18 @@ class _Run:
             yardstick = measure.Yardstick(operands)
         with _spending_on("XLA"):
             xla = reference_fun(site.reference)
-            xla_us, result = measure.time_region(xla, operands, target.ordinal)
-            xla_error = yardstick.error(result)
-        entry = dataclasses.replace(entry, xla_time_us=xla_us, xla_error=xla_error)
-        del result
+            xla_us, outputs = measure.time_region(xla, operands, target.ordinal)
+            xla_errors = yardstick.errors(outputs)
+        entry = dataclasses.replace(
+            entry, xla_time_us=xla_us, xla_error=max(xla_errors)
+        )
+        del outputs
         for group in groups:
             if entry.time_us is not None and self._is_late():
                 break
-            entry = self._with_best(entry, job, group, built, operands, yardstick)
+            entry = self._with_best(
+                entry, job, group, built, operands, yardstick, xla_errors
+            )
         if entry.time_us is None:
             raise Untunable("no candidate is right: " + "; ".join(job.problems))
         chosen = stages.choice(entry.time_us, xla_us, job.before)
@@ -354,10 +358,10 @@ class _Run:
         built: Built,
         operands: measure.Operands,
         yardstick: measure.Yardstick,
+        xla_errors: Sequence[float],
     ) -> db.Entry:
         """``entry`` with a form's first accurate kernel, if it is clearly faster."""
-        region, target, xla_error = job.site.region, self.target, entry.xla_error
-        assert xla_error is not None
+        region, target = job.site.region, self.target
         for timed in group:
             candidate = timed.candidate
             path = built[candidate.source][1]
@@ -367,8 +371,8 @@ class _Run:
                 job.problems.append(f"{candidate.text}: {_first_line(error)}")
                 continue
             with _spending_on("in program"):
-                time_us, result = time_in_program(kernel, operands, target)
-                errors = measure.Errors(yardstick.error(result), xla_error)
+                time_us, outputs = time_in_program(kernel, operands, target)
+                errors = measure.worst(yardstick.errors(outputs), xla_errors, region)
             if not measure.is_accurate(errors, region):
                 job.problems.append(
                     f"{candidate.text}: error {errors.kernel:.2e}, "
@@ -387,6 +391,7 @@ class _Run:
                 kernel_time_us=timed.timing.micros,
                 spread=timed.timing.spread,
                 error=errors.kernel,
+                xla_error=errors.xla,
             )
         return entry
 

@@ -107,7 +107,7 @@ class Timer:
         times = native.profile(digest, *problem, sets, self.ordinal, repeats, recipe)
         answer: dict[str, Any] = {"times": times}
         if request["verify"]:
-            written = request["operands"]["result_bytes"]
+            written = request["operands"]["output_bytes"]
             answer["wrote_all"] = native.writes_all(
                 digest, *problem, sets[0], written, self.ordinal, recipe
             )
@@ -117,11 +117,13 @@ class Timer:
         self._forget()
         self._memory = self.native.Memory(self.ordinal)
         for index in range(operands["sets"]):
-            d = self._memory.allocate(operands["result_bytes"], b"")
+            outputs = [
+                self._memory.allocate(size, b"") for size in operands["output_bytes"]
+            ]
             a, b = (self._filled(each, index) for each in operands["ab"])
             sides = [self._filled(each, index) for each in operands["sides"]]
             vectors = [self._filled(each, index) for each in operands["vectors"]]
-            self._sets.append((a, b, d, sides, vectors))
+            self._sets.append((a, b, outputs, sides, vectors))
         self._operands = operands
 
     def _filled(self, operand: list, index: int) -> int:

@@ -164,6 +164,21 @@ API cuTensorMapEncodeTiled(uint64_t* map, int dtype, uint32_t rank, void* addres
   map[15] = static_cast<uint64_t>(interleave << 16 | l2 << 8 | fill);
   return 0;
 }
+// As above, with the corners in the strides' last place: lower W and H, upper W and H.
+API cuTensorMapEncodeIm2col(uint64_t* map, int dtype, uint32_t rank, void* address,
+                            const uint64_t* dims, const uint64_t* strides, const int* lower,
+                            const int* upper, uint32_t channels, uint32_t pixels,
+                            const uint32_t* steps, int interleave, int swizzle, int l2, int fill) {
+  FAIL_IF_ASKED();
+  const uint32_t box[5] = {channels, pixels, 1, 1, 1};
+  const int result = cuTensorMapEncodeTiled(map, dtype, rank, address, dims, strides, box, steps,
+                                            interleave, swizzle, l2, fill);
+  if (result != 0 || rank != 4) return result == 0 ? 1 : result;
+  for (const int corner : {lower[0], lower[1], upper[0], upper[1]}) {
+    map[12] = map[12] << 8 | (static_cast<uint64_t>(corner) & 0xff);
+  }
+  return 0;
+}
 API cuTensorMapReplaceAddress(uint64_t* map, void* address) {
   FAIL_IF_ASKED();
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return 1;

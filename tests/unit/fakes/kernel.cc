@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel module of host code: f32 gemm plus every side input and vector. Compiled several ways by
-// the tests: -DFAKE_ABI_VERSION=n, -DFAKE_WITHOUT_<function>, and for a launch on a stream
-// -DFAKE_LAUNCH=<statement>, -DFAKE_RESULT_BYTES=<of an element>,
-// -DFAKE_LEAVES=<bytes of the result not written>.
+// A kernel module of host code: f32 gemm plus every side input and vector; an auxiliary output is
+// the gemm alone. Compiled several ways by the tests: -DFAKE_ABI_VERSION=n,
+// -DFAKE_WITHOUT_<function>, and for a launch on a stream -DFAKE_LAUNCH=<statement>,
+// -DFAKE_RESULT_BYTES=<of an element>, -DFAKE_LEAVES=<bytes of the result not written>,
+// -DFAKE_LEAVES_AUXILIARY=<bytes of an auxiliary output>.
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -24,6 +25,9 @@
 #endif
 #ifndef FAKE_LEAVES
 #define FAKE_LEAVES 0
+#endif
+#ifndef FAKE_LEAVES_AUXILIARY
+#define FAKE_LEAVES_AUXILIARY 0
 #endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -66,7 +70,11 @@ EXPORT JaxBoltStatus jax_bolt_launch(const JaxBoltProblem* problem, const JaxBol
   if (stream != nullptr) {
     FAKE_LAUNCH;
     // On the driver of cuda.cc: a launch of M microseconds, which writes a result.
-    if (buffers->d != nullptr) std::memset(buffers->d, 1, m * n * FAKE_RESULT_BYTES - FAKE_LEAVES);
+    const int64_t bytes = m * n * FAKE_RESULT_BYTES;
+    if (buffers->d != nullptr) std::memset(buffers->d, 1, bytes - FAKE_LEAVES);
+    for (void* output : buffers->auxiliary) {
+      if (output != nullptr) std::memset(output, 1, bytes - FAKE_LEAVES_AUXILIARY);
+    }
     using Launch = int (*)(void*, double, uintptr_t);
     static const auto launch =
         reinterpret_cast<Launch>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), "fake_launch"));
@@ -79,6 +87,9 @@ EXPORT JaxBoltStatus jax_bolt_launch(const JaxBoltProblem* problem, const JaxBol
     for (int64_t j = 0; j < n; ++j) {
       float sum = 0;
       for (int64_t l = 0; l < k; ++l) sum += a[i * k + l] * b[l * n + j];
+      for (void* output : buffers->auxiliary) {
+        if (output != nullptr) static_cast<float*>(output)[i * n + j] = sum;
+      }
       for (const void* side : buffers->sides) {
         if (side != nullptr) sum += static_cast<const float*>(side)[i * n + j];
       }

@@ -27,7 +27,7 @@ def main(native: str, module: str, m: int, sets: int, repeats: int) -> dict[str,
     seen: dict[str, Any] = {}
     _native.load("kernel", module)
     dims = [m, 8, 8, 1]
-    buffers = [(100 + i, 0, 0, [], [], 0) for i in range(sets)]
+    buffers = [(100 + i, 0, [0], [], [], 0) for i in range(sets)]
     cuda = ctypes.CDLL("libcuda.so.1")
     try:
         seen["times"] = _native.profile("kernel", 0, dims, buffers, 0, repeats)

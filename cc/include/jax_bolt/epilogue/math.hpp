@@ -190,6 +190,29 @@ JAX_BOLT_HOST_DEVICE float erfc(float x) {
   return x < 0.0f ? 2.0f - tail : tail;
 }
 
+/// erfc where 16 bits are kept of the result: relative error below 1.2e-4 for x < 3.6, a quarter of
+/// float16's, and below 1e-9 absolute beyond. In a third of erfc's instructions.
+///
+/// As 2 / (1 + 2^w), w being x times the minimax polynomial in x^2 of log2((2 - erfc) / erfc) / x.
+JAX_BOLT_HOST_DEVICE float erfc_narrow(float x) {
+  float const s = x * x;
+  float p = 1.4365479e-07f;
+  p = ::fmaf(p, s, -7.0440483e-06f);
+  p = ::fmaf(p, s, 1.3389476e-04f);
+  p = ::fmaf(p, s, -1.0801989e-03f);
+  p = ::fmaf(p, s, -2.5787249e-03f);
+  p = ::fmaf(p, s, 2.9902998e-01f);
+  p = ::fmaf(p, s, 3.2548900e+00f);
+#if defined(__CUDA_ARCH__)
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * p));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+  return 2.0f * r;
+#else
+  return 2.0f / (1.0f + ::exp2f(x * p));
+#endif
+}
+
 /// The x with erf(x) = y: +-inf at +-1, NaN beyond.
 JAX_BOLT_HOST_DEVICE float erf_inv(float y) {
 #if defined(__CUDA_ARCH__)

@@ -2,8 +2,8 @@
 // The epilogue of the sm80 kernels (CUTLASS 2.x mainloops): accumulators of one CTA's tile to D.
 //
 // Accumulators change hands through shared memory, 8 rows of every warp's tile at a time (a step),
-// so that each thread ends up with kAccess neighbouring elements of a row: one vector access for D
-// and for each side input. The functor sees f32 values only.
+// so that each thread ends up with kAccess neighbouring elements of a row: one vector access for
+// each output and for each side input. The functor sees f32 values only.
 #ifndef JAX_BOLT_EPILOGUE_SM80_HPP_
 #define JAX_BOLT_EPILOGUE_SM80_HPP_
 
@@ -63,6 +63,8 @@ template <class Functor, class TileShape, class WarpMma, int kAccess>
 class EpilogueSm80 {
   using WarpShape = typename WarpMma::Shape;
   using Output = Storage<typename Functor::Output>;
+  using Auxiliary = AuxiliaryOf<Functor>;
+  static constexpr int kAuxiliary = Auxiliary::kCount;
 
   // CUTLASS takes a conflict-free exchange for half_t, and only the width of D matters to it.
   using Exchange = std::conditional_t<sizeof(Output) == 2, cutlass::half_t, float>;
@@ -244,7 +246,7 @@ class EpilogueSm80 {
       ColumnValues reread;
       if constexpr (!kResident) read_columns(a % kColumnAccesses, reread);
       ColumnValues const& columns = kResident ? resident_[a % kColumnAccesses] : reread;
-      cutlass::Array<float, kAccess> values;
+      cutlass::Array<float, kAccess> values, auxiliary[array_size(kAuxiliary)];
       CUTLASS_PRAGMA_UNROLL
       for (int e = 0; e < kAccess; ++e) {
         float s[array_size(kSides)] = {};
@@ -254,13 +256,24 @@ class EpilogueSm80 {
             s[i] = to_float(sides[a].template get<i>().data[e]);
           });
         }
-        values[e] = Functor::apply(fragment[a * kAccess + e], columns.values[e], s);
+        float others[array_size(kAuxiliary)];
+        values[e] = apply<Functor>(fragment[a * kAccess + e], columns.values[e], s, others);
+        for (int i = 0; i < kAuxiliary; ++i) auxiliary[i][e] = others[i];
       }
       Place const place = locate(step, a);
       auto const packet = to_packet<typename Functor::Output, kAccess>(values);
       if (place.inside) {
         *reinterpret_cast<Packet<Output, kAccess>*>(params_.d + place.offset) = packet;
       }
+      for_each_index<kAuxiliary>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        using Type = TypeAt<i, Auxiliary>;
+        auto const other = to_packet<Type, kAccess>(auxiliary[i]);
+        if (place.inside) {
+          auto* to = params_.template output<i>() + place.offset;
+          *reinterpret_cast<Packet<Storage<Type>, kAccess>*>(to) = other;
+        }
+      });
     }
   }
 

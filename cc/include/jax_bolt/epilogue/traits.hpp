@@ -2,13 +2,15 @@
 // The types a generated epilogue functor is written in, and how its inputs are read.
 //
 // A functor (`struct Epilogue` of a generated TU) has Output, kVectors, kColumns, kSides, Vectors,
-// Sides, columns() and apply(). This header needs neither CUDA nor CUTLASS, so that the same
+// Sides, columns() and apply(). One with auxiliary outputs also has Auxiliary, their types, and
+// apply() takes an array for them. This header needs neither CUDA nor CUTLASS, so that the same
 // functor compiles with a host compiler.
 #ifndef JAX_BOLT_EPILOGUE_TRAITS_HPP_
 #define JAX_BOLT_EPILOGUE_TRAITS_HPP_
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "jax_bolt/abi.h"
 
@@ -60,6 +62,19 @@ struct Scalar {
   using Element = T;
   static constexpr bool kScalar = true;
 };
+
+template <class Epilogue, class = void>
+struct AuxiliaryOfImpl {
+  using Type = Types<>;
+};
+template <class Epilogue>
+struct AuxiliaryOfImpl<Epilogue, std::void_t<typename Epilogue::Auxiliary>> {
+  using Type = typename Epilogue::Auxiliary;
+};
+
+/// The types of a functor's auxiliary outputs, as Types<...>.
+template <class Epilogue>
+using AuxiliaryOf = typename AuxiliaryOfImpl<Epilogue>::Type;
 
 /// A compile-time index; for_each_index hands these out.
 template <int I>
@@ -145,12 +160,25 @@ JAX_BOLT_HOST_DEVICE std::uint8_t from_float<bool>(float value) {
   return value != 0.0f;
 }
 
+/// The functor's result, and its auxiliary outputs into `auxiliary`.
+template <class Epilogue, int kColumns, int kSides, int kAuxiliary>
+JAX_BOLT_HOST_DEVICE float apply(float acc, float const (&c)[kColumns], float const (&s)[kSides],
+                                 float (&auxiliary)[kAuxiliary]) {
+  if constexpr (AuxiliaryOf<Epilogue>::kCount == 0) {
+    return Epilogue::apply(acc, c, s);
+  } else {
+    return Epilogue::apply(acc, c, s, auxiliary);
+  }
+}
+
 /// Device pointers of the epilogue's operands; what a kernel gets as its parameter.
 template <class Epilogue>
 struct EpilogueParams {
   using Vectors = typename Epilogue::Vectors;
   using Sides = typename Epilogue::Sides;
   using Output = Storage<typename Epilogue::Output>;
+  using Auxiliary = AuxiliaryOf<Epilogue>;
+  static constexpr int kAuxiliary = Auxiliary::kCount;
   static constexpr int kVectors = Epilogue::kVectors;
   static constexpr int kColumns = Epilogue::kColumns;
   static constexpr int kSides = Epilogue::kSides;
@@ -158,26 +186,39 @@ struct EpilogueParams {
                 "Vectors must list kVectors types, at most JAX_BOLT_MAX_VECTORS");
   static_assert(kSides <= JAX_BOLT_MAX_SIDES && kSides == Sides::kCount,
                 "Sides must list kSides types, at most JAX_BOLT_MAX_SIDES");
+  static_assert(kAuxiliary <= JAX_BOLT_MAX_AUXILIARY, "at most JAX_BOLT_MAX_AUXILIARY");
 
   Output* d;
   void const* sides[array_size(kSides)];
   void const* vectors[array_size(kVectors)];
+  void* auxiliary[array_size(kAuxiliary)];
 
   static EpilogueParams make(JaxBoltBuffers const& buffers) {
     EpilogueParams params{};
     params.d = static_cast<Output*>(buffers.d);
+    for (int i = 0; i < kAuxiliary; ++i) params.auxiliary[i] = buffers.auxiliary[i];
     for (int i = 0; i < kSides; ++i) params.sides[i] = buffers.sides[i];
     for (int i = 0; i < kVectors; ++i) params.vectors[i] = buffers.vectors[i];
     return params;
   }
 
-  /// Moves D and the side inputs on by `elements`.
+  /// Moves the outputs and the side inputs on by `elements`.
   void advance(std::int64_t elements) {
     d += elements;
+    for_each_index<kAuxiliary>([&](auto index) {
+      constexpr int i = decltype(index)::value;
+      auxiliary[i] = this->template output<i>() + elements;
+    });
     for_each_index<kSides>([&](auto index) {
       constexpr int i = decltype(index)::value;
       sides[i] = this->template side<i>() + elements;
     });
+  }
+
+  /// The I-th auxiliary output, of type Storage<TypeAt<I, Auxiliary>>.
+  template <int I>
+  JAX_BOLT_HOST_DEVICE Storage<TypeAt<I, Auxiliary>>* output() const {
+    return static_cast<Storage<TypeAt<I, Auxiliary>>*>(auxiliary[I]);
   }
 
   /// The I-th side input, of type Storage<TypeAt<I, Sides>>.

@@ -49,6 +49,11 @@ struct Geometry {
   // 1 where every image has a filter of its own: a batched product.
   std::int32_t filter_batch;
 
+  // Where a tile's line is gathered from images, by TMA's im2col mode: the rows and columns of an
+  // image of output pixels, and where the first one's first tap reads. A phase is then one tap, its
+  // column and row counted from the first tap's. Else all 0.
+  std::int32_t image_rows, image_cols, first_row, first_col;
+
   // Where a phase's box begins relative to the tile's first output (in input pixels), the channel
   // and row parity it is read at, and its number of taps.
   std::int32_t phase_channel[kMaxPhases], phase_col[kMaxPhases], phase_parity[kMaxPhases],

@@ -168,6 +168,19 @@ __device__ __forceinline__ void load(TensorMap const& map, Barrier& full, std::u
       : "memory");
 }
 
+/// A tap's column of pixels from that one on, through a map in im2col mode. The tap's offsets are
+/// from 0 to 255.
+__device__ __forceinline__ void gather(TensorMap const& map, Barrier& full, std::uint32_t to,
+                                       int channel, int col, int row, int image, int right,
+                                       int down) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to),
+      "l"(&map), "r"(shared_address(&full)), "r"(channel), "r"(col), "r"(row), "r"(image),
+      "h"(static_cast<std::uint16_t>(right)), "h"(static_cast<std::uint16_t>(down))
+      : "memory");
+}
+
 __device__ __forceinline__ void store(TensorMap const& map, std::uint32_t from, int c0, int c1,
                                       int c2, int c3) {
   asm volatile(

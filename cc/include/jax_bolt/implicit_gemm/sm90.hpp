@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "jax_bolt/device_kernel.hpp"
 #include "jax_bolt/epilogue/math.hpp"
 #include "jax_bolt/epilogue/traits.hpp"
 #include "jax_bolt/implicit_gemm/geometry.hpp"
@@ -35,7 +36,8 @@ enum class Schedule { kCooperative, kPingPong };
 /// The kernel's only parameter. The launcher fills it from a recipe, field by field.
 template <class Epilogue>
 struct Params {
-  ptx::TensorMap pixels, filters, output;
+  ptx::TensorMap pixels, filters;
+  ptx::TensorMap outputs[1 + AuxiliaryOf<Epilogue>::kCount];
   ptx::TensorMap sides[array_size(Epilogue::kSides)];
   void const* vectors[array_size(Epilogue::kVectors)];
   Geometry geometry;
@@ -71,6 +73,7 @@ struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
   using Output = typename Epilogue::Output;
+  using Auxiliary = AuxiliaryOf<Epilogue>;
 
   static constexpr bool kPingPong = kSchedule == Schedule::kPingPong;
   static constexpr int kWarpgroups = kPingPong ? 2 : kWarpgroupsM * kWarpgroupsN;
@@ -78,6 +81,7 @@ struct Sm90 {
   // One warpgroup that multiplies leaves room for a second CTA beside this one.
   static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;
   static constexpr int kSides = Epilogue::kSides;
+  static constexpr int kAuxiliary = Auxiliary::kCount;
   static constexpr int kColumns = Epilogue::kColumns;
   static constexpr int kVectors = Epilogue::kVectors;
   static_assert(sizeof(Element) == 2 || (sizeof(Element) == 4 && kFilters == Filters::kKrsc),
@@ -93,9 +97,23 @@ struct Sm90 {
   static constexpr int kFilterBlock = kBlock * 128;
   static constexpr int kFilterBlocks = kChannelBlocks * kWarpgroupsM;
   static constexpr int kFilterStage = kFilterBlocks * kFilterBlock;
-  // A slot holds a block in tiles of 128 bytes a pixel: the results, and the side inputs. The first
-  // of these lies in the results' place where it is as wide.
+  // A slot holds a block in tiles of 128 bytes a pixel: the results, the auxiliary outputs, and the
+  // side inputs. The first of these lies in the results' place where it is as wide.
   static constexpr int kOutputTiles = sizeof(Output) / 2;
+  template <int kIndex>
+  __device__ static constexpr int auxiliary_tiles() {
+    return sizeof(TypeAt<kIndex, Auxiliary>) / 2;
+  }
+  /// The first tile of auxiliary output kIndex; of kAuxiliary, the number of all stored tiles.
+  template <int kIndex>
+  __device__ static constexpr int auxiliary_tile() {
+    if constexpr (kIndex == 0) {
+      return kOutputTiles;
+    } else {
+      return auxiliary_tile<kIndex - 1>() + auxiliary_tiles<kIndex - 1>();
+    }
+  }
+  static constexpr int kStoredTiles = auxiliary_tile<kAuxiliary>();
   template <int kSide>
   __device__ static constexpr int side_tiles() {
     return sizeof(TypeAt<kSide, typename Epilogue::Sides>) / 2;
@@ -104,11 +122,12 @@ struct Sm90 {
   template <int kSide>
   __device__ static constexpr int side_tile() {
     if constexpr (kSides == 0) {
-      return kOutputTiles;
+      return kStoredTiles;
     } else if constexpr (kSide == 0) {
-      return side_tiles<0>() == kOutputTiles ? 0 : kOutputTiles;
+      return side_tiles<0>() == kOutputTiles ? 0 : kStoredTiles;
     } else {
-      return side_tile<kSide - 1>() + side_tiles<kSide - 1>();
+      constexpr int kNext = side_tile<kSide - 1>() + side_tiles<kSide - 1>();
+      return kNext < kStoredTiles ? kStoredTiles : kNext;
     }
   }
   static constexpr int kSlotTiles = side_tile<kSides>();
@@ -230,7 +249,7 @@ struct Sm90 {
     results.init(1);
     ptx::fence_barrier_init();
     partials.arrive_and_expect((kSplits - 1) * groups * kPartial);
-    results.arrive_and_expect((kGroups - groups) * kGroupBytes * kOutputTiles);
+    results.arrive_and_expect((kGroups - groups) * kGroupBytes * kStoredTiles);
   }
 
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
@@ -246,6 +265,11 @@ struct Sm90 {
           full.arrive_and_expect(g.loads * g.load_bytes);
           std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
           for (int i = 0; i < g.loads; ++i) {
+            if (g.image_cols > 0) {
+              gather_pixels(p, full, to + i * g.load_bytes, chunk, phase,
+                            tile.col + i * g.load_cols);
+              continue;
+            }
             ptx::load(
                 p.pixels, full, to + i * g.load_bytes, chunk * kChunk + g.phase_channel[phase],
                 tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
@@ -255,6 +279,17 @@ struct Sm90 {
         }
       }
     }
+  }
+
+  /// One tap's inputs of output pixels from `pixel` on, counted over all images.
+  __device__ static __forceinline__ void gather_pixels(Parameters const& p, ptx::Barrier& full,
+                                                       std::uint32_t to, int chunk, int phase,
+                                                       int pixel) {
+    Geometry const& g = p.geometry;
+    int const line = pixel / g.image_cols, image = line / g.image_rows;
+    int const col = pixel - line * g.image_cols, row = line - image * g.image_rows;
+    ptx::gather(p.pixels, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
+                row * g.step_rows + g.first_row, image, g.phase_col[phase], g.phase_row[phase]);
   }
 
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
@@ -310,7 +345,8 @@ struct Sm90 {
                                .part(unit % kParts);
         ptx::Barrier& full = barriers.sides_full[warpgroup][ring.stage];
         barriers.sides_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
-        constexpr int kTiles = kSlotTiles - side_tile<0>();
+        constexpr int kInPlace = side_tile<0>() == 0 ? kOutputTiles : 0;
+        constexpr int kTiles = kSlotTiles - kStoredTiles + kInPlace;
         full.arrive_and_expect(kTiles * g.stores * g.side_bytes);
         std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
         for_each_index<kSides>([&](auto index) {
@@ -466,6 +502,7 @@ struct Sm90 {
                                                 std::uint32_t at, std::uint32_t first,
                                                 int slot_bytes) {
     std::uint32_t sides[array_size(kSides)][kCount], results[kCount];
+    std::uint32_t auxiliary[array_size(kAuxiliary)][kCount];
     for_each_index<kSides>([&](auto index) {
       constexpr int side = decltype(index)::value;
       if constexpr (side_tiles<side>() == 1) {
@@ -488,16 +525,33 @@ struct Sm90 {
         }
       });
       // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
-      float const left = Epilogue::apply(accumulators[2 * i], columns[i & 1], low);
-      float const right = Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high);
+      float lefts[array_size(kAuxiliary)], rights[array_size(kAuxiliary)];
+      float const left = apply<Epilogue>(accumulators[2 * i], columns[i & 1], low, lefts);
+      float const right = apply<Epilogue>(accumulators[2 * i + 1], columns[i & 1], high, rights);
       if constexpr (kOutputTiles == 1) {
         results[i] = ptx::Pair<Output>::pack(left, right);
       } else {
         ptx::store(wide_at(first, slot_bytes, i, 0), left);
         ptx::store(wide_at(first, slot_bytes, i, 1), right);
       }
+      for_each_index<kAuxiliary>([&](auto index) {
+        constexpr int k = decltype(index)::value;
+        if constexpr (auxiliary_tiles<k>() == 1) {
+          auxiliary[k][i] = ptx::Pair<TypeAt<k, Auxiliary>>::pack(lefts[k], rights[k]);
+        } else {
+          std::uint32_t const to = first + auxiliary_tile<k>() * slot_bytes;
+          ptx::store(wide_at(to, slot_bytes, i, 0), lefts[k]);
+          ptx::store(wide_at(to, slot_bytes, i, 1), rights[k]);
+        }
+      });
     }
     if constexpr (kOutputTiles == 1) ptx::store_transposed(at, results);
+    for_each_index<kAuxiliary>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      if constexpr (auxiliary_tiles<k>() == 1) {
+        ptx::store_transposed(at + auxiliary_tile<k>() * slot_bytes, auxiliary[k]);
+      }
+    });
   }
 
   /// Sends the other CTAs the groups that they finish, and adds theirs to this one's.
@@ -544,7 +598,7 @@ struct Sm90 {
       return true;
     }
     int const first = first_group(rank()), groups = first_group(rank() + 1) - first;
-    for (int tile = 0; tile < kOutputTiles && groups > 0; ++tile) {
+    for (int tile = 0; tile < kStoredTiles && groups > 0; ++tile) {
       std::uint32_t const from = slot + tile * slot_bytes + first * kGroupBytes;
       ptx::copy(ptx::in_cta(from, 0), from, groups * kGroupBytes,
                 ptx::in_cta(ptx::shared_address(&full), 0));
@@ -552,8 +606,23 @@ struct Sm90 {
     return false;
   }
 
+  /// kTiles tiles of a slot, from kTile on, to an output by TMA, which leaves out what lies beyond
+  /// it.
+  template <int kTile, int kTiles>
+  __device__ static __forceinline__ void leave(ptx::TensorMap const& output, Geometry const& g,
+                                               Tile const& block, std::uint32_t slot) {
+    for (int tile = 0; tile < kTiles; ++tile) {
+      std::uint32_t const from = slot + (kTile + tile) * g.slot_bytes;
+      int const channel = block.channel + tile * (kBlock / kTiles);
+      for (int i = 0; i < g.stores; ++i) {
+        ptx::store(output, from + i * g.store_bytes, channel, block.col, block.row + i,
+                   block.image);
+      }
+    }
+  }
+
   /// One part of a block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle,
-  /// and the slot to the output by TMA, which leaves out what lies beyond it.
+  /// and the slot to the outputs.
   template <int kPart>
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup, Ring& ring,
@@ -604,14 +673,11 @@ struct Sm90 {
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);
     if (thread == 0 && gather(memory, warpgroup, slot, g.slot_bytes)) {
-      for (int tile = 0; tile < kOutputTiles; ++tile) {
-        std::uint32_t const from = slot + tile * g.slot_bytes;
-        int const channel = block.channel + tile * (kBlock / kOutputTiles);
-        for (int i = 0; i < g.stores; ++i) {
-          ptx::store(p.output, from + i * g.store_bytes, channel, block.col, block.row + i,
-                     block.image);
-        }
-      }
+      leave<0, kOutputTiles>(p.outputs[0], g, block, slot);
+      for_each_index<kAuxiliary>([&](auto index) {
+        constexpr int k = decltype(index)::value;
+        leave<auxiliary_tile<k>(), auxiliary_tiles<k>()>(p.outputs[1 + k], g, block, slot);
+      });
       ptx::commit_stores();
       if constexpr (kSides > 0) {
         // The block before this one has left its slot.
@@ -724,7 +790,9 @@ struct Sm90 {
       }
     } else {
       if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
-      if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
+      if ((threadIdx.x & 127) == 0) {
+        for (ptx::TensorMap const& output : p.outputs) ptx::prefetch(output);
+      }
       if constexpr (kSplits > 1) {
         if ((threadIdx.x & 127) == 0) set_up_exchange(barriers, warpgroup);
         __syncwarp();
@@ -739,13 +807,5 @@ struct Sm90 {
 };
 
 }  // namespace jax_bolt::implicit_gemm
-
-/// The one kernel of a device-only artifact, under the name that the launcher looks for.
-#define JAX_BOLT_DEVICE_KERNEL(...)                                                           \
-  using JaxBoltKernel = __VA_ARGS__;                                                          \
-  extern "C" __global__ void __launch_bounds__(JaxBoltKernel::kThreads, JaxBoltKernel::kCtas) \
-      jax_bolt_kernel(const __grid_constant__ typename JaxBoltKernel::Parameters params) {    \
-    JaxBoltKernel::run(params);                                                               \
-  }
 
 #endif  // JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_

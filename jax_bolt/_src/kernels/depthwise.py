@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Depthwise convs, directly, in float32: every architecture from sm_80 on
+(``jax_bolt/depthwise/depthwise.hpp``)."""
+
+from __future__ import annotations
+
+import functools
+
+from .. import ir
+from ..arch import GpuArch
+from . import recipe as recipes
+from .config import CPP_TYPES, Config, epilogue_limit
+from .depthwise_tiles import NAME, Shape, Tile, estimate, tiles_of
+from .recipe import Recipe
+from .template import Artifact
+
+name = NAME
+header = "jax_bolt/depthwise/depthwise.hpp"
+artifact: Artifact = "cubin"
+
+_CANDIDATES = 16
+_OF_A_KIND = 2  # with the same threads, in blocks of different numbers of channels
+_MAX_EXTENT = 2**20  # the kernel counts bytes of a few pixels in 32 bits
+
+
+def supports(region: ir.Region, arch: GpuArch) -> str | None:
+    """Why no config can run ``region`` on ``arch``, or None."""
+    p = region.problem
+    if not isinstance(p, ir.ConvProblem) or p.groups == 1:
+        return "not a depthwise conv"
+    if not p.is_depthwise:
+        return f"groups of {p.group_channels} input channels, not of one"
+    if p.filter_layout != "hwio":
+        return "the filter's output channels are not innermost"
+    if arch.sm < 80:
+        return f"{arch.name} has no cp.async; sm_80 or later is needed"
+    if p.dtype not in ("bf16", "f16", "f32"):
+        return f"takes no operands of {p.dtype}"
+    if too_many := epilogue_limit(region.epilogue):
+        return too_many
+    if min(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q) < 1:
+        return "an empty dimension"
+    if min(p.padding[0], p.padding[2]) < 0:
+        return f"negative padding {p.padding}"
+    if max(p.h, p.w, p.k, *p.padding) > _MAX_EXTENT:
+        return f"an extent above {_MAX_EXTENT}"
+    if next(tiles_of(region, arch), None) is None:
+        return f"no tile of a {p.r}x{p.s} filter fits registers and shared memory"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)  # every site of every trace asks
+def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
+    """The tiles with the least estimated time, best first, few of a kind."""
+    found = sorted(
+        tiles_of(region, arch), key=lambda tile: estimate(tile, region, arch).total
+    )
+    kinds: dict[tuple[int, int], list[Tile]] = {}
+    chosen: list[Tile] = []
+    for tile in found:
+        alike = kinds.setdefault((tile.width, tile.outputs), [])
+        if len(alike) < _OF_A_KIND and tile.lanes not in (t.lanes for t in alike):
+            alike.append(tile)
+            chosen.append(tile)
+    return tuple(tile.config() for tile in chosen[:_CANDIDATES])
+
+
+def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
+    """The C++ type that ``JAX_BOLT_DEVICE_KERNEL`` takes."""
+    tile = Tile.of(config)
+    shape = Shape(tile, region)
+    p = shape.problem
+    arguments = (
+        "Epilogue",
+        CPP_TYPES[p.dtype],
+        *(p.r, p.s, *p.stride, *p.dilation),
+        *(tile.width, tile.outputs, tile.lanes, tile.strips),
+        *(tile.stages, shape.pitch, shape.piece),
+        "true" if shape.resident else "false",
+        shape.ctas(arch),
+    )
+    return f"jax_bolt::depthwise::Depthwise<{', '.join(map(str, arguments))}>"
+
+
+def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
+    """What the rank model expects of it."""
+    return estimate(Tile.of(config), region, arch).text
+
+
+def prologue(region: ir.Region) -> str | None:
+    """None: operands are taken as they lie."""
+    del region
+
+
+def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
+    """How to launch it: the grid, shared memory, and the kernel's Sizes."""
+    tile = Tile.of(config)
+    shape = Shape(tile, region)
+    p, epilogue = shape.problem, region.epilogue
+    sides = tuple(map(recipes.side, range(len(epilogue.sides))))
+    vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
+    auxiliary = tuple(recipes.output(1 + i) for i in range(len(epilogue.auxiliary)))
+    return Recipe(
+        threads=tile.threads,
+        grid=shape.grid,
+        smem_bytes=shape.shared_bytes,
+        programmatic=arch.sm >= 90,
+        pointers=(
+            *(recipes.A, recipes.B, recipes.D),
+            *(sides or (recipes.NULL,)),
+            *(vectors or (recipes.NULL,)),
+            *(auxiliary or (recipes.NULL,)),
+        ),
+        ints=(
+            *(p.h, p.w, p.c, shape.multiplier, p.p, p.q, p.padding[0], p.padding[2]),
+            *(tile.rows, shape.chunks, shape.col_tiles, shape.channel_tiles),
+        ),
+    )

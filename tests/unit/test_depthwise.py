@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The depthwise kernel: what it takes, and that its plans, run in NumPy, are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import re
+from pathlib import Path
+
+import depthwise_emulator as emulator
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from region_cases import depthwise_problem as conv
+
+from jax_bolt._src import arch, evaluate, forms, ir, plan
+from jax_bolt._src.jit import codegen
+from jax_bolt._src.kernels import conv_sm80, depthwise, depthwise_tiles, gemm_sm80
+from jax_bolt._src.kernels import implicit_gemm_sm90 as family
+from jax_bolt._src.kernels import recipe as recipes
+from jax_bolt._src.kernels.depthwise_tiles import Shape, Tile
+
+SM80, SM86, SM90A = (arch.from_name(n) for n in ("sm_80", "sm_86", "sm_90a"))
+PLAIN = ir.Epilogue((ir.Op("acc"),), 0, "bf16")
+# acc * vector_0 + side_0
+FULL = ir.Epilogue(
+    (
+        ir.Op("acc"),
+        *(ir.Op("vector", attr=0), ir.Op("mul", (0, 1))),
+        *(ir.Op("side", attr=0), ir.Op("add", (2, 3))),
+    ),
+    4,
+    "bf16",
+    vectors=(ir.Vector("f32"),),
+    sides=("bf16",),
+)
+
+
+def region(problem: ir.Problem, epilogue: ir.Epilogue = PLAIN) -> ir.Region:
+    return ir.Region(problem=problem, epilogue=epilogue)
+
+
+PROBLEMS = [
+    conv(2, 9, 11, 16, 3),
+    conv(1, 7, 7, 40, 7),
+    conv(1, 12, 5, 8, 5),
+    # strides: of both parities, larger than the filter, unequal
+    conv(2, 14, 14, 24, 3, stride=(2, 2)),
+    conv(1, 13, 15, 16, 5, stride=(2, 2), padding=(1, 2, 1, 2)),
+    conv(1, 9, 10, 16, 3, stride=(3, 2), padding=(2, 1, 0, 3)),
+    conv(1, 11, 12, 8, 1, stride=(2, 2), padding=(0, 0, 0, 0)),
+    conv(1, 13, 9, 8, 2, stride=(4, 3), padding=(0, 0, 0, 0)),
+    # dilation, with strides that share a factor with it and that do not
+    conv(1, 12, 10, 16, 3, dilation=(2, 2), padding=(2, 2, 2, 2)),
+    conv(1, 15, 13, 8, 3, dilation=(2, 3), stride=(2, 2), padding=(2, 1, 3, 2)),
+    conv(1, 15, 12, 8, 3, dilation=(3, 1), stride=(2, 1), padding=(3, 3, 1, 1)),
+    # rectangular filters, no padding, more than the filter needs, and whole rows of it
+    conv(1, 8, 12, 16, 1, 5),
+    conv(1, 12, 8, 16, 5, 1),
+    conv(2, 6, 7, 8, 3, padding=(0, 0, 0, 0)),
+    conv(1, 3, 3, 8, 3, padding=(0, 0, 0, 0)),
+    conv(1, 3, 4, 8, 3, padding=(5, 4, 4, 3)),
+    conv(1, 2, 2, 8, 5, stride=(2, 2), padding=(7, 6, 4, 4)),
+    conv(1, 1, 1, 64, 7),
+    # channels that no 16 bytes divide, and that fill no tile
+    conv(1, 6, 9, 3, 3),
+    conv(1, 6, 9, 18, 3),
+    conv(1, 5, 6, 33, 3),
+    conv(1, 5, 6, 36, 3, stride=(2, 2)),
+    conv(1, 5, 6, 72, 3),
+    # several output channels of an input channel
+    conv(1, 6, 7, 8, 3, k=24),
+    conv(1, 5, 9, 17, 3, k=34, stride=(2, 2)),
+    # float32, and filters too large for registers
+    conv(1, 7, 8, 20, 3, dtype="f32"),
+    conv(1, 6, 6, 5, 5, dtype="f32"),
+    conv(1, 12, 13, 8, 13),
+    conv(1, 9, 14, 16, 11, 9, padding=(5, 5, 4, 4)),
+]
+
+
+def sample(asked: ir.Region, device: arch.GpuArch) -> list[Tile]:
+    """The first candidates, and tiles of every width and number of outputs."""
+    found = [Tile.of(config) for config in depthwise.configs(asked, device)[:2]]
+    rng = random.Random(asked.text)
+    groups: dict[tuple[int, int], list[Tile]] = {}
+    for tile in depthwise_tiles.tiles_of(asked, device):
+        groups.setdefault((tile.width, tile.outputs), []).append(tile)
+    some = rng.sample(list(groups.values()), min(4, len(groups)))
+    return found + [rng.choice(group) for group in some]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
+def test_plans_give_the_convs_result(problem):
+    asked = region(problem, FULL)
+    assert depthwise.supports(asked, SM90A) is None
+    rng = np.random.default_rng(0)
+    x = rng.integers(-4, 5, (problem.n, problem.h, problem.w, problem.c)).astype("f4")
+    w = rng.integers(-4, 5, (problem.r, problem.s, problem.k)).astype("f4")
+    side = rng.integers(-4, 5, (problem.rows, problem.k)).astype("f4")
+    vector = rng.integers(1, 4, problem.k).astype("f4")
+    given = [jnp.asarray(each) for each in (x, w, side, vector)]
+    truth = evaluate.evaluate(asked, given[0], given[1], given[2:3], given[3:])
+
+    def apply(sums, places, channels):
+        return sums * vector[channels] + side.reshape(-1)[places]
+
+    for tile in sample(asked, SM90A):
+        text = depthwise.instantiate(asked, tile.config(), SM90A)
+        recipe = depthwise.recipe(asked, tile.config(), SM90A)
+        item = ir.ITEM_BYTES[problem.dtype]
+        got = emulator.run(text, item, recipe, x, w, apply)
+        np.testing.assert_array_equal(
+            got.reshape(problem.rows, problem.k), truth, err_msg=tile.config().text
+        )
+
+
+def test_a_filter_with_gaps_and_rows_that_no_tap_reads():
+    """What the emulator's cases have to reach."""
+    shapes = [
+        Shape(Tile.of(depthwise.configs(region(p), SM90A)[0]), region(p))
+        for p in PROBLEMS
+    ]
+    assert any(s.rows_read < s.problem.stride[0] for s in shapes)
+    assert any(not s.resident for s in shapes) and any(s.resident for s in shapes)
+    assert any(s.pitch > s.tile.channels * s.item for s in shapes)
+    assert {s.piece for s in shapes} == {2, 4, 8, 16}
+    assert any(s.chunks > 1 for s in shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"groups": 1}, "not a depthwise conv"),
+        ({"groups": 8}, "groups of 2 input channels"),
+        ({"filter_layout": "krsc"}, "not innermost"),
+        ({"h": 0}, "empty"),
+        ({"padding": (-1, 0, 0, 0)}, "negative padding"),
+        ({"h": 2**21}, "an extent above"),
+        ({"r": 41, "s": 41, "padding": (20,) * 4}, "no tile of a 41x41 filter"),
+    ],
+)
+def test_refusals_have_a_reason(changes, words):
+    problem = dataclasses.replace(conv(2, 9, 9, 16, 3), **changes)
+    reason = depthwise.supports(region(problem), SM80)
+    assert reason is not None and words in reason
+
+
+def test_what_it_does_not_run_on_and_cannot_carry():
+    problem = conv(2, 9, 9, 16, 3)
+    reason = depthwise.supports(region(problem), arch.from_name("sm_75"))
+    assert reason is not None and "sm_75" in reason
+    gemm = ir.GemmProblem(m=8, n=8, k=8, dtype="bf16")
+    assert depthwise.supports(region(gemm), SM80) == "not a depthwise conv"
+    many = dataclasses.replace(PLAIN, vectors=(ir.Vector("f32"),) * 9)
+    assert "9 per-channel" in str(depthwise.supports(region(problem, many), SM80))
+
+
+@pytest.mark.parametrize("template", [conv_sm80, family, gemm_sm80])
+@pytest.mark.parametrize("layout", ["krsc", "hwio"])
+@pytest.mark.parametrize("groups", [4, 32])
+def test_no_other_template_takes_groups(template, layout, groups):
+    problem = conv(2, 9, 9, 32, 3, groups=groups, filter_layout=layout)
+    assert template.supports(region(problem), SM90A) is not None
+    assert (
+        template.supports(region(dataclasses.replace(problem, groups=1)), SM90A)
+        != (template.supports(region(problem), SM90A))
+        or template is gemm_sm80
+    )
+
+
+@pytest.mark.parametrize("device", [SM80, SM86, SM90A], ids=lambda a: a.name)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
+def test_candidates_are_distinct_and_fit(problem, device):
+    asked = region(problem, FULL)
+    configs = depthwise.configs(asked, device)
+    assert 1 <= len(configs) <= 16 and len(set(configs)) == len(configs)
+    for config in configs:
+        shape = Shape(Tile.of(config), asked)
+        assert Tile.of(config).config() == config
+        assert shape.shared_bytes <= device.smem_per_block
+        assert shape.registers <= 216 and shape.takes
+        assert shape.ctas(device) * shape.tile.threads <= 2048
+        recipe = depthwise.recipe(asked, config, device)
+        assert recipe.programmatic == (device.sm >= 90)
+        assert recipe.pointers == (
+            *(recipes.A, recipes.B, recipes.D),
+            *(recipes.side(0), recipes.vector(0), recipes.NULL),
+        )
+
+
+def test_no_pointers_is_a_null_one():
+    recipe = depthwise.recipe(region(PROBLEMS[0]), *_first(region(PROBLEMS[0])))
+    assert recipe.pointers[3:] == (recipes.NULL, recipes.NULL)
+
+
+def _first(asked: ir.Region):
+    return depthwise.configs(asked, SM90A)[0], SM90A
+
+
+def test_the_recipes_ints_are_the_kernels_sizes():
+    """In the order of the header's struct."""
+    path = Path(__file__).parents[2] / "cc/include/jax_bolt/depthwise/depthwise.hpp"
+    (body,) = re.findall(r"struct Sizes \{(.*?)\};", path.read_text(), re.DOTALL)
+    names = re.findall(r"(\w+)[,;]", re.sub(r"//.*|std::int32_t", "", body))
+    assert tuple(names) == emulator.SIZES
+    asked = region(conv(3, 20, 22, 96, 5, stride=(2, 1), padding=(1, 2, 3, 4)))
+    config, device = _first(asked)
+    made = depthwise.recipe(asked, config, device)
+    sizes = dict(zip(names, made.ints, strict=True))
+    p, tile = asked.problem, Tile.of(config)
+    assert isinstance(p, ir.ConvProblem)
+    assert (sizes["rows"], sizes["cols"]) == (p.p, p.q)
+    assert (sizes["pad_top"], sizes["pad_left"]) == (1, 3)
+    assert sizes["chunk_rows"] == tile.rows and sizes["multiplier"] == 1
+    assert sizes["chunks"] * sizes["chunk_rows"] >= p.p
+    assert sizes["col_tiles"] * tile.cols >= p.q
+    assert sizes["channel_tiles"] * tile.channels >= p.c
+
+
+def test_the_binary_depends_on_no_size():
+    """Other images and batches, other numbers of chunks: one TU."""
+    problem = conv(32, 56, 56, 96, 7)
+    asked = region(problem)
+    config, device = _first(asked)
+    fewer = dataclasses.replace(Tile.of(config), rows=7).config()
+    larger = region(conv(8, 112, 112, 192, 7))
+    texts = {
+        codegen.source(r, depthwise, c, device)
+        for r, c in ((asked, config), (asked, fewer), (larger, config))
+    }
+    assert len(texts) == 1
+
+
+def test_strips_of_a_warp_read_other_banks():
+    for problem in PROBLEMS:
+        asked = region(problem)
+        for tile in depthwise_tiles.tiles_of(asked, SM90A):
+            shape = Shape(tile, asked)
+            bytes_ = tile.channels * shape.item
+            if tile.lanes == 32 or bytes_ >= 128 or problem.stride[1] > 1:
+                continue
+            step = tile.outputs * shape.pitch
+            strips = min(32 // tile.lanes, 128 // bytes_)
+            starts = sorted(i * step % 128 for i in range(strips))
+            apart = all(a + bytes_ <= b for a, b in itertools.pairwise(starts))
+            # No pitch of a multiple of 16 bytes can part 2 of 64, or 4 of 32, further.
+            assert apart or tile.outputs * 16 % bytes_ == 0, tile
+
+
+def test_plans_take_the_depthwise_kernel_and_nothing_else():
+    asked = region(dataclasses.replace(conv(8, 14, 14, 64, 3), filter_layout="krsc"))
+    assert [f.name for f in forms.forms(asked)] == ["hwio"]
+    for device in (SM80, SM90A):
+        found, reasons = plan.candidates(asked, device)
+        assert {c.template.name for c in found} == {"depthwise"}
+        assert any("64 groups" in reason for reason in reasons)
+        assert "µs" in found[0].reasoning
+        assert found[0] == plan.named(
+            asked, device, "hwio", "depthwise", found[0].config.text
+        )
+    found, reasons = plan.candidates(asked, SM90A, ("depthwise",))
+    assert not found and "depthwise is disabled" in reasons
