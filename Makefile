@@ -2,6 +2,8 @@
 # make demo   a Flax ResNet-50 through jax_bolt, beside plain JAX
 # make test   the CPU suite, and the GPU suite where an NVIDIA GPU is visible
 # make lint   what CI checks besides
+# make package   sdist, wheel from it, and a clean environment with that, in build/package
+# make docs   the docs as a site, in build/site
 #
 # Each makes $(VENV) first, from a bare Python and a C++ compiler. PYTHON chooses the
 # interpreter it is made with; VENV may name an environment that exists already.
@@ -21,12 +23,13 @@ extras := flax,test$(if $(gpu),$(comma)cuda13)
 listed = $$($(python) -c "import tomllib; \
   print(*(r for r in tomllib.load(open('pyproject.toml', 'rb'))$(1) if '$(2)' in r))")
 
+version = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 native := CMakeLists.txt pyproject.toml $(wildcard cc/native/*) cc/include/jax_bolt/abi.h \
   cc/include/jax_bolt/cast/table.hpp
 sources := $(shell find cc tests -name '*.cc' -o -name '*.cu' -o -name '*.cuh' \
   -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl')
 
-.PHONY: demo test lint lint-ruff lint-format lint-clang lint-types format venv clean
+.PHONY: demo test package docs lint lint-ruff lint-format lint-clang lint-types format venv clean
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -38,6 +41,22 @@ test: venv
 ifdef gpu
 	JAX_BOLT_REQUIRE=gpu,nvcc $(python) -P -m pytest tests/gpu
 endif
+
+# The wheel is made from the sdist, so that nothing is missing there, and installed with
+# what it says it needs. Build requirements come from $(VENV): no second download.
+package: venv
+	rm -rf build/package
+	$(python) -c "from scikit_build_core import build; build.build_sdist('build/package')"
+	$(python) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation \
+	  --no-deps --wheel-dir build/package build/package/*.tar.gz
+	$(python) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  build/package/*.whl
+	cd build/package && JAX_PLATFORMS=cpu JAX_BOLT_WARM=off JAX_BOLT_CACHE_DIR=cache \
+	  venv/bin/python -P ../../tests/installed.py $(version)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
 lint: lint-ruff lint-format lint-clang lint-types
 
@@ -77,6 +96,10 @@ $(VENV)/.installed: $(native) | $(python)
 	  $(call listed,['build-system']['requires'],pybind11)
 	$(pip) --no-deps $(call listed,['build-system']['requires'],nvidia-cutlass)
 	$(pip) --no-build-isolation --editable '.[$(extras)]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(python)
+	$(pip) $(call listed,['project']['optional-dependencies']['docs'],mkdocs)
 	@touch $@
 
 $(VENV)/.tools: pyproject.toml | $(python)

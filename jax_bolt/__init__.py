@@ -18,7 +18,7 @@ from ._src.errors import UnsupportedError as UnsupportedError
 from ._src.freeze import freeze as freeze
 from ._src.options import options as options
 from ._src.report import Report as Report
-from ._src.report import Site as Site
+from ._src.site import Site as Site
 from ._src.warm import start as _warm
 
 try:

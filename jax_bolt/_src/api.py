@@ -33,7 +33,7 @@ class Optimized:
 
     def __init__(
         self,
-        fun: Callable,
+        fun: Callable[..., Any],
         static_argnums: Sequence[int],
         donate_argnums: Sequence[int],
         changes: dict[str, Any],
@@ -127,7 +127,9 @@ class Optimized:
             self._explain_bad_argument(args, kwargs, error, abstract=True)
             raise
 
-    def _bind_static(self, kwargs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    def _bind_static(
+        self, kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The function with the static ones of ``kwargs`` set, and the other ones."""
         # As jax.jit, which takes the names of static_argnums from the signature.
         static, others = self._sorted(kwargs)
@@ -162,7 +164,7 @@ class Optimized:
             check_leaves(f"argument {name!r}", value, fix, abstract, error)
 
 
-def positions(fun: Callable) -> dict[str, int]:
+def positions(fun: Callable[..., Any]) -> dict[str, int]:
     """The positions of the arguments that may be passed either way."""
     try:
         parameters = inspect.signature(fun).parameters.values()
@@ -203,7 +205,7 @@ def check_leaves(
 
 
 def optimize(
-    fun: Callable | None = None,
+    fun: Callable[..., Any] | None = None,
     *,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
@@ -241,7 +243,7 @@ def optimize(
 
 
 def explain(
-    fun: Callable,
+    fun: Callable[..., Any],
     *args: Any,
     arch: str | None = None,
     static_argnums: int | Sequence[int] = (),
@@ -264,7 +266,7 @@ def explain(
 
 
 def tune(
-    fun: Callable,
+    fun: Callable[..., Any],
     *args: Any,
     budget_s: float | None = None,
     progress: bool = True,
@@ -303,7 +305,7 @@ def changed(on_miss: OnMiss | None, on_error: OnError | None) -> dict[str, Any]:
     return changes
 
 
-def callable_(fun: Any) -> Callable:
+def callable_(fun: Any) -> Callable[..., Any]:
     if not callable(fun):
         raise TypeError(f"jax_bolt takes a function of arrays, got {fun!r}")
     return fun

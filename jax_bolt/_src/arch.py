@@ -19,6 +19,8 @@ class GpuArch:
 
     ``smem_per_block`` and ``l2_bytes`` are bytes, ``bandwidth`` is bytes per second
     of device memory, ``sm`` is the compute capability without its dot (9.0 -> 90).
+    ``peak_flops`` is FLOP/s of dense f16 and bf16 products with f32 accumulators, twice
+    that of TF32; None where NVIDIA publishes none.
     """
 
     name: str
@@ -29,6 +31,7 @@ class GpuArch:
     smem_per_block: int
     l2_bytes: int
     bandwidth: float
+    peak_flops: float | None
 
     @property
     def gencode(self) -> str:
@@ -44,6 +47,7 @@ class _Board:
     sm_count: int
     l2_mib: int
     gb_per_s: int
+    tflops: int | None
 
 
 # compute capability without its dot -> opt-in shared memory per block, KiB
@@ -63,35 +67,36 @@ _SHARED_KIB: dict[int, int] = {
 
 # The first row of an architecture is what its bare name stands for; of the rows
 # whose pattern matches a device kind the first counts, so longer names come first.
+# Of two boards in a row the faster one's peak stands: it makes a lower floor.
 _BOARDS: tuple[_Board, ...] = (
-    _Board("T4", 75, 40, 4, 320),
-    _Board("RTX 2080 Ti", 75, 68, 6, 616),
-    _Board("A100.*80GB", 80, 108, 40, 2039),
-    _Board("A100", 80, 108, 40, 1555),
-    _Board("A30", 80, 56, 24, 933),
-    _Board("A10|A10G", 86, 72, 6, 600),
-    _Board("A40", 86, 84, 6, 696),
-    _Board("RTX A6000", 86, 84, 6, 768),
-    _Board("RTX 3090", 86, 82, 6, 936),
-    _Board("Orin", 87, 16, 4, 205),
-    _Board("L4", 89, 58, 48, 300),
-    _Board("L40S?", 89, 142, 96, 864),
-    _Board("RTX 4090", 89, 128, 72, 1008),
-    _Board("RTX 6000 Ada", 89, 142, 96, 960),
-    _Board("H100 80GB HBM3", 90, 132, 50, 3350),
-    _Board("H100 PCIe", 90, 114, 50, 2039),
-    _Board("H100 NVL", 90, 132, 50, 3938),
-    _Board("H100", 90, 132, 50, 3350),
-    _Board("H200", 90, 132, 50, 4800),
-    _Board("GH200", 90, 132, 50, 4000),
-    _Board("H20", 90, 78, 60, 4000),
-    _Board("H800", 90, 132, 50, 3350),
-    _Board("B200|GB200", 100, 148, 126, 8000),
-    _Board("B300|GB300", 103, 148, 126, 8000),
-    _Board("Thor", 110, 20, 32, 273),
-    _Board("RTX PRO 6000", 120, 188, 128, 1792),
-    _Board("RTX 5090", 120, 170, 96, 1792),
-    _Board("GB10", 121, 48, 24, 273),
+    _Board("T4", 75, 40, 4, 320, 65),
+    _Board("RTX 2080 Ti", 75, 68, 6, 616, 54),
+    _Board("A100.*80GB", 80, 108, 40, 2039, 312),
+    _Board("A100", 80, 108, 40, 1555, 312),
+    _Board("A30", 80, 56, 24, 933, 165),
+    _Board("A10|A10G", 86, 72, 6, 600, 125),
+    _Board("A40", 86, 84, 6, 696, 150),
+    _Board("RTX A6000", 86, 84, 6, 768, 155),
+    _Board("RTX 3090", 86, 82, 6, 936, 71),
+    _Board("Orin", 87, 16, 4, 205, None),
+    _Board("L4", 89, 58, 48, 300, 121),
+    _Board("L40S?", 89, 142, 96, 864, 362),
+    _Board("RTX 4090", 89, 128, 72, 1008, 165),
+    _Board("RTX 6000 Ada", 89, 142, 96, 960, 364),
+    _Board("H100 80GB HBM3", 90, 132, 50, 3350, 989),
+    _Board("H100 PCIe", 90, 114, 50, 2039, 756),
+    _Board("H100 NVL", 90, 132, 50, 3938, 835),
+    _Board("H100", 90, 132, 50, 3350, 989),
+    _Board("H200", 90, 132, 50, 4800, 989),
+    _Board("GH200", 90, 132, 50, 4000, 989),
+    _Board("H20", 90, 78, 60, 4000, 148),
+    _Board("H800", 90, 132, 50, 3350, 989),
+    _Board("B200|GB200", 100, 148, 126, 8000, 2500),
+    _Board("B300|GB300", 103, 148, 126, 8000, 2500),
+    _Board("Thor", 110, 20, 32, 273, None),
+    _Board("RTX PRO 6000", 120, 188, 128, 1792, 504),
+    _Board("RTX 5090", 120, 170, 96, 1792, 210),
+    _Board("GB10", 121, 48, 24, 273, None),
 )
 
 
@@ -162,4 +167,5 @@ def _arch(sm: int, gpu: str | None, board: _Board, sm_count: int | None) -> GpuA
         smem_per_block=_SHARED_KIB[sm] * 1024,
         l2_bytes=board.l2_mib * 1024 * 1024,
         bandwidth=board.gb_per_s * 1e9,
+        peak_flops=None if board.tflops is None else board.tflops * 1e12,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import archive, options, paths, program, resolve
+from .command import UsageError, add_parser, printable
 from .errors import CacheError, CompileError
 from .jit import manifest
 from .jit.store import Store
@@ -69,19 +70,13 @@ install a package from. With --no-kernels they are compiled here.
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-class UsageError(Exception):
-    """The command cannot be run as it was given."""
-
-
 def add_to(commands: Any) -> None:
     """Adds ``cache`` to the parsers of a command line."""
-    cache = _parser(commands, "cache", "shows, bounds and moves the cache", _CACHE)
+    cache = add_parser(commands, "cache", "shows, bounds and moves the cache", _CACHE)
     actions = cache.add_subparsers(metavar="ACTION", required=True)
 
     def add(name: str, text: str, run: Callable, examples: str) -> Any:
-        parser = _parser(actions, name, text, examples)
-        parser.set_defaults(run=run)
-        return parser
+        return add_parser(actions, name, text, examples, run)
 
     add("ls", "lists kernels, the last used first, and tuning results", _ls, _LS)
     add("size", "says how much is kept", _size, _SIZE)
@@ -108,16 +103,6 @@ def add_to(commands: Any) -> None:
 def _add_kernels(parser: Any, text: str) -> None:
     action = argparse.BooleanOptionalAction
     parser.add_argument("--kernels", action=action, default=True, help=text)
-
-
-def _parser(commands: Any, name: str, text: str, examples: str) -> Any:
-    return commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 # --- Looking
@@ -332,8 +317,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def _print(text: str) -> None:
-    # Names come from files, and could hold what steers a terminal.
-    print("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+    print(printable(text))
 
 
 def _note(text: str) -> None:

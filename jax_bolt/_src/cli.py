@@ -12,29 +12,51 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import cache_command, options, warm_command
+from . import cache_command, doctor_command, explain_command, options, warm_command
+from .command import UsageError, UserCodeError
 from .errors import CacheError, CompileError, UnsupportedError
+from .tune import db
 
 PROGRAM = "python -m jax_bolt"
+_EXAMPLES = """\
+examples:
+  python -m jax_bolt doctor                      is all here that kernels need?
+  python -m jax_bolt explain model.py:predict    what runs, and why
+  python -m jax_bolt tune model.py:predict       ahead of time, on the GPU
+  python -m jax_bolt cache export tuned.zip      take the results elsewhere
+
+`COMMAND --help` has more. The exit status is 0 when done, 1 when not, and 2 when the
+command was not understood.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of the whole command line; ``run`` of what it parses runs the command."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Convs and matrix products of JAX programs on fused kernels: "
+        "what runs and why, tuning, and what is kept on disk.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=db.versions())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (doctor_command, explain_command, warm_command, cache_command):
+        command.add_to(commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status. Only a fault of ours ends in a traceback."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Builds and looks after what jax_bolt keeps on disk."
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    cache_command.add_to(commands)
-    warm_command.add_to(commands)
-    args = parser.parse_args(arguments)  # exits itself, with 0 or 2
+    args = make_parser().parse_args(arguments)  # exits itself, with 0 or 2
     try:
         options.current()
     except ValueError as error:  # of a variable in the environment
         return _fail(error, 2)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
-    except cache_command.UsageError as error:
+    except UsageError as error:
         return _fail(error, 2)
     except BrokenPipeError:  # `... | head`
         # Else Python itself would fail, and say so, when it flushes at its exit.
@@ -42,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
-    except (CacheError, CompileError, UnsupportedError) as error:
+    except (CacheError, CompileError, UnsupportedError, UserCodeError) as error:
         return _fail(error, 1)
     except OSError as error:
         place = f": {error.filename}" if error.filename is not None else ""
         return _fail(f"{error.strerror or error}{place}", 1)
-    return 0
+    return status or 0
 
 
 def _fail(what: object, status: int) -> int:

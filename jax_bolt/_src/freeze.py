@@ -226,7 +226,7 @@ class _Shared:
 
     def __init__(
         self,
-        fun: Callable,
+        fun: Callable[..., Any],
         count: int,
         static: tuple[int, ...],
         donate: tuple[int, ...],
@@ -278,7 +278,7 @@ class _Shared:
 class _Function:
     """A function and what all its ``Frozen`` share."""
 
-    def __init__(self, fun: Callable, count: int, shared: _Shared):
+    def __init__(self, fun: Callable[..., Any], count: int, shared: _Shared):
         self.fun = fun
         self.shared = shared
         # All arguments are traced, for where the frozen ones are.
@@ -305,7 +305,7 @@ jax.tree_util.register_pytree_node(
 
 
 def freeze(
-    fun: Callable,
+    fun: Callable[..., Any],
     *frozen_args: Any,
     static_argnums: int | Sequence[int] = (),
     donate_argnums: int | Sequence[int] = (),
@@ -360,7 +360,7 @@ _all_shared: weakref.WeakKeyDictionary[Any, dict[Any, _Shared]]
 _all_shared = weakref.WeakKeyDictionary()
 
 
-def _shared(fun: Callable, fixed: tuple[Any, ...]) -> _Shared:
+def _shared(fun: Callable[..., Any], fixed: tuple[Any, ...]) -> _Shared:
     """The same for an equal function, unless it closes over arrays.
 
     Those may have been replaced since, and freezing again is how one would say so.

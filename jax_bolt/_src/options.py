@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+# Bytes that a name, and a path with what jax_bolt puts below it, may have.
+_NAME_MAX, _PATH_MAX = 255, 3800
+
 OnMiss: TypeAlias = Literal["tune", "heuristic", "xla", "error"]
 OnError: TypeAlias = Literal["xla", "raise"]
 Warm: TypeAlias = Literal["build", "load", "off"]
@@ -98,8 +101,18 @@ _active: contextvars.ContextVar[Options | None] = contextvars.ContextVar(
 
 
 def _path(value: Any) -> Path | None:
-    # Absolute, so that a later chdir does not move the cache.
-    return None if value is None else Path(value).expanduser().absolute()
+    if value is None:
+        return None
+    try:
+        # Absolute, so that a later chdir does not move the cache.
+        path = Path(value).expanduser().absolute()
+    except RuntimeError as error:  # there is no such user
+        raise ValueError from error
+    # What no Linux file system can have: every later look at it would be an error.
+    longest = max(len(os.fsencode(part)) for part in path.parts)
+    if "\0" in str(path) or longest > _NAME_MAX or len(os.fsencode(path)) > _PATH_MAX:
+        raise ValueError
+    return path
 
 
 def _seconds(value: Any) -> float | None:

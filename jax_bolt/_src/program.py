@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arch as arch_
-from . import compat, options, paths, plan, resolve, results, rewrite, split
+from . import compat, floor, options, paths, plan, resolve, results, rewrite, split
 from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
@@ -22,8 +22,9 @@ from .match import Refusal
 from .options import Options
 from .plan import Rejection
 from .primitive import SiteInfo
-from .report import Report, Site
+from .report import Report
 from .rewrite import Rewritten
+from .site import Site
 from .split import Split
 from .tune import target as targets
 
@@ -132,7 +133,8 @@ def report(rewritten: Rewritten, name: str | None) -> Report:
         else _site(root, arch, device, active, origin)
         for root in rewritten.roots
     ]
-    return Report(tuple(sites), arch.name if arch else "", store.stats())
+    name, kind = (arch.name, arch.gpu or "") if arch else ("", "")
+    return Report(tuple(sites), name, store.stats(), kind)
 
 
 def _refused(root: Refusal) -> Site:
@@ -165,6 +167,7 @@ def _site(
     )
     if arch is None:
         return base
+    base = dataclasses.replace(base, floor=floor.floor(site.region, arch))
     made, note = _known(site, arch, active, origin)
     if made is None:
         made = plan.heuristic(site.region, arch, active.disable)
@@ -181,8 +184,11 @@ def _site(
             base,
             time_us=entry.time_us,
             xla_time_us=entry.xla_time_us,
+            kernel_time_us=entry.kernel_time_us,
             error=entry.error,
             xla_error=entry.xla_error,
+            candidates=entry.candidates,
+            tuned=", ".join(filter(None, (entry.date, entry.versions))),
             notes="; ".join(filter(None, (note, entry.notes))),
         )
     if isinstance(made, Rejection):

@@ -7,6 +7,7 @@ that needs it, or to check a file, the region itself is wanted.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -36,7 +37,7 @@ def parse(text: str) -> ir.Region:
     """The region whose ``text`` it is; raises ValueError where there is none."""
     try:
         region = _region(text)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{text!r} is no region: {error}") from error
     # Whatever the patterns let through, the text itself decides.
     if region.text != text:
@@ -70,12 +71,22 @@ def _problem(text: str) -> ir.Problem:
     found = _match(_CONV, text).groupdict()
     layout = "hwio" if found.pop("hwio") else "krsc"
     windows: dict[str, Any] = {
-        name: tuple(map(int, found.pop(name).split("x")))
-        for name in ("stride", "padding", "dilation")
+        "stride": _dims(found.pop("stride"), 2, least=1),
+        "padding": _dims(found.pop("padding"), 4),
+        "dilation": _dims(found.pop("dilation"), 2, least=1),
     }
     dtype = _dtype(found.pop("dtype"))
     sizes = {name: int(value or 1) for name, value in found.items()}
+    if not sizes["groups"] or sizes["c"] % sizes["groups"]:
+        raise ValueError(f"{text!r} has no whole channels in a group")
     return ir.ConvProblem(**sizes, **windows, dtype=dtype, filter_layout=layout)
+
+
+def _dims(text: str, count: int, least: float = -math.inf) -> tuple[int, ...]:
+    found = tuple(map(int, text.split("x")))
+    if len(found) != count or min(found) < least:
+        raise ValueError(f"{text!r} are no {count} sizes")
+    return found
 
 
 def _op(text: str) -> ir.Op:

@@ -4,58 +4,28 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from . import ir
+from .site import Site, Totals, micros, totals
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """One root of the program.
-
-    name: the module path or source line; line: the user's source line.
-    root: ``"conv_general_dilated"`` or ``"dot_general"``.
-    problem: sizes and dtypes, "" where the root was refused.
-    epilogue: short, as "conv3x3+bn+relu"; ``region`` has all of it.
-    fused: whether the root and its epilogue are one region.
-    prologue: elementwise work on its input that XLA does ahead of it, as "mul, add,
-        relu": what no other region's epilogue can do, after a concatenation, say.
-    reason: why it is not fused, or why XLA runs it; "" otherwise.
-    kernel: the template and its config, or "xla"; "" without an architecture.
-    provenance: "shipped", "user", "heuristic" or "xla".
-    estimate: what the rank model expects of the kernel, and from what.
-    time_us, xla_time_us: µs of the region, None where not measured.
-    notes: candidates that crashed or did not end when it was tuned; and whether the
-        result was made by other versions, and is to be checked before it is used.
-    """
-
-    name: str
-    line: str
-    root: str
-    problem: str = ""
-    epilogue: str = ""
-    region: ir.Region | None = None
-    fused: bool = False
-    prologue: str = ""
-    reason: str = ""
-    kernel: str = ""
-    provenance: str = ""
-    estimate: str = ""
-    time_us: float | None = None
-    xla_time_us: float | None = None
-    error: float | None = None
-    xla_error: float | None = None
-    notes: str = ""
+_WIDTH = 160
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """The sites of a function on one architecture; ``str(report)`` is a table.
+    """The sites of a function on one architecture.
 
-    ``arch`` is "" where there was none to plan for.
+    ``str(report)`` is a table, the same wherever it is printed; ``rich.print(report)``
+    fits it to the terminal, and a notebook shows the page of ``to_html``.
+
+    ``arch`` is "" where there was none to plan for, and ``device`` the kind of GPU, ""
+    where only an architecture was named.
     ``counters`` are of the whole process: kernels found, compiled and loaded, regions
     tuned, candidates timed in either stage, restarts of the process that times them.
     """
@@ -63,6 +33,7 @@ class Report:
     sites: tuple[Site, ...]
     arch: str
     counters: Mapping[str, int]
+    device: str = ""
 
     @property
     def coverage(self) -> float:
@@ -71,20 +42,46 @@ class Report:
             return 1.0
         return sum(site.fused for site in self.sites) / len(self.sites)
 
+    @property
+    def totals(self) -> Totals:
+        """Sums over the sites that were timed."""
+        return totals(self.sites)
+
     def to_json(self) -> str:
         """The same as JSON text."""
-        sites = []
+        sites: list[dict[str, Any]] = []
         for site in self.sites:
             row = dataclasses.asdict(site)
             row["region"] = None if site.region is None else site.region.text
             sites.append(row)
         document: dict[str, Any] = {
             "arch": self.arch,
+            "device": self.device,
             "coverage": self.coverage,
             "counters": dict(self.counters),
+            "totals": dataclasses.asdict(self.totals),
             "sites": sites,
         }
         return json.dumps(document, indent=1)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as one HTML file, which opens without a network.
+
+        Raises OSError where ``path`` cannot be written.
+        """
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """The page, where a notebook shows the report."""
+        # In a frame of its own, which keeps its style from the notebook's.
+        page = html.escape(self._page())
+        style = "border:0;height:40em;width:100%"
+        return f'<iframe sandbox srcdoc="{page}" style="{style}"></iframe>'
+
+    def _page(self) -> str:
+        from . import report_page
+
+        return report_page.page(self._title(), self.device, self.sites)
 
     def _title(self) -> str:
         fused = sum(site.fused for site in self.sites)
@@ -94,39 +91,63 @@ class Report:
         kernels = sum(site.kernel not in ("", "xla") for site in self.sites)
         return f"{title}, {kernels} on kernels, planned for {self.arch}"
 
-    def __str__(self) -> str:
-        from rich.console import Console
+    def __rich__(self) -> Any:
         from rich.table import Table
         from rich.text import Text
 
-        title = self._title()
-        table = Table(title=title, title_justify="left", show_edge=False)
+        summed = self.totals
+        table = Table(
+            title=self._title(),
+            title_justify="left",
+            show_edge=False,
+            show_footer=summed.timed > 0,
+        )
         for heading in ("site", "region", "problem", "kernel"):
             table.add_column(heading, overflow="fold")
-        for heading in ("µs", "XLA µs"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table.columns[0].footer = f"{summed.timed} timed sites"
+        for heading, total in (
+            ("µs", summed.chosen_us),
+            ("XLA µs", summed.xla_us),
+            ("floor µs", summed.floor_us),
+        ):
+            table.add_column(heading, micros(total), justify="right", no_wrap=True)
         for site in self.sites:
             row = (
                 site.name,
                 site.epilogue or site.root,
                 site.problem,
-                _what_runs(site),
-                _micros(site.time_us),
-                _micros(site.xla_time_us),
+                site.what_runs,
+                micros(site.time_us),
+                micros(site.xla_time_us),
+                micros(site.floor.time_us if site.floor else None),
             )
             # Text, since rich would read the brackets of a problem as markup.
-            table.add_row(*map(Text, row))
+            table.add_row(*map(Text, map(_printable, row)), style=_style(site))
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()
-        Console(file=text, width=160, no_color=True).print(table)
+        # Said explicitly, since rich would ask the environment (FORCE_COLOR, COLUMNS).
+        console = Console(
+            file=text,
+            width=_WIDTH,
+            no_color=True,
+            force_terminal=False,
+            force_jupyter=False,
+        )
+        console.print(self.__rich__())
         return text.getvalue()
 
 
-def _what_runs(site: Site) -> str:
-    if site.reason:
-        return f"xla: {site.reason}"
-    provenance = f" [{site.provenance}]" if site.provenance else ""
-    return f"{site.kernel}{provenance}"
+def _style(site: Site) -> str:
+    """Dim where XLA keeps a site, yellow where the matcher refused it."""
+    if site.kernel != "xla":
+        return ""
+    return "dim" if site.fused else "yellow"
 
 
-def _micros(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _printable(text: str) -> str:
+    # A scope may be called anything, and could hold what steers a terminal.
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -9,7 +9,7 @@ from typing import Any
 from . import arch as arch_
 from . import base, options, paths
 from .arch import GpuArch
-from .cache_command import UsageError
+from .command import UsageError, add_parser
 from .errors import CompileError, UnsupportedError
 from .jit import toolchain
 from .tune.progress import Progress
@@ -28,14 +28,7 @@ the cache of JAX_BOLT_CACHE_DIR, or else the user's.
 def add_to(commands: Any) -> None:
     """Adds ``warm`` to the parsers of a command line."""
     text = "builds the kernel library of an architecture"
-    parser = commands.add_parser(
-        "warm",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=_WARM,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=_warm)
+    parser = add_parser(commands, "warm", text, _WARM, _warm)
     parser.add_argument(
         "--arch",
         metavar="NAME",

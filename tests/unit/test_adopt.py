@@ -18,7 +18,7 @@ from jax_bolt._src import options, paths, plan, program, resolve, results
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import store
 from jax_bolt._src.jit import toolchain as toolchains
-from jax_bolt._src.report import Site
+from jax_bolt._src.site import Site
 from jax_bolt._src.tune import adopt, db, isolate, measure, search
 from jax_bolt._src.tune.target import Target
 

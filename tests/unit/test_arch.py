@@ -20,6 +20,8 @@ def test_every_known_name_has_a_board(name):
     assert found.name == name
     assert found.gpu is None
     assert found.sm_count > 0
+    # Between a T4 and a B200, in the units stated.
+    assert found.peak_flops is None or 5e13 < found.peak_flops < 3e15
     assert found.gencode.endswith(f"code={name}")
 
 

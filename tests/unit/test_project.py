@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
+
+import jax_bolt
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,3 +19,26 @@ def test_hooks_use_the_versions_of_the_dev_extra():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     found = dict(re.findall(r'"(ruff|clang-format)==([^"]+)"', hooks))
     assert found == {name: pinned[name] for name in ("ruff", "clang-format")}
+
+
+def test_the_version_is_in_one_place():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    tracked = (*ROOT.glob("*"), *ROOT.glob("jax_bolt/**/*.py"), *ROOT.glob("cc/**/*.h"))
+    found = [
+        path.name
+        for path in tracked
+        if path.is_file() and f'"{version}"' in path.read_text(errors="replace")
+    ]
+    assert found == ["pyproject.toml"]
+    assert jax_bolt.__version__ in (version, "0+unknown")
+
+
+def test_nothing_reaches_a_shell_or_an_interpreter():
+    """Programs are run from lists of words, and no text is run as Python."""
+    for path in (ROOT / "jax_bolt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "os.popen"), path
+                assert "pickle" not in called, path
+                assert "shell" not in [k.arg for k in node.keywords], path

@@ -75,3 +75,26 @@ def test_what_is_no_region(old, new):
     region_text.parse(GOOD)
     with pytest.raises(ValueError):
         region_text.parse(GOOD.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("st1x1", "st1"),
+        ("st1x1", "st1x1x1"),
+        ("st1x1", "st0x1"),
+        ("dil1x1", "dil1x0"),
+        ("dil1x1", "dil1x1 g0"),
+        ("dil1x1", "dil1x1 g2"),
+        ("pad0x0x0x0", "pad0x0"),
+        ("0x1.8000000000000p+0", "0x1p99999"),
+        ("0x1.8000000000000p+0", "nothing"),
+    ],
+)
+def test_what_is_no_conv(old, new):
+    problem = ir.ConvProblem(n=3, h=3, w=3, c=3, k=3, r=3, s=3, dtype="f16")
+    ops = (ir.Op("acc"), ir.Op("const", attr=1.5))
+    text = ir.Region(problem=problem, epilogue=ir.Epilogue(ops, 1, "f16")).text
+    assert region_text.parse(text) and old in text
+    with pytest.raises(ValueError):
+        region_text.parse(text.replace(old, new))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One root of a program: what runs it and why; and sums over several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from . import ir
+from .floor import Floor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One root of the program.
+
+    name: the module path or source line; line: the user's source line.
+    root: ``"conv_general_dilated"`` or ``"dot_general"``.
+    problem: sizes and dtypes, "" where the root was refused.
+    epilogue: short, as "conv3x3+bn+relu"; ``region`` has all of it.
+    fused: whether the root and its epilogue are one region.
+    prologue: elementwise work on its input that XLA does ahead of it, as "mul, add,
+        relu": what no other region's epilogue can do, after a concatenation, say.
+    reason: why it is not fused, or why XLA runs it; "" otherwise.
+    kernel: the template and its config, or "xla"; "" without an architecture.
+    provenance: "shipped", "user", "heuristic" or "xla".
+    estimate: what the rank model expects of the kernel, and from what.
+    floor: the least time the GPU could take; None without an architecture or region.
+    time_us, xla_time_us: µs of the region with the best kernel found, and as XLA
+        lowers it; None where not measured. kernel_time_us: of that kernel alone.
+    error, xla_error: relative (2-norm) errors of both, measured when it was tuned.
+    candidates: how many kernels were timed when it was tuned; 0 where it was not.
+    tuned: when that was, and with which versions; "" where it was not.
+    notes: candidates that crashed or did not end when it was tuned; and whether the
+        result was made by other versions, and is to be checked before it is used.
+    """
+
+    name: str
+    line: str
+    root: str
+    problem: str = ""
+    epilogue: str = ""
+    region: ir.Region | None = None
+    fused: bool = False
+    prologue: str = ""
+    reason: str = ""
+    kernel: str = ""
+    provenance: str = ""
+    estimate: str = ""
+    floor: Floor | None = None
+    time_us: float | None = None
+    xla_time_us: float | None = None
+    kernel_time_us: float | None = None
+    error: float | None = None
+    xla_error: float | None = None
+    candidates: int = 0
+    tuned: str = ""
+    notes: str = ""
+
+    @property
+    def chosen_us(self) -> float | None:
+        """The measured time of what runs: the kernel, or XLA's lowering."""
+        return self.xla_time_us if self.kernel == "xla" else self.time_us
+
+    @property
+    def what_runs(self) -> str:
+        """The kernel and where it comes from, or "xla" and why."""
+        if self.reason:
+            return f"xla: {self.reason}"
+        return f"{self.kernel} [{self.provenance}]" if self.provenance else self.kernel
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over the ``timed`` sites, those with a time for XLA and for what runs.
+
+    Times in µs; each site counts once, however often a loop runs it. ``chosen_us`` is
+    of what runs.
+    """
+
+    timed: int
+    xla_us: float
+    chosen_us: float
+    floor_us: float
+
+
+def totals(sites: Iterable[Site]) -> Totals:
+    """Sums over those of ``sites`` that were timed."""
+    timed = [
+        (site.xla_time_us, site.chosen_us, site.floor.time_us if site.floor else 0.0)
+        for site in sites
+        if site.xla_time_us is not None and site.chosen_us is not None
+    ]
+    return Totals(
+        timed=len(timed),
+        xla_us=sum(xla for xla, _, _ in timed),
+        chosen_us=sum(chosen for _, chosen, _ in timed),
+        floor_us=sum(floor for _, _, floor in timed),
+    )
+
+
+def micros(value: float | None) -> str:
+    """A time in µs for a reader, "" where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
