@@ -149,9 +149,7 @@ MODELS: dict[str, Model] = {
         50,
         {**_PATCHES, "tokens_hidden": 24, "channels_hidden": 32},
     ),
-    "vit_b16": Model(
-        "ViT-B/16", ViT, 98, {**_PATCHES, "heads": 2, "hidden": 32}
-    ),
+    "vit_b16": Model("ViT-B/16", ViT, 98, {**_PATCHES, "heads": 2, "hidden": 32}),
 }
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "cuda_device",
     "device_count",
     "distributed_client",
+    "equations_of",
     "fresh_vars",
     "has_bound_axes",
     "is_drop",
@@ -61,6 +62,7 @@ __all__ = [
     "program_processes",
     "rebuilt",
     "register_dce",
+    "renamed",
     "source_line",
     "sub_jaxprs",
     "substituted",
@@ -238,6 +240,37 @@ def call_equation(
     return new_jaxpr_eqn(
         list(invars), [outvar], primitive, params, set(), like.source_info, like.ctx
     )
+
+
+def equations_of(
+    fun: Callable[[Any], Any], var: Var, like: JaxprEqn, make_var: Callable[[Any], Var]
+) -> tuple[list[JaxprEqn], Var]:
+    """``fun`` of ``var`` as equations with the source and context of ``like``.
+
+    Returns them and the variable that holds the result; ``fun`` makes no constants.
+    """
+    aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    with like.ctx.manager:
+        traced = jax.make_jaxpr(fun)(aval)
+    assert not traced.consts
+    names = {traced.jaxpr.invars[0]: var}
+    names |= {v: make_var(v.aval) for eqn in traced.jaxpr.eqns for v in eqn.outvars}
+    eqns = [
+        eqn.replace(source_info=like.source_info, ctx=like.ctx)
+        for eqn in renamed(traced.jaxpr.eqns, names)
+    ]
+    return eqns, names[traced.jaxpr.outvars[0]]
+
+
+def renamed(eqns: Sequence[JaxprEqn], names: Mapping[Var, Var]) -> list[JaxprEqn]:
+    """``eqns`` with some of their variables replaced."""
+    return [
+        eqn.replace(
+            invars=[substituted(names, v) for v in eqn.invars],
+            outvars=[names.get(v, v) for v in eqn.outvars],
+        )
+        for eqn in eqns
+    ]
 
 
 def new_equation(

@@ -28,41 +28,7 @@ from .compat import (
     transpose_p,
     transposed,
 )
-
-Permutation: TypeAlias = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
-    """How a conv's operands and result are transposed to the kernels' layout.
-
-    ``x.transpose(lhs)`` is NHWC, ``w.transpose(rhs)`` HWIO, ``y.transpose(out)`` NHWC.
-    """
-
-    lhs: Permutation
-    rhs: Permutation
-    out: Permutation
-
-    @staticmethod
-    def of(numbers: Any) -> Layout:
-        """From a conv's dimension numbers."""
-        batch, features, *space = numbers.lhs_spec
-        outputs, inputs, *taps = numbers.rhs_spec
-        rows, channels, *places = numbers.out_spec
-        return Layout(
-            (batch, *space, features),
-            (*taps, inputs, outputs),
-            (rows, *places, channels),
-        )
-
-    @property
-    def is_ours(self) -> bool:
-        return all(map(is_identity, (self.lhs, self.rhs, self.out)))
-
-
-def inverse(permutation: Permutation) -> Permutation:
-    """The permutation that undoes it."""
-    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+from .views import Permutation, inverse
 
 
 def transpose_equation(

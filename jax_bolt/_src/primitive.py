@@ -26,6 +26,7 @@ from .compat import (
     jaxpr_as_fun,
     mlir,
 )
+from .views import View
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +34,8 @@ class SiteInfo:
     """A region in a program: what it computes, where, and from which operands.
 
     ``operands`` gives, for the left operand, the right one, each side input and each
-    vector, its position among the equation's inputs.
+    vector, its position among the equation's inputs. ``redundant`` has those inputs
+    that hold an element twice or zeros, with what makes them.
     """
 
     region: ir.Region
@@ -43,6 +45,7 @@ class SiteInfo:
     label: str
     line: str
     root: str
+    redundant: tuple[tuple[int, View], ...] = ()
 
     @property
     def in_avals(self) -> list[Any]:

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import jax_bolt
-from jax_bolt._src import layout, options, program
+from jax_bolt._src import options, program, views
 from jax_bolt._src.compat import ClosedJaxpr
 
 NCHW = ("NCHW", "OIHW", "NCHW")
@@ -234,5 +234,5 @@ def test_a_body_of_a_loop():
 @pytest.mark.parametrize("permutation", list(itertools.permutations(range(4))))
 def test_inverse(permutation: tuple[int, ...]) -> None:
     x = np.arange(24).reshape(1, 2, 3, 4)
-    back = x.transpose(permutation).transpose(layout.inverse(permutation))
+    back = x.transpose(permutation).transpose(views.inverse(permutation))
     assert (back == x).all()

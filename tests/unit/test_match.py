@@ -215,7 +215,19 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
         (
             lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((1, 1), (1, 1))),
             (X, W),
-            "lhs_dilation",
+            "lhs_dilation=(2, 2): 15 results",
+        ),
+        (
+            lambda x, w: conv(
+                x, w, lhs_dilation=(2, 2), rhs_dilation=(2, 1), padding=((2, 3), (1, 2))
+            ),
+            (X, W),
+            "transposed conv with a stride or a dilation",
+        ),
+        (
+            lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((0, 1), (0, 1))),
+            (X, shape(1, 1, 16, 32)),
+            "fewer taps than phases",
         ),
         (
             lambda x, w: conv(x, w, padding=((-1, 0), (0, 0))),
@@ -224,28 +236,15 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
         ),
         (
             lambda x, w: lax.conv_general_dilated(
-                x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+                x, w, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
             ),
-            (shape(2, 8, 16), shape(3, 16, 32)),
-            "1-D conv",
+            (shape(2, 4, 8, 8, 16), shape(3, 3, 3, 16, 32)),
+            "3-D conv",
         ),
         (
             lambda x, y: jnp.dot(x, y, precision="highest"),
             (shape(4, 4, dtype=F32),) * 2,
             "precision=HIGHEST",
-        ),
-        (
-            lambda x, y: (
-                jnp.einsum("mbk,kn->mbn", x, y).swapaxes(0, 1)
-                @ jnp.zeros((4, 4, 4, 4), BF16)
-            ),
-            (shape(4, 4, 4), shape(4, 4)),
-            None,
-        ),
-        (
-            lambda x, y: lax.dot_general(x, y, (((1,), (1,)), ((2,), (2,)))),
-            (shape(4, 4, 4),) * 2,
-            "batch dimensions",
         ),
         (lambda x, y: jnp.outer(x, y), (shape(4),) * 2, None),
         (lambda x, y: jnp.dot(x, y), (shape(4, 0), shape(0, 4)), "dimension is zero"),

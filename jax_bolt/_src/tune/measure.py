@@ -95,7 +95,11 @@ def _random(site: SiteInfo, position: int, rng: np.random.Generator) -> np.ndarr
         _, filter_elements = site.region.problem.operand_elements
         depth = max(1, filter_elements // site.region.problem.channels)
         value = value / np.float32(math.sqrt(depth))
-    return np.resize(value.astype(aval.dtype), aval.shape)
+    value = np.resize(value.astype(aval.dtype), aval.shape)
+    for where, view in site.redundant:
+        if where == position:
+            value = np.asarray(view.there(view.back(jnp.asarray(value))))
+    return value
 
 
 def kernel_function(site: SiteInfo, kernel: Executable) -> Callable:
@@ -149,9 +153,11 @@ def is_accurate(found: Errors, region: ir.Region) -> bool:
 def _truth(site: SiteInfo, operands: Sequence[Any]) -> Any:
     """The region from its IR in float32."""
     lhs, rhs, sides, vectors = split(site, operands)
-    if isinstance(site.region.problem, ir.ConvProblem):
-        rhs = jnp.transpose(rhs, (3, 0, 1, 2))
-    return evaluate.evaluate(site.region, lhs, rhs, sides, vectors)
+    region = site.region
+    if isinstance(region.problem, ir.ConvProblem):
+        stored = dataclasses.replace(region.problem, filter_layout="hwio")
+        region = dataclasses.replace(region, problem=stored)
+    return evaluate.evaluate(region, lhs, rhs, sides, vectors)
 
 
 @jax.jit
