@@ -24,7 +24,7 @@ from .models import models
 # name -> hidden size; rows are batch 32 of 40 tokens (Bolt, fig. 8a), and 4096.
 BERTS = {"bert_base": 768, "bert_large": 1024}
 BERT_ROWS = (1280, 4096)
-NAMES = (*models.MODELS, *BERTS)
+NAMES = (*models.MEASURED, *BERTS)
 
 CONV3X3, STEM, OTHER = "3x3 conv", "stem", "other"
 COMPUTE, MEMORY = "1x1/GEMM, compute-bound", "1x1/GEMM, memory-bound"

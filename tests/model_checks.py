@@ -19,6 +19,7 @@ from jax_bolt._src.tune import measure
 # Why an equation stands outside a region that it could be in.
 READ_TWICE = "a value of the region is read in two places"
 TRANSPOSED = "the result is transposed in between"
+SPREAD = "an input is neither per channel nor as large as the result"
 
 
 def rewritten(fun: Any, *args: Any) -> Rewritten:
@@ -46,15 +47,6 @@ def check_region(site: SiteInfo, bound: float = 1e-5) -> None:
         region = dataclasses.replace(region, problem=problem)
     got = evaluate.evaluate(region, lhs, rhs, sides, vectors)
     check_close(got.reshape(want.shape), want, bound)
-
-
-def distinct(done: Rewritten) -> list[SiteInfo]:
-    """Sites that differ in more than their place: by region and by reference."""
-    found = {
-        (site.region.text, str(site.reference), site.operands): site
-        for site in done.family.sites
-    }
-    return list(found.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,9 +83,9 @@ class _Search:
     def leftovers(self) -> Iterator[Leftover]:
         for call in self.jaxpr.eqns:
             if call.primitive.name == "bolt_call":
-                yield from self._after(call.outvars[0])
+                yield from self._after(call.outvars[0], call.params["site"])
 
-    def _after(self, result: Var) -> Iterator[Leftover]:
+    def _after(self, result: Var, site: SiteInfo) -> Iterator[Leftover]:
         """Those that ``result`` reaches through nothing but such equations."""
         reached = {result: frozenset[int]()}  # value -> equations on the way, by id
         depends = {result}  # on the result, in whatever way
@@ -113,7 +105,7 @@ class _Search:
             elif elementwise.supported(eqn) and self._is_candidate(eqn, ours):
                 reached[eqn.outvars[0]] = way
                 shape = tuple(aval_of(eqn.outvars[0]).shape)
-                reason = self._reason(result, eqn, way)
+                reason = self._reason(result, site, eqn, way)
                 yield Leftover(eqn.primitive.name, shape, reason)
 
     def _is_candidate(self, eqn: JaxprEqn, ours: set[Var]) -> bool:
@@ -121,7 +113,9 @@ class _Search:
         out = aval_of(eqn.outvars[0])
         return out.dtype != bool and all(aval_of(v).shape == out.shape for v in ours)
 
-    def _reason(self, result: Var, eqn: JaxprEqn, way: frozenset[int]) -> str:
+    def _reason(
+        self, result: Var, site: SiteInfo, eqn: JaxprEqn, way: frozenset[int]
+    ) -> str:
         on_way = [e for e in self.jaxpr.eqns if id(e) in way]
         values = [result, *(e.outvars[0] for e in on_way if e is not eqn)]
         for value in values:
@@ -129,4 +123,8 @@ class _Search:
             if not inside or value in self.jaxpr.outvars:
                 return READ_TWICE
         names = [e.primitive.name for e in on_way]
-        return TRANSPOSED if "transpose" in names else ""
+        if "transpose" in names:
+            return TRANSPOSED
+        sizes = {aval_of(v).size for e in on_way for v in e.invars}
+        fits = {1, site.region.problem.channels, aval_of(eqn.outvars[0]).size}
+        return "" if sizes <= fits else SPREAD

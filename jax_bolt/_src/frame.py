@@ -15,9 +15,8 @@ import math
 from collections.abc import Sequence
 
 from .compat import JaxprEqn, aval_of
-from .views import Factored, Permutation, Transposed, View, inverse
+from .views import RESHAPES, Factored, Permutation, Transposed, View, inverse
 
-RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 Shape = tuple[int, ...]
 
 

@@ -130,15 +130,18 @@ class _Graph:
                 self.producer[var] = i
 
     def rank(self, match: Match) -> tuple[int, ...]:
-        """Which of two regions of one root is better: that of the larger value."""
+        """Which of two regions of one root is better: that of the larger value.
+
+        A result that has to be moved costs as much as work that stays outside.
+        """
         readers = self.users.get(match.output, set())
         moved = [self.eqns[i].primitive.name == "transpose" for i in readers]
         # Two transposes after each other are one.
         stays = match.result is None or (moved and all(moved))
         return (
+            bool(stays),
             len(match.eqns),
             -len(match.region.epilogue.sides),
-            bool(stays),
             -sum(view is not None for view in match.views),
             match.region.problem.channels % 8 == 0,
         )
@@ -228,16 +231,16 @@ class _Growth:
         return shape == frame.shape or frame.is_per_channel(shape)
 
     def _ends_at(self, index: int) -> bool:
-        """A region gives floats, and in the order in which its root does.
+        """A region gives floats, and in its root's order or in the kernel's.
 
         XLA moves data in one go with the work after it, which a kernel would leave it
         to do by itself.
         """
         eqn = self.graph.eqns[index]
-        frame = self.frames[eqn.outvars[0]]
-        if is_view(eqn) or (frame.moves and not self.problem.frame.moves):
-            return False
-        return _is_float(eqn.outvars[0])
+        moves, moved = self.frames[eqn.outvars[0]].moves, self.problem.frame.moves
+        # A change of shape is worth having where it puts the root's order right.
+        fits = moved and not moves if is_view(eqn) else moved or not moves
+        return fits and _is_float(eqn.outvars[0])
 
     def _closed(self, inside: frozenset[int], out: Var) -> bool:
         """No value of the region but ``out`` is used outside it."""
@@ -341,8 +344,8 @@ class _Emission:
         if source is not None:
             return self._channel_value(source, frame)
         if (atom, frame) not in self.full:
-            if frame.moves and not frame.is_transposition:
-                raise NotElementwise("a side input whose pixels would be rearranged")
+            if frame.moves and not self.growth.problem.shares_layout:
+                raise NotElementwise("a side input that would be rearranged")
             self.sides.append(atom)
             self._frames.append(frame)
             self.full[atom, frame] = self.builder.side(elementwise.dtype_of(atom))

@@ -47,6 +47,15 @@ class Root:
     rhs: View | None = None
     operands: tuple[int, int] = (0, 1)
 
+    @property
+    def shares_layout(self) -> bool:
+        """Whether full tensors beside the result are likely to lie as it does.
+
+        As in a model that is written in NCHW: what rearranges them cancels.
+        """
+        is_conv = isinstance(self.problem, ir.ConvProblem)
+        return is_conv and self.frame.is_transposition
+
 
 def read_root(eqn: JaxprEqn) -> tuple[Root, ...]:
     """The problem of a conv or dot equation, in one or two ways.

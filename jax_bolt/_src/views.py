@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 Permutation: TypeAlias = tuple[int, ...]
+# Primitives whose result has the operand's elements in their order, or repeats some.
+RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 
 
 class View(Protocol):
