@@ -83,8 +83,9 @@ class _Sinking:
         view = self.view(atom)
         if view is not None and atom not in self._written:
             self._written.add(atom)
+            source = self.read(view.source)
             self.eqns.append(
-                transpose_equation(view.source, atom, view.permutation, view.like)
+                transpose_equation(source, atom, view.permutation, view.like)
             )
         return atom
 
@@ -162,9 +163,8 @@ class _Sinking:
             made = self._make_var(transposed(out.aval, inverse(permutation)))
             self._views[out] = _View(made, permutation, eqn)
         params = {**eqn.params, **changes}
-        self.eqns.append(
-            eqn.replace(invars=list(operands), outvars=[made], params=params)
-        )
+        operands = [self.read(v) for v in operands]
+        self.eqns.append(eqn.replace(invars=operands, outvars=[made], params=params))
 
     def broadcast(self, atom: Any, permutation: Permutation) -> Var | None:
         """A broadcast value as it would be before the transpose."""
