@@ -47,7 +47,8 @@ class Match:
     ``eqns`` are the indices it replaces, the root's first; ``absorbed`` those of
     per-channel arithmetic, which go too unless something else reads them. ``inputs``
     are the left operand, the right one, the side inputs, the vectors; ``views`` is how
-    each is rearranged for the kernel, if at all, and ``result`` how the output is.
+    each is rearranged for the kernel, if at all, and ``result`` how the output is;
+    where it ``shares_layout``, that can be expected to cancel.
     """
 
     root: int
@@ -60,6 +61,7 @@ class Match:
     label: str
     views: tuple[View | None, ...]
     result: View | None
+    shares_layout: bool
 
     @property
     def is_rearranged(self) -> bool:
@@ -279,6 +281,7 @@ class _Growth:
             name=name,
             views=(self.problem.lhs, self.problem.rhs, *emission.views()),
             result=self.frames[output].view,
+            shares_layout=self.problem.shares_layout,
             label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
         )
 

@@ -34,8 +34,9 @@ class SiteInfo:
     """A region in a program: what it computes, where, and from which operands.
 
     ``operands`` gives, for the left operand, the right one, each side input and each
-    vector, its position among the equation's inputs. ``redundant`` has those inputs
-    that hold an element twice or zeros, with what makes them.
+    vector, its position among the equation's inputs. ``views`` are what the program
+    around it makes of its own values for each input, ``result`` of the output; None
+    where nothing is done, or where it can be expected to cancel.
     """
 
     region: ir.Region
@@ -45,7 +46,8 @@ class SiteInfo:
     label: str
     line: str
     root: str
-    redundant: tuple[tuple[int, View], ...] = ()
+    views: tuple[View | None, ...]
+    result: View | None
 
     @property
     def in_avals(self) -> list[Any]:

@@ -122,7 +122,8 @@ class _Pass:
             label=match.label,
             line=source_line(root),
             root=root.primitive.name,
-            redundant=edges.redundant,
+            views=edges.views,
+            result=None if match.shares_layout else match.result,
         )
         self.family.sites.append(site)
         self.roots.append(site)
@@ -171,10 +172,13 @@ class _Edges:
         self._root = root
         self._make_var = fresh_vars()
         wanted = list(zip(match.inputs, match.views, strict=True))
-        self._views = match.views
         made = {key: self._operand(*key) for key in dict.fromkeys(wanted)}
         self.operands = list(dict.fromkeys(made.values()))
         self.positions = tuple(self.operands.index(made[key]) for key in wanted)
+        views = {
+            var: None if match.shares_layout else key[1] for key, var in made.items()
+        }
+        self.views = tuple(views[var] for var in self.operands)
         self.output = self.result = match.output
         self._last: list[JaxprEqn] = []
         if match.result is not None:
@@ -182,14 +186,6 @@ class _Edges:
             self.output = self._make_var(self.result.aval)
             self.after, back = self._applied(match.result.back, self.output)
             self.after = renamed(self.after, {back: match.output})
-
-    @property
-    def redundant(self) -> tuple[tuple[int, View], ...]:
-        return tuple(
-            (position, view)
-            for position, view in zip(self.positions, self._views, strict=True)
-            if view is not None and view.is_redundant
-        )
 
     def around(self, body: list[JaxprEqn]) -> list[JaxprEqn]:
         """The reference's equations."""

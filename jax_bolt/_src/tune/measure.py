@@ -96,9 +96,9 @@ def _random(site: SiteInfo, position: int, rng: np.random.Generator) -> np.ndarr
         depth = max(1, filter_elements // site.region.problem.channels)
         value = value / np.float32(math.sqrt(depth))
     value = np.resize(value.astype(aval.dtype), aval.shape)
-    for where, view in site.redundant:
-        if where == position:
-            value = np.asarray(view.there(view.back(jnp.asarray(value))))
+    view = site.views[position]
+    if view is not None and view.is_redundant:
+        value = np.asarray(view.there(view.back(jnp.asarray(value))))
     return value
 
 
@@ -202,17 +202,39 @@ def time_in_sequence(kernel: Executable, operands: Operands, ordinal: int) -> Ru
 
 
 def _time_rotation(rotation: Callable, operands: Operands, ordinal: int) -> Run:
+    """From the program's own values and to them.
+
+    What a kernel needs rearranged is part of its time. Of XLA's own path, which takes
+    them as they are, the views and the reference's undone ones cancel.
+    """
+    views, result = operands.site.views, operands.site.result
+    sets = [
+        tuple(x if v is None else v.back(x) for x, v in zip(values, views, strict=True))
+        for values in operands.sets
+    ]
+
+    def whole(sets: Sequence[tuple]) -> list[Any]:
+        viewed = [
+            tuple(
+                x if v is None else v.there(x)
+                for x, v in zip(values, views, strict=True)
+            )
+            for values in sets
+        ]
+        made = rotation(viewed)
+        return made if result is None else [result.back(x) for x in made]
+
     # Not lowered ahead of time: such a call takes the host ten times as long.
-    jitted = jax.jit(rotation)
+    jitted = jax.jit(whole)
     first: list[jax.Array] = []
 
     def call() -> list[jax.Array]:
-        made = jitted(operands.sets)
+        made = jitted(sets)
         first.extend(made[:1] if not first else ())
         return made
 
-    micros = time_queued(call, ordinal) / len(operands.sets)
-    return Run(micros, first[0])
+    micros = time_queued(call, ordinal) / len(sets)
+    return Run(micros, first[0] if result is None else result.there(first[0]))
 
 
 def time_queued(call: Callable[[], Any], ordinal: int) -> float:
