@@ -51,7 +51,8 @@ def check_region(site: SiteInfo, bound: float = 1e-5) -> None:
         want = reference_fun(site.reference)(*operands)
         return made.reshape(want.shape), want
 
-    check_close(*both(*operands), bound)
+    made, want = both(*operands)
+    check_close(made, want, bound)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class Model:
     title: str
     make: Callable[..., nn.Module]
     roots: int
-    small: Mapping[str, Any]
+    small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gain: float = 2.0
 
 

@@ -249,7 +249,7 @@ def equations_of(
 
     Returns them and the variable that holds the result; ``fun`` makes no constants.
     """
-    aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    aval = jax.ShapeDtypeStruct(aval_of(var).shape, aval_of(var).dtype)
     with like.ctx.manager:
         traced = jax.make_jaxpr(fun)(aval)
     assert not traced.consts

@@ -114,7 +114,7 @@ class _Sinking:
             return False
         (out,) = eqn.outvars
         source = substituted(self._same, eqn.invars[0])
-        whole = self._whole.get(source, source)
+        whole: Any = self._whole.get(source, source)
         if aval_of(whole) == aval_of(out):
             self._same[out] = whole
         else:

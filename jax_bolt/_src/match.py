@@ -31,6 +31,7 @@ from .compat import (
     is_drop,
     name_stack,
     source_line,
+    variables,
 )
 from .elementwise import NotElementwise
 from .frame import Frame
@@ -198,7 +199,8 @@ class _Growth:
     def _grows(self, eqn: JaxprEqn, ancestors: dict[Var, frozenset[int]]) -> bool:
         if len(eqn.outvars) != 1 or eqn.effects or is_drop(eqn.outvars[0]):
             return False
-        frames = {self.frames[v] for v in eqn.invars if _in(v, ancestors)}
+        ours = [v for v in variables(eqn.invars) if v in ancestors]
+        frames = {self.frames[v] for v in ours}
         if len(frames) != 1:
             return False
         frame = frames.pop()
@@ -321,8 +323,8 @@ class _Emission:
         """How side inputs and vectors are rearranged."""
         times = self.growth.problem.frame.repeats
         vectors = [
-            Repeated(tuple(v.aval.shape), times)
-            if times > 1 and v.aval.size > 1
+            Repeated(tuple(aval_of(v).shape), times)
+            if times > 1 and aval_of(v).size > 1
             else None
             for v in self.vectors
         ]
@@ -405,7 +407,7 @@ class _Emission:
             return False
         if not elementwise.supported(eqn):
             return False
-        if not frame.is_per_channel(tuple(eqn.outvars[0].aval.shape)):
+        if not frame.is_per_channel(tuple(aval_of(eqn.outvars[0]).shape)):
             return False
         # The root reads its operands as tensors, whatever else they are.
         inside = (self.inside | self.absorbed) - {self.growth.root}

@@ -178,7 +178,8 @@ class _Edges:
         views = {
             var: None if match.shares_layout else key[1] for key, var in made.items()
         }
-        self.views = tuple(views[var] for var in self.operands)
+        kept = not match.shares_layout
+        self.views = tuple(views[var] if kept else None for var in self.operands)
         self.output = self.result = match.output
         self._last: list[JaxprEqn] = []
         if match.result is not None:

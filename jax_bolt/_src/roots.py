@@ -279,7 +279,8 @@ def _space(p: Any, sizes: Sequence[int], taps: Sequence[int]) -> list[_Axis]:
     ]
     if not all(axis.is_batch for axis in axes[:-2]):
         raise Refused(f"a {len(axes)}-D conv: kernels are 2-D")
-    return [*(_Axis() for _ in range(2 - len(axes))), *axes]
+    # Kernels take images of any height, but not of any width.
+    return [*axes, *(_Axis() for _ in range(2 - len(axes)))]
 
 
 # Of its products a plain conv that stands for a transposed one may have three times as
@@ -315,7 +316,7 @@ def _frame_of_phases(
 ) -> Frame:
     """Results next to each other are channels of one pixel, by phase."""
     strides = [1] * len(shape)
-    for axis, phases in zip(order[-2:0:-1], filters.axes[::-1], strict=False):
+    for axis, phases in zip(order[1:-1][-2:], filters.axes, strict=False):
         strides[axis] = phases.stride
     pixels = [n for size, s in zip(shape, strides, strict=True) for n in (size // s, s)]
     rows, channels = order[:-1], order[-1]

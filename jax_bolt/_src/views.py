@@ -141,23 +141,23 @@ class PhaseFilter:
         down, right = self.axes
         return (down.taps, down.stride, right.taps, right.stride, *self.shape[-2:])
 
-    def there(self, w: jax.Array) -> jax.Array:
-        w = w.reshape(self.down.size, self.right.size, *self.shape[-2:])
+    def there(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(self.down.size, self.right.size, *self.shape[-2:])
         pads = [(phases.before, phases.after, 0) for phases in self.axes]
         if any(map(any, pads)):
-            w = lax.pad(w, jnp.zeros((), w.dtype), [*pads, (0, 0, 0), (0, 0, 0)])
-        w = lax.rev(w.reshape(self._runs), (1, 3))
-        w = lax.transpose(w, (0, 2, 4, 1, 3, 5))
-        return w.reshape(*w.shape[:3], math.prod(w.shape[3:]))
+            x = lax.pad(x, jnp.zeros((), x.dtype), [*pads, (0, 0, 0), (0, 0, 0)])
+        x = lax.rev(x.reshape(self._runs), (1, 3))
+        x = lax.transpose(x, (0, 2, 4, 1, 3, 5))
+        return x.reshape(*x.shape[:3], math.prod(x.shape[3:]))
 
-    def back(self, w: jax.Array) -> jax.Array:
+    def back(self, x: jax.Array) -> jax.Array:
         runs, (c, k) = self._runs, self.shape[-2:]
-        w = w.reshape([runs[i] for i in (0, 2, 4, 1, 3, 5)])
-        w = lax.rev(lax.transpose(w, (0, 3, 1, 4, 2, 5)), (1, 3))
-        w = w.reshape(runs[0] * runs[1], runs[2] * runs[3], c, k)
+        x = x.reshape([runs[i] for i in (0, 2, 4, 1, 3, 5)])
+        x = lax.rev(lax.transpose(x, (0, 3, 1, 4, 2, 5)), (1, 3))
+        x = x.reshape(runs[0] * runs[1], runs[2] * runs[3], c, k)
         starts = [phases.before for phases in self.axes]
         ends = [phases.before + phases.size for phases in self.axes]
-        return lax.slice(w, (*starts, 0, 0), (*ends, c, k)).reshape(self.shape)
+        return lax.slice(x, (*starts, 0, 0), (*ends, c, k)).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

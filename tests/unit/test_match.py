@@ -210,6 +210,7 @@ def test_reshapes_and_transposes_between_the_equations_stay_inside():
     args = shape(2, 5, 16), shape(24, 16), shape(24), shape(2, 5, 4, 6)
     found = one(fun, *args)
     problem = found.region.problem
+    assert isinstance(problem, ir.GemmProblem)
     assert (problem.m, problem.n, problem.a_layout, problem.b_layout) == (
         *(10, 24),
         *("row", "col"),
@@ -263,7 +264,7 @@ def test_products_in_any_order(spec, a, b, rearranged):
 @pytest.mark.parametrize(
     ("numbers", "x", "w", "problem"),
     [
-        (("NHC", "HIO", "NHC"), (2, 9, 16), (3, 16, 32), (2, 1, 9, 1, 3)),
+        (("NHC", "HIO", "NHC"), (2, 9, 16), (3, 16, 32), (2, 9, 1, 3, 1)),
         (
             ("NDHWC", "DHWIO", "NDHWC"),
             (2, 3, 9, 7, 16),
@@ -281,6 +282,7 @@ def test_convs_of_one_and_of_three_dimensions(numbers, x, w, problem):
 
     found = one(fun, shape(*x), shape(*w), shape(32))
     p = found.region.problem
+    assert isinstance(p, ir.ConvProblem)
     assert (p.n, p.h, p.w, p.r, p.s) == problem
     assert not found.is_rearranged and len(found.region.epilogue.vectors) == 1
 
@@ -299,6 +301,7 @@ def test_transposed_convs_have_a_channel_for_each_phase(size, taps, channels):
     args = X, shape(size, size, 16, 32), shape(32), shape(2, 16, 16, 32)
     found = one(fun, *args)
     p = found.region.problem
+    assert isinstance(p, ir.ConvProblem)
     assert (p.h, p.w, p.r, p.s, p.k, p.stride) == (8, 8, taps, taps, channels, (1, 1))
     # A side input would have to be taken apart: XLA adds it to the pixels it moves.
     assert names(found) == ["acc", "vector", "add", "const", "max"]

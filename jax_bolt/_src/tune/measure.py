@@ -201,27 +201,30 @@ def time_in_sequence(kernel: Executable, operands: Operands, ordinal: int) -> Ru
     return _time_rotation(rotation, operands, ordinal)
 
 
+def _viewed(site: SiteInfo, values: Sequence[Any]) -> tuple[Any, ...]:
+    """The operands of the ``bolt_call``, from the program's own."""
+    pairs = zip(values, site.views, strict=True)
+    return tuple(x if view is None else view.there(x) for x, view in pairs)
+
+
+def _written(site: SiteInfo, values: Sequence[Any]) -> tuple[Any, ...]:
+    """The program's own values, from the operands of the ``bolt_call``."""
+    pairs = zip(values, site.views, strict=True)
+    return tuple(x if view is None else view.back(x) for x, view in pairs)
+
+
 def _time_rotation(rotation: Callable, operands: Operands, ordinal: int) -> Run:
     """From the program's own values and to them.
 
     What a kernel needs rearranged is part of its time. Of XLA's own path, which takes
     them as they are, the views and the reference's undone ones cancel.
     """
-    views, result = operands.site.views, operands.site.result
-    sets = [
-        tuple(x if v is None else v.back(x) for x, v in zip(values, views, strict=True))
-        for values in operands.sets
-    ]
+    site = operands.site
+    result = site.result
+    sets = [_written(site, values) for values in operands.sets]
 
     def whole(sets: Sequence[tuple]) -> list[Any]:
-        viewed = [
-            tuple(
-                x if v is None else v.there(x)
-                for x, v in zip(values, views, strict=True)
-            )
-            for values in sets
-        ]
-        made = rotation(viewed)
+        made = rotation([_viewed(site, values) for values in sets])
         return made if result is None else [result.back(x) for x in made]
 
     # Not lowered ahead of time: such a call takes the host ten times as long.
