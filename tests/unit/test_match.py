@@ -432,3 +432,23 @@ def test_roots_of_literals_are_refused():
     assert [refusal.reason for refusal in refused] == [
         "an operand is a literal of the program"
     ]
+
+
+def test_a_channel_shuffle_lies_between_two_regions():
+    def fun(x, w, u, v):
+        y = jax.nn.relu(conv(x, w))
+        y = y.reshape(2, 8, 8, 2, 16).swapaxes(3, 4).reshape(2, 8, 8, 32)
+        return jax.nn.relu(conv(y, u) + spread(v).astype(BF16))
+
+    (first, second), refused = find(fun, X, W, shape(1, 1, 32, 32), V)
+    assert not refused
+    assert names(first) == ["acc", "const", "max"]
+    assert [n for n in names(second) if n in ("add", "max")] == ["add", "max"]
+
+
+def test_a_vector_over_shuffled_channels_is_none():
+    def fun(x, w, v):
+        y = (x @ w).reshape(4, 2, 8).swapaxes(1, 2)
+        return (y + v.reshape(1, 8, 2)).swapaxes(1, 2)
+
+    assert names(one(fun, shape(4, 16), shape(16, 16), shape(16))) == ["acc"]
