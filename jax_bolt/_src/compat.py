@@ -6,7 +6,7 @@ No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -135,7 +135,13 @@ def aval_of(atom: Any) -> Any:
 
 def transposed(aval: Any, permutation: Sequence[int]) -> Any:
     """The abstract value of a transpose."""
-    found = transpose_p.abstract_eval(aval, permutation=tuple(permutation))
+    return _result_aval(transpose_p, [aval], {"permutation": tuple(permutation)})
+
+
+def _result_aval(primitive: Primitive, avals: Iterable[Any], params: Any) -> Any:
+    # On, the result varies over the manual axes that the operands do, if any.
+    with _config._check_vma(True):
+        found = primitive.abstract_eval(*avals, **params)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -247,19 +253,20 @@ def equations_of(
 ) -> tuple[list[JaxprEqn], Var]:
     """``fun`` of ``var`` as equations with the source and context of ``like``.
 
-    Returns them and the variable that holds the result; ``fun`` makes no constants.
+    Returns them and the variable that holds the result; ``fun`` makes no constants and
+    its equations have one result each.
     """
-    aval = jax.ShapeDtypeStruct(aval_of(var).shape, aval_of(var).dtype)
-    with like.ctx.manager:
-        traced = jax.make_jaxpr(fun)(aval)
-    assert not traced.consts
-    names = {traced.jaxpr.invars[0]: var}
-    names |= {v: make_var(v.aval) for eqn in traced.jaxpr.eqns for v in eqn.outvars}
-    eqns = [
-        eqn.replace(source_info=like.source_info, ctx=like.ctx)
-        for eqn in renamed(traced.jaxpr.eqns, names)
-    ]
-    return eqns, names[traced.jaxpr.outvars[0]]
+    like_var = jax.ShapeDtypeStruct(aval_of(var).shape, aval_of(var).dtype)
+    traced = jax.make_jaxpr(fun)(like_var).jaxpr
+    names = {traced.invars[0]: var}
+    eqns: list[JaxprEqn] = []
+    for eqn in traced.eqns:
+        invars = [substituted(names, v) for v in eqn.invars]
+        # From the variable's own: that may vary over manual axes, or be weakly typed.
+        aval = _result_aval(eqn.primitive, map(aval_of, invars), eqn.params)
+        made = names[eqn.outvars[0]] = make_var(aval)
+        eqns.append(call_equation(invars, made, eqn.primitive, eqn.params, like))
+    return eqns, names[traced.outvars[0]]
 
 
 def renamed(eqns: Sequence[JaxprEqn], names: Mapping[Var, Var]) -> list[JaxprEqn]:

@@ -145,7 +145,7 @@ class PhaseFilter:
         x = x.reshape(self.down.size, self.right.size, *self.shape[-2:])
         pads = [(phases.before, phases.after, 0) for phases in self.axes]
         if any(map(any, pads)):
-            x = lax.pad(x, jnp.zeros((), x.dtype), [*pads, (0, 0, 0), (0, 0, 0)])
+            x = lax.pad(x, _zero_like(x), [*pads, (0, 0, 0), (0, 0, 0)])
         x = lax.rev(x.reshape(self._runs), (1, 3))
         x = lax.transpose(x, (0, 2, 4, 1, 3, 5))
         return x.reshape(*x.shape[:3], math.prod(x.shape[3:]))
@@ -176,6 +176,17 @@ class Both:
 
     def back(self, x: jax.Array) -> jax.Array:
         return self.first.back(self.second.back(x))
+
+
+def _zero_like(x: jax.Array) -> jax.Array:
+    """A zero that varies over the manual axes of a ``shard_map`` that ``x`` does.
+
+    A constant varies over none, and JAX does not mix them. XLA sees a constant here.
+    """
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    one = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+    same = lax.bitcast_convert_type(one, bits)
+    return lax.bitcast_convert_type(lax.bitwise_xor(same, same), x.dtype)
 
 
 def inverse(permutation: Permutation) -> Permutation:
