@@ -256,7 +256,7 @@ def main(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--models", nargs="+", default=list(models.MODELS), choices=models.MODELS
+        "--models", nargs="+", default=list(models.MEASURED), choices=models.MODELS
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image", type=int, default=224, help="pixels per side")

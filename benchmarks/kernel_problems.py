@@ -39,7 +39,7 @@ DEPTHWISE = {
     name: tuple(tuple(map(int, layer.split())) for layer in layers.split(","))
     for name, layers in _LAYERS.items()
 }
-NAMES = (*models.MODELS, *BERTS, *DEPTHWISE)
+NAMES = (*models.MEASURED, *BERTS, *DEPTHWISE)
 
 CONV3X3, STEM, OTHER = "3x3 conv", "stem", "other"
 DEPTHWISE_CONV = "depthwise conv"

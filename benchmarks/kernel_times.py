@@ -288,9 +288,8 @@ def _library(operands: measure.Operands, ordinal: int) -> dict[str, dict[str, An
             tuple(prepared(*operands.roles(i)[:2])) for i in range(len(operands.sets))
         )
         jax.block_until_ready(sets)
-        bare = measure.Operands(operands.site, sets)
         found[name] = {
-            "us": measure.time_region(fun, bare, ordinal).micros,
+            "us": measure.time_function(fun, sets, ordinal),
             "runs": what_runs(fun, sets[0]),
         }
     return found
@@ -304,8 +303,7 @@ def _copy(site: SiteInfo, root: floor.Root, count: int, ordinal: int) -> float:
     sizes = [root.bytes // 4 + 64 * i for i in range(count)]
     sets = tuple((jax.device_put(np.resize(drawn, size)),) for size in sizes)
     jax.block_until_ready(sets)
-    operands = measure.Operands(site, sets)
-    return measure.time_region(jnp.negative, operands, ordinal).micros
+    return measure.time_function(jnp.negative, sets, ordinal)
 
 
 def _dot(problem: ir.GemmProblem) -> Callable:

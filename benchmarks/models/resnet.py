@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet-18 and ResNet-50 v1.5 (the stride sits in the 3x3 conv) for inference."""
+"""ResNet-18, ResNet-50 and its wide form, v1.5 (the stride sits in the 3x3 conv)."""
 
 from __future__ import annotations
 
@@ -21,31 +21,37 @@ class BasicBlock(nn.Module):
     strides: tuple[int, int]
     conv: Layer
     norm: Layer
+    widen: int = 1
 
     expansion = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x
-        y = self.conv(self.features, (3, 3), self.strides)(x)
+        features = self.features * self.widen
+        y = self.conv(features, (3, 3), self.strides)(x)
         y = nn.relu(self.norm()(y))
-        y = self.conv(self.features, (3, 3))(y)
+        y = self.conv(features, (3, 3))(y)
         y = self.norm()(y)
         if shortcut.shape != y.shape:
-            shortcut = self.conv(
-                self.features, (1, 1), self.strides, name="shortcut_conv"
-            )(shortcut)
+            shortcut = self.conv(features, (1, 1), self.strides, name="shortcut_conv")(
+                shortcut
+            )
             shortcut = self.norm(name="shortcut_norm")(shortcut)
         return nn.relu(shortcut + y)
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up to four times the features, and a shortcut."""
+    """1x1 down, 3x3, 1x1 up to four times the features, and a shortcut.
+
+    ``widen`` times the features in between.
+    """
 
     features: int
     strides: tuple[int, int]
     conv: Layer
     norm: Layer
+    widen: int = 1
 
     expansion = 4
 
@@ -53,8 +59,9 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x
         wide = self.features * self.expansion
-        y = nn.relu(self.norm()(self.conv(self.features, (1, 1))(x)))
-        y = nn.relu(self.norm()(self.conv(self.features, (3, 3), self.strides)(y)))
+        inner = self.features * self.widen
+        y = nn.relu(self.norm()(self.conv(inner, (1, 1))(x)))
+        y = nn.relu(self.norm()(self.conv(inner, (3, 3), self.strides)(y)))
         y = self.norm()(self.conv(wide, (1, 1))(y))
         if shortcut.shape != y.shape:
             shortcut = self.conv(wide, (1, 1), self.strides, name="shortcut_conv")(
@@ -74,6 +81,7 @@ class ResNet(nn.Module):
     stages: Sequence[int]
     num_classes: int = 1000
     width: int = 64
+    widen: int = 1
     dtype: Any = jnp.bfloat16
 
     @nn.compact
@@ -88,10 +96,12 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.stages):
             for index in range(blocks):
                 strides = (2, 2) if stage > 0 and index == 0 else (1, 1)
-                x = self.block(self.width * 2**stage, strides, conv=conv, norm=norm)(x)
+                features = self.width * 2**stage
+                x = self.block(features, strides, conv, norm, self.widen)(x)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype)(x)
 
 
 ResNet18 = functools.partial(ResNet, block=BasicBlock, stages=(2, 2, 2, 2))
 ResNet50 = functools.partial(ResNet, block=Bottleneck, stages=(3, 4, 6, 3))
+WideResNet50 = functools.partial(ResNet50, widen=2)

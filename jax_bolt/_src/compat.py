@@ -6,7 +6,7 @@ No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -45,6 +45,7 @@ __all__ = [
     "cuda_device",
     "device_count",
     "distributed_client",
+    "equations_of",
     "fresh_vars",
     "has_bound_axes",
     "is_drop",
@@ -62,6 +63,7 @@ __all__ = [
     "program_processes",
     "rebuilt",
     "register_dce",
+    "renamed",
     "source_line",
     "sub_jaxprs",
     "substituted",
@@ -134,7 +136,13 @@ def aval_of(atom: Any) -> Any:
 
 def transposed(aval: Any, permutation: Sequence[int]) -> Any:
     """The abstract value of a transpose."""
-    found = transpose_p.abstract_eval(aval, permutation=tuple(permutation))
+    return _result_aval(transpose_p, [aval], {"permutation": tuple(permutation)})
+
+
+def _result_aval(primitive: Primitive, avals: Iterable[Any], params: Any) -> Any:
+    # On, the result varies over the manual axes that the operands do, if any.
+    with _config._check_vma(True):
+        found = primitive.abstract_eval(*avals, **params)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -250,6 +258,38 @@ def call_equation(
     return new_jaxpr_eqn(
         list(invars), list(outvars), primitive, params, set(), source, ctx
     )
+
+
+def equations_of(
+    fun: Callable[[Any], Any], var: Var, like: JaxprEqn, make_var: Callable[[Any], Var]
+) -> tuple[list[JaxprEqn], Var]:
+    """``fun`` of ``var`` as equations with the source and context of ``like``.
+
+    Returns them and the variable that holds the result; ``fun`` makes no constants and
+    its equations have one result each.
+    """
+    like_var = jax.ShapeDtypeStruct(aval_of(var).shape, aval_of(var).dtype)
+    traced = jax.make_jaxpr(fun)(like_var).jaxpr
+    names = {traced.invars[0]: var}
+    eqns: list[JaxprEqn] = []
+    for eqn in traced.eqns:
+        invars = [substituted(names, v) for v in eqn.invars]
+        # From the variable's own: that may vary over manual axes, or be weakly typed.
+        aval = _result_aval(eqn.primitive, map(aval_of, invars), eqn.params)
+        made = names[eqn.outvars[0]] = make_var(aval)
+        eqns.append(call_equation(invars, [made], eqn.primitive, eqn.params, like))
+    return eqns, names[traced.outvars[0]]
+
+
+def renamed(eqns: Sequence[JaxprEqn], names: Mapping[Var, Var]) -> list[JaxprEqn]:
+    """``eqns`` with some of their variables replaced."""
+    return [
+        eqn.replace(
+            invars=[substituted(names, v) for v in eqn.invars],
+            outvars=[names.get(v, v) for v in eqn.outvars],
+        )
+        for eqn in eqns
+    ]
 
 
 def new_equation(

@@ -166,18 +166,20 @@ def _krsc_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return dataclasses.replace(problem, c=_up(problem.c, _unit(problem)))
 
 
+def _nhwc(problem: ir.ConvProblem, x, hwio):
+    """The operands with two spatial axes, whatever a conv of one or three has."""
+    p = problem
+    return x.reshape(p.n, p.h, p.w, p.c), hwio.reshape(p.r, p.s, p.c, p.k)
+
+
 def _krsc(problem: ir.ConvProblem, x, hwio):
     c = _up(problem.c, _unit(problem))
+    x, hwio = _nhwc(problem, x, hwio)
     return _pad_axis(x, 3, c), _pad_axis(jnp.transpose(hwio, (3, 0, 1, 2)), 3, c)
 
 
 def _hwio_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return dataclasses.replace(problem, filter_layout="hwio")
-
-
-def _as_it_lies(problem: ir.ConvProblem, x, hwio):
-    del problem
-    return x, hwio
 
 
 def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
@@ -252,6 +254,7 @@ def _space_to_depth(problem: ir.ConvProblem, x, hwio):
     """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match."""
     fh, fw = folds(problem)
     c = _up(4 * problem.c, _unit(problem))
+    x, hwio = _nhwc(problem, x, hwio)
     zero = jnp.zeros((), x.dtype)
     down = (0, 2 * fh.blocks - x.shape[1], 0)
     right = (2 * fw.lead, 2 * (fw.blocks + fw.trail) - x.shape[2], 0)
@@ -278,6 +281,7 @@ def _strided_problem(problem: ir.ConvProblem) -> ir.GemmProblem:
 
 def _strided_pixels(problem: ir.ConvProblem, x, hwio):
     """A strided 1x1 conv as a product over the pixels it reads, gathered first."""
+    x, hwio = _nhwc(problem, x, hwio)
     strides = (1, *problem.stride, 1)
     return _direct(
         _strided_problem(problem), lax.slice(x, (0,) * 4, x.shape, strides), hwio
@@ -295,7 +299,7 @@ _FORMS: dict[str, tuple[Callable, Callable]] = {
     "pixels": (_as_gemm, _pixels(_direct)),
     "pixels_k_major": (lambda p: _k_major_problem(_as_gemm(p)), _pixels(_k_major)),
     "strided_pixels": (_strided_problem, _strided_pixels),
-    "hwio": (_hwio_problem, _as_it_lies),
+    "hwio": (_hwio_problem, _nhwc),
     "krsc": (_krsc_problem, _krsc),
     "space_to_depth": (_space_to_depth_problem, _space_to_depth),
 }

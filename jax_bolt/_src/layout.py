@@ -5,7 +5,7 @@ Kernels take NHWC activations and HWIO filters. A conv written otherwise (NCHW a
 as in models ported from PyTorch) becomes a call with transposes around it. Those
 between two calls cancel, and ``without_transposes`` moves the others past what does not
 care (pooling, elementwise work, concatenation, means) until they cancel or reach the
-edges of the program.
+edges of the program. Reshapes that undo each other, as ``vmap`` leaves them, go.
 """
 
 from __future__ import annotations
@@ -28,41 +28,7 @@ from .compat import (
     transpose_p,
     transposed,
 )
-
-Permutation: TypeAlias = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
-    """How a conv's operands and result are transposed to the kernels' layout.
-
-    ``x.transpose(lhs)`` is NHWC, ``w.transpose(rhs)`` HWIO, ``y.transpose(out)`` NHWC.
-    """
-
-    lhs: Permutation
-    rhs: Permutation
-    out: Permutation
-
-    @staticmethod
-    def of(numbers: Any) -> Layout:
-        """From a conv's dimension numbers."""
-        batch, features, *space = numbers.lhs_spec
-        outputs, inputs, *taps = numbers.rhs_spec
-        rows, channels, *places = numbers.out_spec
-        return Layout(
-            (batch, *space, features),
-            (*taps, inputs, outputs),
-            (rows, *places, channels),
-        )
-
-    @property
-    def is_ours(self) -> bool:
-        return all(map(is_identity, (self.lhs, self.rhs, self.out)))
-
-
-def inverse(permutation: Permutation) -> Permutation:
-    """The permutation that undoes it."""
-    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+from .views import RESHAPES, Permutation, inverse
 
 
 def transpose_equation(
@@ -76,7 +42,8 @@ def transpose_equation(
 def without_transposes(program: ClosedJaxpr) -> ClosedJaxpr:
     """``program`` with transposes cancelled and moved towards its results.
 
-    Equations that nothing reads any more are left out only if they are transposes.
+    Equations that nothing reads any more are left out only if they are transposes or
+    reshapes.
     """
     sinking = _Sinking()
     for eqn in program.jaxpr.eqns:
@@ -102,17 +69,23 @@ class _Sinking:
         self._same: dict[Var, Any] = {}
         self._views: dict[Var, _View] = {}
         self._written: set[Var] = set()
+        # Not computed so far, and what each is a reshape of, however often.
+        self._reshapes: dict[Var, JaxprEqn] = {}
+        self._whole: dict[Var, Var] = {}
         self._broadcasts: dict[Var, JaxprEqn] = {}
         self._make_var = fresh_vars()
 
     def read(self, atom: Any) -> Any:
         """The atom for a use that needs the value as it was written."""
         atom = substituted(self._same, atom)
+        if isinstance(atom, Var) and atom in self._reshapes:
+            self._append(self._reshapes.pop(atom))
         view = self.view(atom)
         if view is not None and atom not in self._written:
             self._written.add(atom)
+            source = self.read(view.source)
             self.eqns.append(
-                transpose_equation(view.source, atom, view.permutation, view.like)
+                transpose_equation(source, atom, view.permutation, view.like)
             )
         return atom
 
@@ -126,9 +99,28 @@ class _Sinking:
             rule = _RULES.get(name) or (_elementwise if name in _ELEMENTWISE else None)
             if rule is not None and rule(self, eqn, permutation):
                 return
-        self.eqns.append(eqn.replace(invars=[self.read(v) for v in eqn.invars]))
-        if name == "broadcast_in_dim" and len(eqn.invars) == 1:
-            self._broadcasts[eqn.outvars[0]] = self.eqns[-1]
+        if not self._reshape(eqn):
+            self._append(eqn)
+
+    def _append(self, eqn: JaxprEqn) -> None:
+        eqn = eqn.replace(invars=[self.read(v) for v in eqn.invars])
+        self.eqns.append(eqn)
+        if eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1:
+            self._broadcasts[eqn.outvars[0]] = eqn
+
+    def _reshape(self, eqn: JaxprEqn) -> bool:
+        """Whether it is one, which is then computed where it is read, if at all."""
+        if not is_reshape(eqn) or is_drop(eqn.outvars[0]):
+            return False
+        (out,) = eqn.outvars
+        source = substituted(self._same, eqn.invars[0])
+        whole: Any = self._whole.get(source, source)
+        if aval_of(whole) == aval_of(out):
+            self._same[out] = whole
+        else:
+            self._whole[out] = whole
+            self._reshapes[out] = eqn
+        return True
 
     def _transpose(self, eqn: JaxprEqn) -> None:
         (atom,), (out,) = eqn.invars, eqn.outvars
@@ -171,9 +163,8 @@ class _Sinking:
             made = self._make_var(transposed(out.aval, inverse(permutation)))
             self._views[out] = _View(made, permutation, eqn)
         params = {**eqn.params, **changes}
-        self.eqns.append(
-            eqn.replace(invars=list(operands), outvars=[made], params=params)
-        )
+        operands = [self.read(v) for v in operands]
+        self.eqns.append(eqn.replace(invars=operands, outvars=[made], params=params))
 
     def broadcast(self, atom: Any, permutation: Permutation) -> Var | None:
         """A broadcast value as it would be before the transpose."""
@@ -283,6 +274,17 @@ _RULES: dict[str, _Rule] = {
     "concatenate": _concatenate,
     "pad": _pad,
 }
+
+
+def is_reshape(eqn: JaxprEqn) -> bool:
+    """Whether its result has the operand's elements in their order."""
+    if eqn.primitive.name not in RESHAPES or len(eqn.invars) != 1:
+        return False
+    if isinstance(eqn.invars[0], Literal) or eqn.params.get("sharding") is not None:
+        return False
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
+        return False
+    return aval_of(eqn.invars[0]).size == aval_of(eqn.outvars[0]).size
 
 
 def is_identity(permutation: Sequence[int]) -> bool:

@@ -7,8 +7,10 @@
 Growth is from the root outwards. Every elementwise equation that (transitively) reads
 the root's result is a candidate; the region ends at the last candidate result that
 everything before it leads to, that is, past which no other value of the region is
-used. Per-channel inputs are then followed *inwards* through broadcasts and the
-arithmetic on them, so that ``rsqrt(var + eps) * scale`` is part of the region.
+used. Reshapes and transposes between its equations are part of a region, as long as
+rows and channels can be told apart after them (``frame``). Per-channel inputs are then
+followed *inwards* through broadcasts and the arithmetic on them, so that
+``rsqrt(var + eps) * scale`` is part of the region.
 
 A value that is also used elsewhere (a leaking intermediate) ends the region, unless
 something further on has to be in memory anyway: a region or a loop reads it, or the
@@ -37,11 +39,13 @@ from .compat import (
     is_drop,
     name_stack,
     source_line,
+    variables,
 )
 from .elementwise import NotElementwise
+from .frame import Frame
 from .graph import Graph
-from .layout import Layout, Permutation
 from .roots import ROOTS, Refused, Root, read_root
+from .views import Repeated, View
 
 AUXILIARY = "auxiliary"  # in the option ``disable``
 
@@ -57,8 +61,10 @@ class Match:
     ``eqns`` are the indices it replaces, the root's first; ``absorbed`` those of
     per-channel arithmetic, which go too unless something else reads them. ``inputs``
     are the left operand, the right one, the side inputs, the vectors; ``outputs`` the
-    result and the auxiliary outputs. ``layout`` is the root's. ``prologue`` names
-    elementwise work on the left operand that no region does.
+    result and the auxiliary outputs. ``views`` is how each input is rearranged for the
+    kernel, if at all, and ``result`` how the outputs are; where it ``shares_layout``,
+    that can be expected to cancel. ``prologue`` names elementwise work on the left
+    operand that no region does.
     """
 
     root: int
@@ -69,7 +75,9 @@ class Match:
     region: ir.Region
     name: str
     label: str
-    layout: Layout | None
+    views: tuple[View | None, ...]
+    result: View | None
+    shares_layout: bool
     prologue: str = ""
 
     @property
@@ -77,13 +85,10 @@ class Match:
         """The result."""
         return self.outputs[0]
 
-    def permutation(self, position: int) -> Permutation | None:
-        """How the input at that position is transposed for the kernel, if at all."""
-        if self.layout is None:
-            return None
-        sides = len(self.region.epilogue.sides)
-        axes = (self.layout.lhs, self.layout.rhs, *(self.layout.out,) * sides)
-        return axes[position] if position < len(axes) else None
+    @property
+    def is_rearranged(self) -> bool:
+        """Whether the kernel's operands or its result are not the user's."""
+        return any(view is not None for view in (*self.views, self.result))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,15 +122,18 @@ def find_regions(
             continue
         name = site_name(eqn)
         try:
-            root = read_root(eqn)
+            roots = read_root(eqn)
         except Refused as refused:
             line = source_line(eqn)
             refusals.append(
                 Refusal(index, eqn.primitive.name, str(refused), name, line)
             )
             continue
-        growth = _Growth(graph, index, root, taken, auxiliary)
-        match = growth.match(name, several)
+        grown = [
+            _Growth(graph, index, root, taken, auxiliary).match(name, several)
+            for root in roots
+        ]
+        match = max(grown, key=lambda match: _rank(graph, match))
         taken.update(match.eqns, match.absorbed)
         graph.put_together(match.eqns, match.inputs)
         several |= len(match.outputs) > 1
@@ -151,6 +159,24 @@ class _Ending:
     outputs: tuple[Var, ...]
 
 
+def _rank(graph: Graph, match: Match) -> tuple[int, ...]:
+    """Which of two regions of one root is better: that of the larger value.
+
+    A result that has to be moved costs as much as work that stays outside.
+    """
+    readers = graph.users.get(match.output, set())
+    moved = [graph.eqns[i].primitive.name == "transpose" for i in readers]
+    # Two transposes after each other are one.
+    stays = match.result is None or (moved and all(moved))
+    return (
+        bool(stays),
+        len(match.eqns),
+        -len(match.region.epilogue.sides),
+        -sum(view is not None for view in match.views),
+        match.region.problem.channels % 8 == 0,
+    )
+
+
 class _Growth:
     """The growth of one region; see the module's docstring."""
 
@@ -168,14 +194,7 @@ class _Growth:
         self.problem = problem
         self.taken = taken
         self.out = graph.eqns[root].outvars[0]
-        self.shape = tuple(aval_of(self.out).shape)
-        cut = len(self.shape) - problem.channel_axes
-        self.channels = self.shape[cut:]
-        # Where channels are not the last axis.
-        self.axis = None
-        if problem.layout is not None and problem.layout.out[3] != 3:
-            self.axis = problem.layout.out[3]
-            self.channels = (self.shape[self.axis],)
+        self.frames: dict[Var, Frame] = {self.out: problem.frame}
 
     def match(self, name: str, several: bool) -> Match:
         """``several``: whether there is a region of several outputs already."""
@@ -210,7 +229,7 @@ class _Growth:
             )
             ancestors[out] = inside
             outputs = (out, *self._leaks(inside, out))
-            if all(map(_is_float, outputs)) and self._pays(outputs):
+            if self._ends_at(index) and self._pays(outputs):
                 endings.append(_Ending(sorted(inside), outputs))
         # Where no float value ends the region well the root alone still does.
         return endings[::-1]
@@ -218,17 +237,31 @@ class _Growth:
     def _grows(self, eqn: JaxprEqn, ancestors: dict[Var, frozenset[int]]) -> bool:
         if len(eqn.outvars) != 1 or eqn.effects or is_drop(eqn.outvars[0]):
             return False
-        if tuple(aval_of(eqn.outvars[0]).shape) != self.shape:
+        ours = [v for v in variables(eqn.invars) if v in ancestors]
+        frames = {self.frames[v] for v in ours}
+        if len(frames) != 1:
             return False
-        if eqn.primitive.name in elementwise.SHAPE_ONLY:
+        frame = frames.pop()
+        if is_view(eqn):
+            frame = frame.after(eqn)
+        elif not self._computes(eqn, frame, ancestors):
             return False
-        if not any(_in(v, ancestors) for v in eqn.invars):
+        if frame is None:
+            return False
+        self.frames[eqn.outvars[0]] = frame
+        return True
+
+    def _computes(
+        self, eqn: JaxprEqn, frame: Frame, ancestors: dict[Var, frozenset[int]]
+    ) -> bool:
+        """Whether it is elementwise on values of the region and on possible inputs."""
+        if tuple(aval_of(eqn.outvars[0]).shape) != frame.shape:
             return False
         if not elementwise.supported(eqn):
             return False
-        return all(_in(v, ancestors) or self._is_input(v) for v in eqn.invars)
+        return all(_in(v, ancestors) or self.is_input(v, frame) for v in eqn.invars)
 
-    def _is_input(self, atom: Any) -> bool:
+    def is_input(self, atom: Any, frame: Frame) -> bool:
         """Whether a value from outside can be an epilogue input."""
         try:
             elementwise.dtype_of(atom)
@@ -236,27 +269,20 @@ class _Growth:
             return False
         if isinstance(atom, Literal):
             return not aval_of(atom).shape
-        return tuple(atom.aval.shape) == self.shape or self._is_per_channel(atom)
-
-    def _is_per_channel(self, atom: Any) -> bool:
-        """One element in all, or one per channel along the trailing axes."""
         shape = tuple(atom.aval.shape)
-        if atom.aval.size == 1:
-            return True
-        if self.axis is not None:
-            if tuple(d for d in shape if d > 1) != self.channels:
-                return False
-            # Of lower rank it is on its way there: _spreads_channels follows it.
-            return len(shape) != len(self.shape) or shape[self.axis] > 1
-        while shape and shape[0] == 1:
-            shape = shape[1:]
-        channels = self.channels
-        while channels and channels[0] == 1:
-            channels = channels[1:]
-        return shape == channels and len(atom.aval.shape) in (
-            len(self.shape),
-            len(self.channels),
-        )
+        return shape == frame.shape or frame.is_per_channel(shape)
+
+    def _ends_at(self, index: int) -> bool:
+        """A region gives floats, and in its root's order or in the kernel's.
+
+        XLA moves data in one go with the work after it, which a kernel would leave it
+        to do by itself.
+        """
+        eqn = self.graph.eqns[index]
+        moves, moved = self.frames[eqn.outvars[0]].moves, self.problem.frame.moves
+        # A change of shape is worth having where it puts the root's order right.
+        fits = moved and not moves if is_view(eqn) else moved or not moves
+        return fits and _is_float(eqn.outvars[0])
 
     def _leaks(self, inside: frozenset[int], out: Var) -> list[Var]:
         """The values of the region beside ``out`` that are used outside it."""
@@ -274,9 +300,11 @@ class _Growth:
         computes it.
         """
         result, *auxiliary = outputs
-        if len(auxiliary) > self.auxiliary:
+        if len(auxiliary) > self.auxiliary or not all(map(_is_float, auxiliary)):
             return False
-        return not auxiliary or self._is_in_memory(result)
+        # A kernel gives all of them in one and the same order.
+        alike = all(self.frames[v] == self.frames[result] for v in auxiliary)
+        return not auxiliary or (alike and self._is_in_memory(result))
 
     def _is_in_memory(self, var: Var) -> bool:
         """Returned, or read by a region, a root or a loop, maybe reshaped."""
@@ -299,8 +327,9 @@ class _Growth:
         builder = emission.builder
         if len(builder.vectors) > ir.MAX_VECTORS or len(builder.sides) > ir.MAX_SIDES:
             raise NotElementwise("more inputs than a kernel takes")
-        lhs, rhs = self.graph.eqns[self.root].invars
-        inputs = (lhs, rhs, *emission.sides, *emission.vectors)
+        read = self.graph.eqns[self.root].invars
+        operands = [read[i] for i in self.problem.operands]
+        inputs = (*operands, *emission.sides, *emission.vectors)
         needed = self._needed(ending.outputs, inputs)
         stored = [
             ir.Output(emission.values[v], elementwise.dtype_of(v))
@@ -317,7 +346,9 @@ class _Growth:
             outputs=ending.outputs,
             region=region,
             name=name,
-            layout=self.problem.layout,
+            views=(self.problem.lhs, self.problem.rhs, *emission.views()),
+            result=self.frames[ending.outputs[0]].view,
+            shares_layout=self.problem.shares_layout,
             label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
         )
 
@@ -345,29 +376,52 @@ class _Emission:
         self.inside = inside
         self.builder = elementwise.Builder()
         self.values: dict[Any, int] = {growth.out: 0}
+        self.per_channel: dict[Any, int] = {}
+        # One tensor read in two frames is two side inputs.
+        self.full: dict[tuple[Any, Frame], int] = {}
         self.absorbed: set[int] = set()
         self.vectors: list[Var] = []
         self.sides: list[Var] = []
+        self._frames: list[Frame] = []
+
+    def views(self) -> list[View | None]:
+        """How side inputs and vectors are rearranged."""
+        times = self.growth.problem.frame.repeats
+        vectors = [
+            Repeated(tuple(aval_of(v).shape), times)
+            if times > 1 and aval_of(v).size > 1
+            else None
+            for v in self.vectors
+        ]
+        return [*(frame.view for frame in self._frames), *vectors]
 
     def equation(self, index: int) -> None:
         eqn = self.graph.eqns[index]
-        args = [self._operand(atom) for atom in eqn.invars]
+        frame = self.growth.frames[eqn.outvars[0]]
+        if is_view(eqn):
+            self.values[eqn.outvars[0]] = self.values[eqn.invars[0]]
+            return
+        args = [self._operand(atom, frame) for atom in eqn.invars]
         results = elementwise.emit(self.builder, eqn, args)
         self.values.update(zip(eqn.outvars, results, strict=True))
 
-    def _operand(self, atom: Any) -> int:
+    def _operand(self, atom: Any, frame: Frame) -> int:
         if isinstance(atom, Literal):
             return elementwise.literal(self.builder, atom)
-        if atom not in self.values:
-            source = self._through_shapes(atom)
-            if source is not None:
-                self.values[atom] = self._channel_value(source)
-            else:
-                self.sides.append(atom)
-                self.values[atom] = self.builder.side(elementwise.dtype_of(atom))
-        return self.values[atom]
+        if atom in self.values:
+            return self.values[atom]
+        source = self._through_shapes(atom, frame)
+        if source is not None:
+            return self._channel_value(source, frame)
+        if (atom, frame) not in self.full:
+            if frame.moves and not self.growth.problem.shares_layout:
+                raise NotElementwise("a side input that would be rearranged")
+            self.sides.append(atom)
+            self._frames.append(frame)
+            self.full[atom, frame] = self.builder.side(elementwise.dtype_of(atom))
+        return self.full[atom, frame]
 
-    def _through_shapes(self, atom: Any) -> Any | None:
+    def _through_shapes(self, atom: Any, frame: Frame) -> Any | None:
         """The per-channel value that ``atom`` spreads, or None for a full tensor."""
         path: list[int] = []
         while True:
@@ -379,81 +433,59 @@ class _Emission:
             eqn = self.graph.eqns[index]
             if eqn.primitive.name not in elementwise.SHAPE_ONLY:
                 break
-            if not self._spreads_channels(eqn):
+            if not frame.spreads(eqn):
                 break
             path.append(index)
             atom = eqn.invars[0]
-        if not isinstance(atom, Literal) and not self.growth._is_per_channel(atom):
-            return None
+        if not isinstance(atom, Literal):
+            if not frame.is_per_channel(tuple(atom.aval.shape)):
+                return None
         self.absorbed.update(path)
         return atom
 
-    def _spreads_channels(self, eqn: JaxprEqn) -> bool:
-        """Whether a shape change keeps each channel's value at its channel."""
-        source, result = eqn.invars[0], eqn.outvars[0]
-        if len(eqn.invars) != 1:
-            return False
-        if aval_of(source).size == 1:
-            return True
-        if not self.growth._is_per_channel(source):
-            return False
-        if eqn.primitive.name != "broadcast_in_dim":
-            return self.growth._is_per_channel(result)
-        # The source's axes, units aside, must land on the trailing channel axes.
-        rank = len(aval_of(result).shape)
-        axes = [
-            axis - rank
-            for axis, size in zip(
-                eqn.params["broadcast_dimensions"], aval_of(source).shape, strict=True
-            )
-            if size > 1
-        ]
-        channels = self.growth.channels
-        if self.growth.axis is not None:
-            whole = tuple(aval_of(result).shape) == self.growth.shape
-            if not whole:
-                return self.growth._is_per_channel(result)
-            return axes == [self.growth.axis - rank]
-        wanted = [i - len(channels) for i, size in enumerate(channels) if size > 1]
-        return axes == wanted
-
-    def _channel_value(self, atom: Any) -> int:
+    def _channel_value(self, atom: Any, frame: Frame) -> int:
         """Emits a per-channel value, following the arithmetic it comes from."""
         if isinstance(atom, Literal):
             return elementwise.literal(self.builder, atom)
-        if atom in self.values:
-            return self.values[atom]
+        if atom in self.per_channel:
+            return self.per_channel[atom]
         index = self.graph.producer.get(atom)
-        if index is not None and self._absorbs(index):
+        if index is not None and self._absorbs(index, frame):
             eqn = self.graph.eqns[index]
-            sources = [self._through_shapes(v) for v in eqn.invars]
+            sources = [self._through_shapes(v, frame) for v in eqn.invars]
             if all(source is not None for source in sources):
                 self.absorbed.add(index)  # first: its operands' users must be inside
-                args = [self._channel_value(source) for source in sources]
+                args = [self._channel_value(source, frame) for source in sources]
                 results = elementwise.emit(self.builder, eqn, args)
-                self.values.update(zip(eqn.outvars, results, strict=True))
-                return self.values[atom]
+                self.per_channel.update(zip(eqn.outvars, results, strict=True))
+                return self.per_channel[atom]
         self.vectors.append(atom)
         scalar = atom.aval.size == 1
-        self.values[atom] = self.builder.vector(elementwise.dtype_of(atom), scalar)
-        return self.values[atom]
+        value = self.builder.vector(elementwise.dtype_of(atom), scalar)
+        self.per_channel[atom] = value
+        return value
 
-    def _absorbs(self, index: int) -> bool:
+    def _absorbs(self, index: int, frame: Frame) -> bool:
         """Elementwise, used by this region alone, and all its operands per channel."""
         eqn = self.graph.eqns[index]
         if eqn.effects or index in self.growth.taken or len(eqn.outvars) != 1:
             return False
         if not elementwise.supported(eqn):
             return False
-        if not self.growth._is_per_channel(eqn.outvars[0]):
+        if not frame.is_per_channel(tuple(aval_of(eqn.outvars[0]).shape)):
             return False
         # The root reads its operands as tensors, whatever else they are.
         inside = (self.inside | self.absorbed) - {self.growth.root}
         return self.graph.used_only_in(eqn.outvars[0], inside) and all(
             (isinstance(v, Literal) and not aval_of(v).shape)
-            or (isinstance(v, Var) and self.growth._is_input(v))
+            or (isinstance(v, Var) and self.growth.is_input(v, frame))
             for v in eqn.invars
         )
+
+
+def is_view(eqn: JaxprEqn) -> bool:
+    """Whether it changes the shape of a value or the order of its axes alone."""
+    return eqn.primitive.name in (*elementwise.SHAPE_ONLY, "transpose")
 
 
 def label(root: str, epilogue: ir.Epilogue, callees: Sequence[str]) -> str:

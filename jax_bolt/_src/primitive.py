@@ -30,6 +30,7 @@ from .compat import (
     register_dce,
     without_unused,
 )
+from .views import View
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +38,10 @@ class SiteInfo:
     """A region in a program: what it computes, where, and from which operands.
 
     ``operands`` gives, for the left operand, the right one, each side input and each
-    vector, its position among the equation's inputs. ``prologue`` names elementwise
-    work on the left operand that is done ahead of the region.
+    vector, its position among the equation's inputs. ``views`` are what the program
+    around it makes of its own values for each input, ``result`` of the outputs; None
+    where nothing is done, or where it can be expected to cancel. ``prologue`` names
+    elementwise work on the left operand that is done ahead of the region.
     """
 
     region: ir.Region
@@ -48,6 +51,8 @@ class SiteInfo:
     label: str
     line: str
     root: str
+    views: tuple[View | None, ...]
+    result: View | None
     prologue: str = ""
 
     @property

@@ -8,6 +8,7 @@ that follow each other one ``bolt_sequence``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +19,21 @@ from .compat import (
     JaxprEqn,
     call_equation,
     closed,
+    equations_of,
     fresh_vars,
     like_body,
     live_equations,
     part_of_jaxpr,
     rebuilt,
+    renamed,
     source_line,
     sub_jaxprs,
-    transposed,
     variables,
 )
 from .match import AUXILIARY, Match, Refusal, find_regions
 from .options import Options
 from .primitive import Family, SiteInfo, bolt_call_p
+from .views import View
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +101,7 @@ class _Pass:
         absorbed = {id(jaxpr.eqns[i]) for match in matches for i in match.absorbed}
         live = live_equations(eqns, jaxpr.outvars, lambda eqn: id(eqn) in absorbed)
         done = rebuilt(program, live)
-        if any(match.layout is not None for match in matches):
+        if any(match.is_rearranged for match in matches):
             done = layout.without_transposes(done)
         return done
 
@@ -109,7 +112,7 @@ class _Pass:
         return sequence.gather(program, self.family, self.options)
 
     def _call(self, jaxpr: Any, match: Match) -> list[JaxprEqn]:
-        """The call, between transposes where the root is not as kernels take it."""
+        """The call, between views where the root is not as kernels take it."""
         root = jaxpr.eqns[match.root]
         edges = _Edges(match, root)
         indices = sorted({*match.eqns, *match.absorbed})
@@ -125,6 +128,8 @@ class _Pass:
             line=source_line(root),
             root=root.primitive.name,
             prologue=match.prologue,
+            views=edges.views,
+            result=None if match.shares_layout else match.result,
         )
         self.family.sites.append(site)
         self.roots.append(site)
@@ -188,53 +193,52 @@ def _in_order(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:
 
 
 class _Edges:
-    """A call's operands and results, and the transposes to and from them.
+    """A call's operands and outputs, and what rearranges them for the kernel.
 
-    The reference is the user's own equations between the same transposes undone.
+    The reference is the user's own equations between the same views undone.
     """
 
     def __init__(self, match: Match, root: JaxprEqn):
         self.before: list[JaxprEqn] = []
         self.after: list[JaxprEqn] = []
         # For a value that is also an operand as it is, or in two orders, one suffices.
-        self._back: dict[Any, JaxprEqn] = {}
+        self._back: dict[Any, list[JaxprEqn]] = {}
         self._root = root
         self._make_var = fresh_vars()
-        wanted = [(v, match.permutation(i)) for i, v in enumerate(match.inputs)]
+        wanted = list(zip(match.inputs, match.views, strict=True))
         made = {key: self._operand(*key) for key in dict.fromkeys(wanted)}
         self.operands = list(dict.fromkeys(made.values()))
         self.positions = tuple(self.operands.index(made[key]) for key in wanted)
+        views = {
+            var: None if match.shares_layout else key[1] for key, var in made.items()
+        }
+        kept = not match.shares_layout
+        self.views = tuple(views[var] if kept else None for var in self.operands)
         # The call's, and the reference's.
         self.outputs, self.results = list(match.outputs), list(match.outputs)
         self._last: list[JaxprEqn] = []
-        if match.layout is not None and not layout.is_identity(match.layout.out):
-            out = match.layout.out
-            back = layout.inverse(out)
-            avals = [transposed(v.aval, out) for v in match.outputs]
-            self.outputs, self.results = (
-                [self._make_var(aval) for aval in avals] for _ in range(2)
-            )
-            self._last = [
-                self._transpose(value, result, out)
-                for value, result in zip(match.outputs, self.results, strict=True)
-            ]
-            self.after = [
-                self._transpose(output, value, back)
-                for output, value in zip(self.outputs, match.outputs, strict=True)
-            ]
+        if match.result is not None:
+            for i, output in enumerate(match.outputs):
+                there, self.results[i] = self._applied(match.result.there, output)
+                self._last += there
+                self.outputs[i] = self._make_var(self.results[i].aval)
+                after, back = self._applied(match.result.back, self.outputs[i])
+                self.after += renamed(after, {back: output})
 
     def around(self, body: list[JaxprEqn]) -> list[JaxprEqn]:
         """The reference's equations."""
-        back = [eqn for v, eqn in self._back.items() if v not in self.operands]
-        return [*back, *body, *self._last]
+        back = [eqns for v, eqns in self._back.items() if v not in self.operands]
+        return [*itertools.chain(*back), *body, *self._last]
 
-    def _operand(self, var: Any, axes: layout.Permutation | None) -> Any:
-        if axes is None or layout.is_identity(axes):
+    def _operand(self, var: Any, view: View | None) -> Any:
+        if view is None:
             return var
-        made = self._make_var(transposed(var.aval, axes))
-        self.before.append(self._transpose(var, made, axes))
-        self._back[var] = self._transpose(made, var, layout.inverse(axes))
+        eqns, made = self._applied(view.there, var)
+        self.before += eqns
+        back, got = self._applied(view.back, made)
+        self._back[var] = renamed(back, {got: var})
         return made
 
-    def _transpose(self, source: Any, result: Any, axes: Any) -> JaxprEqn:
-        return layout.transpose_equation(source, result, axes, self._root)
+    def _applied(self, fun: Any, var: Any) -> tuple[list[JaxprEqn], Any]:
+        """The equations of ``fun`` of ``var``, and its result."""
+        return equations_of(fun, var, self._root, self._make_var)

@@ -151,6 +151,11 @@ CONVS = [
     conv(2, 14, 12, 64, 64, 7, 1),
     conv(2, 17, 17, 40, 24, 1, 3, stride=(2, 2)),
     conv(1, 1, 130, 64, 64, 1, 5),
+    # a 1-D conv's line, and the phases of a transposed conv
+    conv(2, 70, 1, 64, 24, 3, 1),
+    conv(2, 65, 1, 64, 24, 3, 1, stride=(2, 1)),
+    hwio(conv(1, 300, 1, 64, 64, 9, 1)),
+    hwio(conv(2, 9, 9, 64, 40, 2, padding=(1, 0, 1, 0))),
     # more padding than the filter needs, or none
     conv(2, 7, 7, 64, 64, padding=(2, 2, 2, 2)),
     conv(2, 6, 5, 24, 40, padding=(4, 3, 3, 4)),

@@ -332,6 +332,115 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
     assert names(one(lambda x, w: conv(x, w).astype(F32), X, W)) == ["acc"]
 
 
+def test_reshapes_and_transposes_between_the_equations_stay_inside():
+    """As ``vmap`` leaves a layer whose weight comes first."""
+
+    def fun(x, w, b, r):
+        y = lax.dot_general(w, x, (((1,), (2,)), ((), ()))).transpose(1, 2, 0)
+        y = (y + b.reshape(1, 1, -1)).reshape(2, 5, 4, 6)
+        return jax.nn.relu(y * BF16(2)) + r
+
+    args = shape(2, 5, 16), shape(24, 16), shape(24), shape(2, 5, 4, 6)
+    found = one(fun, *args)
+    problem = found.region.problem
+    assert isinstance(problem, ir.GemmProblem)
+    assert (problem.m, problem.n, problem.a_layout, problem.b_layout) == (
+        *(10, 24),
+        *("row", "col"),
+    )
+    body = ["add", "const", "mul", "const", "max", "side", "add"]
+    assert names(found) == ["acc", "vector", *body]
+    assert not found.is_rearranged
+
+
+def test_a_reshape_across_rows_and_channels_ends_the_region():
+    found = one(
+        lambda x, w: (x @ w).reshape(16, 3) * BF16(2), shape(6, 16), shape(16, 8)
+    )
+    assert names(found) == ["acc"]
+
+
+def test_a_transpose_that_stays_ends_the_region():
+    """XLA moves the result and adds to it in one go."""
+
+    def fun(x, w, b, r):
+        return (jnp.dot(x, w) + b.reshape(1, 1, -1)).mT + r
+
+    args = shape(2, 5, 16), shape(16, 24), shape(24), shape(2, 24, 5)
+    assert names(one(fun, *args)) == ["acc", "vector", "add"]
+
+
+def test_a_vector_is_read_where_its_axis_is_the_channels():
+    """Rows as many as channels: after a transpose a vector along them is none."""
+
+    def fun(x, w, v):
+        return ((x @ w + v[None]).T + v[None]).T
+
+    found = one(fun, shape(8, 16), shape(16, 8), shape(8))
+    assert names(found) == ["acc", "vector", "add"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "a", "b", "rearranged"),
+    [
+        ("bqhd,bkhd->bhqk", (2, 5, 3, 8), (2, 6, 3, 8), 2),
+        ("bhqk,bkhd->bqhd", (2, 3, 5, 6), (2, 6, 3, 8), 1),
+        ("btc,ts->bsc", (2, 5, 8), (5, 7), 1),
+        ("abc,cbd->ad", (3, 4, 5), (5, 4, 7), 1),
+    ],
+)
+def test_products_in_any_order(spec, a, b, rearranged):
+    found = one(lambda x, y: jnp.einsum(spec, x, y), shape(*a), shape(*b))
+    assert sum(view is not None for view in found.views) == rearranged
+
+
+@pytest.mark.parametrize(
+    ("numbers", "x", "w", "problem"),
+    [
+        (("NHC", "HIO", "NHC"), (2, 9, 16), (3, 16, 32), (2, 9, 1, 3, 1)),
+        (
+            ("NDHWC", "DHWIO", "NDHWC"),
+            (2, 3, 9, 7, 16),
+            (1, 3, 3, 16, 32),
+            (6, 9, 7, 3, 3),
+        ),
+    ],
+)
+def test_convs_of_one_and_of_three_dimensions(numbers, x, w, problem):
+    strides = (1,) * (len(x) - 2)
+
+    def fun(x, w, v):
+        y = lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=numbers)
+        return jax.nn.relu(y + v.reshape((1,) * (y.ndim - 1) + (-1,)))
+
+    found = one(fun, shape(*x), shape(*w), shape(32))
+    p = found.region.problem
+    assert isinstance(p, ir.ConvProblem)
+    assert (p.n, p.h, p.w, p.r, p.s) == problem
+    assert not found.is_rearranged and len(found.region.epilogue.vectors) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "taps", "channels"),
+    [(2, 1, 128), (3, 2, 128), (4, 3, 128)],
+)
+def test_transposed_convs_have_a_channel_for_each_phase(size, taps, channels):
+    def fun(x, w, v, r):
+        y = lax.conv_transpose(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.nn.relu(y + v.reshape(1, 1, 1, -1)) + r
+
+    args = X, shape(size, size, 16, 32), shape(32), shape(2, 16, 16, 32)
+    found = one(fun, *args)
+    p = found.region.problem
+    assert isinstance(p, ir.ConvProblem)
+    assert (p.h, p.w, p.r, p.s, p.k, p.stride) == (8, 8, taps, taps, channels, (1, 1))
+    # A side input would have to be taken apart: XLA adds it to the pixels it moves.
+    assert names(found) == ["acc", "vector", "add", "const", "max"]
+    assert found.label == f"conv_transpose{size}x{size}+bias+relu"
+
+
 @pytest.mark.parametrize(
     ("fun", "args", "reason"),
     [
@@ -358,7 +467,19 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
         (
             lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((1, 1), (1, 1))),
             (X, W),
-            "lhs_dilation",
+            "lhs_dilation=(2, 2): 15 results",
+        ),
+        (
+            lambda x, w: conv(
+                x, w, lhs_dilation=(2, 2), rhs_dilation=(2, 1), padding=((2, 3), (1, 2))
+            ),
+            (X, W),
+            "transposed conv with a stride or a dilation",
+        ),
+        (
+            lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((0, 1), (0, 1))),
+            (X, shape(1, 1, 16, 32)),
+            "fewer taps than phases",
         ),
         (
             lambda x, w: conv(x, w, padding=((-1, 0), (0, 0))),
@@ -367,28 +488,15 @@ def test_casts_of_a_vector_round_and_casts_of_the_accumulator_do_not():
         ),
         (
             lambda x, w: lax.conv_general_dilated(
-                x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+                x, w, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
             ),
-            (shape(2, 8, 16), shape(3, 16, 32)),
-            "1-D conv",
+            (shape(2, 4, 8, 8, 16), shape(3, 3, 3, 16, 32)),
+            "3-D conv",
         ),
         (
             lambda x, y: jnp.dot(x, y, precision="highest"),
             (shape(4, 4, dtype=F32),) * 2,
             "precision=HIGHEST",
-        ),
-        (
-            lambda x, y: (
-                jnp.einsum("mbk,kn->mbn", x, y).swapaxes(0, 1)
-                @ jnp.zeros((4, 4, 4, 4), BF16)
-            ),
-            (shape(4, 4, 4), shape(4, 4)),
-            None,
-        ),
-        (
-            lambda x, y: lax.dot_general(x, y, (((1,), (1,)), ((2,), (2,)))),
-            (shape(4, 4, 4),) * 2,
-            "batch dimensions",
         ),
         (lambda x, y: jnp.outer(x, y), (shape(4),) * 2, None),
         (lambda x, y: jnp.dot(x, y), (shape(4, 0), shape(0, 4)), "dimension is zero"),
@@ -502,3 +610,23 @@ def test_roots_of_literals_are_refused():
     assert [refusal.reason for refusal in refused] == [
         "an operand is a literal of the program"
     ]
+
+
+def test_a_channel_shuffle_lies_between_two_regions():
+    def fun(x, w, u, v):
+        y = jax.nn.relu(conv(x, w))
+        y = y.reshape(2, 8, 8, 2, 16).swapaxes(3, 4).reshape(2, 8, 8, 32)
+        return jax.nn.relu(conv(y, u) + spread(v).astype(BF16))
+
+    (first, second), refused = find(fun, X, W, shape(1, 1, 32, 32), V)
+    assert not refused
+    assert names(first) == ["acc", "const", "max"]
+    assert [n for n in names(second) if n in ("add", "max")] == ["add", "max"]
+
+
+def test_a_vector_over_shuffled_channels_is_none():
+    def fun(x, w, v):
+        y = (x @ w).reshape(4, 2, 8).swapaxes(1, 2)
+        return (y + v.reshape(1, 8, 2)).swapaxes(1, 2)
+
+    assert names(one(fun, shape(4, 16), shape(16, 16), shape(16))) == ["acc"]

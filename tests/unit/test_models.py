@@ -41,7 +41,8 @@ def _out(name: str, *, batch: int = 2, image: int = 64) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes(name: str) -> None:
     out = _out(name)
-    assert (out.shape, out.dtype) == ((2, 1000), jnp.bfloat16)
+    shape = (2, 64, 64, 2) if name == "unet" else (2, 1000)
+    assert (out.shape, out.dtype) == (shape, jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,11 @@ def test_shapes(name: str) -> None:
         ("vgg16", 13, 3),
         ("repvgg_a0", 22, 1),
         ("repvgg_a0_hard_swish", 22, 1),
+        ("densenet121", 120, 1),
+        ("mobilenet_v3", 62, 2),
+        ("convnext_t", 22, 37),
+        ("unet", 23, 0),
+        ("vit_b16", 1, 97),
     ],
 )
 def test_roots(name: str, convs: int, products: int) -> None:
@@ -63,7 +69,18 @@ def test_roots(name: str, convs: int, products: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("resnet18", 11.690), ("resnet50", 25.557), ("vgg16", 138.358)],
+    [
+        ("resnet18", 11.690),
+        ("resnet50", 25.557),
+        ("vgg16", 138.358),
+        ("wide_resnet50", 68.883),
+        ("densenet121", 7.979),
+        ("mobilenet_v2", 3.505),
+        ("mobilenet_v3", 5.483),
+        ("efficientnet_b0", 5.289),
+        ("convnext_t", 28.589),
+        ("mixer_b16", 59.880),
+    ],
 )
 def test_parameter_count_is_the_papers(name: str, millions: float) -> None:
     params = models.shapes(name, 1, 224)[1]["params"]

@@ -169,6 +169,44 @@ class Program:
         back = (0, 3, 1, 2) if self.nchw else (0, 2, 3, 1)
         return jnp.exp(-jnp.abs(x.transpose(there))).transpose(back)
 
+    def _up(self, p: Any, x: Array, _: Array, number: int) -> Array:
+        """A transposed conv, of which every second row and column is kept."""
+        form = ("NCHW", "OIHW", "NCHW") if self.nchw else ("NHWC", "HWIO", "NHWC")
+        w, size = p["w"].astype(x.dtype), 2 + number % 2
+        w = w[:, :, :size, :size] if self.nchw else w[:size, :size]
+        y = lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=form)
+        y = jax.nn.relu(y + self._spread(p["bias"], y))
+        return y[:, :, ::2, 1::2] if self.nchw else y[:, ::2, 1::2]
+
+    def _line(self, p: Any, x: Array, _: Array, number: int) -> Array:
+        """A conv over all pixels as one line, or over each row."""
+        w = p["w"].astype(x.dtype)
+        if self.nchw:
+            line, w, form = x.reshape(N, C, H * W), w[:, :, 0], ("NCH", "OIH", "NCH")
+        else:
+            line, w, form = x.reshape(N * H, W, C), w[0], ("NHC", "HIO", "NHC")
+        y = lax.conv_general_dilated(line, w, (1,), "SAME", dimension_numbers=form)
+        return y.reshape(x.shape) * 2 + self._spread(p["bias"], x)
+
+    def _channels(self, p: Any, x: Array, y: Array, number: int) -> Array:
+        """A product with the weight first, as ``vmap`` leaves it."""
+        w = (p["w"][:, :, 0, 0] if self.nchw else p["w"][0, 0]).astype(x.dtype)
+        if self.nchw:
+            made = jnp.einsum("oc,nchw->onhw", w, x).transpose(1, 0, 2, 3)
+        else:
+            made = jnp.einsum("oc,nhwc->onhw", w, x).transpose(1, 2, 3, 0)
+        made = made + self._spread(p["bias"], x)
+        return made + y if number % 2 else made
+
+    def _attend(self, p: Any, x: Array, y: Array, number: int) -> Array:
+        """Products of activations, over heads that are split off the channels."""
+        x = x if not self.nchw else x.transpose(0, 2, 3, 1)
+        q = x.reshape(N, H * W, 2, C // 2)
+        scores = jnp.einsum("nqhd,nkhd->nhqk", q, q) * (C * H * W) ** -0.5
+        made = jnp.einsum("nhqk,nkhd->nqhd", jnp.tanh(scores), q) / (H * W)
+        made = made.reshape(N, H, W, C)
+        return made if not self.nchw else made.transpose(0, 3, 1, 2)
+
     def _cast(self, p: Any, x: Array, _: Array, number: int) -> Array:
         return x.astype(jnp.bfloat16 if number % 2 else jnp.float32)
 
@@ -206,9 +244,11 @@ def check_ir(site: Any, bound: float) -> None:
     """The region's IR in float32, which rounds nowhere, against its reference."""
     operands = measure.make_operands(site, l2_bytes=1).sets[0]
     lhs, rhs, sides, vectors = measure.split(site, operands)
-    if isinstance(site.region.problem, ir.ConvProblem):
-        rhs = jnp.transpose(rhs, (3, 0, 1, 2))
-    truths = evaluate.outputs(site.region, lhs, rhs, sides, vectors)
+    region = site.region
+    if isinstance(region.problem, ir.ConvProblem):
+        problem = dataclasses.replace(region.problem, filter_layout="hwio")
+        region = dataclasses.replace(region, problem=problem)
+    truths = evaluate.outputs(region, lhs, rhs, sides, vectors)
     found = reference_fun(site.reference)(*operands)
     for output, truth in zip(found, truths, strict=True):
         check_close(output.reshape(truth.shape), truth, bound)
