@@ -235,4 +235,4 @@ def test_an_exponent_beyond_int_is_refused():
 
 def test_templates_are_listed_once_each():
     names = [template.name for template in kernels.TEMPLATES]
-    assert names == ["implicit_gemm_sm90", "gemm_sm80", "conv_sm80"]
+    assert names == ["implicit_gemm_sm90", "depthwise", "gemm_sm80", "conv_sm80"]
