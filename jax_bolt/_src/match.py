@@ -33,7 +33,6 @@ from . import elementwise, ir
 from .compat import (
     Jaxpr,
     JaxprEqn,
-    Literal,
     Var,
     aval_of,
     is_drop,
@@ -42,10 +41,11 @@ from .compat import (
     variables,
 )
 from .elementwise import NotElementwise
+from .emission import Emission, is_input, is_view, label
 from .frame import Frame
 from .graph import Graph
 from .roots import ROOTS, Refused, Root, read_root
-from .views import Repeated, View
+from .views import View
 
 AUXILIARY = "auxiliary"  # in the option ``disable``
 
@@ -259,18 +259,7 @@ class _Growth:
             return False
         if not elementwise.supported(eqn):
             return False
-        return all(_in(v, ancestors) or self.is_input(v, frame) for v in eqn.invars)
-
-    def is_input(self, atom: Any, frame: Frame) -> bool:
-        """Whether a value from outside can be an epilogue input."""
-        try:
-            elementwise.dtype_of(atom)
-        except NotElementwise:
-            return False
-        if isinstance(atom, Literal):
-            return not aval_of(atom).shape
-        shape = tuple(atom.aval.shape)
-        return shape == frame.shape or frame.is_per_channel(shape)
+        return all(_in(v, ancestors) or is_input(v, frame) for v in eqn.invars)
 
     def _ends_at(self, index: int) -> bool:
         """A region gives floats, and in its root's order or in the kernel's.
@@ -321,7 +310,9 @@ class _Growth:
 
     def _emit(self, name: str, ending: _Ending) -> Match:
         eqns = ending.eqns
-        emission = _Emission(self, set(eqns))
+        emission = Emission(
+            self.graph, self.root, self.problem, self.frames, set(eqns), self.taken
+        )
         for index in eqns[1:]:
             emission.equation(index)
         builder = emission.builder
@@ -365,149 +356,6 @@ class _Growth:
                 needed.add(index)
                 pending += self.graph.eqns[index].invars
         return needed
-
-
-class _Emission:
-    """Writes the epilogue of a chosen set of equations."""
-
-    def __init__(self, growth: _Growth, inside: set[int]):
-        self.growth = growth
-        self.graph = growth.graph
-        self.inside = inside
-        self.builder = elementwise.Builder()
-        self.values: dict[Any, int] = {growth.out: 0}
-        self.per_channel: dict[Any, int] = {}
-        # One tensor read in two frames is two side inputs.
-        self.full: dict[tuple[Any, Frame], int] = {}
-        self.absorbed: set[int] = set()
-        self.vectors: list[Var] = []
-        self.sides: list[Var] = []
-        self._frames: list[Frame] = []
-
-    def views(self) -> list[View | None]:
-        """How side inputs and vectors are rearranged."""
-        times = self.growth.problem.frame.repeats
-        vectors = [
-            Repeated(tuple(aval_of(v).shape), times)
-            if times > 1 and aval_of(v).size > 1
-            else None
-            for v in self.vectors
-        ]
-        return [*(frame.view for frame in self._frames), *vectors]
-
-    def equation(self, index: int) -> None:
-        eqn = self.graph.eqns[index]
-        frame = self.growth.frames[eqn.outvars[0]]
-        if is_view(eqn):
-            self.values[eqn.outvars[0]] = self.values[eqn.invars[0]]
-            return
-        args = [self._operand(atom, frame) for atom in eqn.invars]
-        results = elementwise.emit(self.builder, eqn, args)
-        self.values.update(zip(eqn.outvars, results, strict=True))
-
-    def _operand(self, atom: Any, frame: Frame) -> int:
-        if isinstance(atom, Literal):
-            return elementwise.literal(self.builder, atom)
-        if atom in self.values:
-            return self.values[atom]
-        source = self._through_shapes(atom, frame)
-        if source is not None:
-            return self._channel_value(source, frame)
-        if (atom, frame) not in self.full:
-            if frame.moves and not self.growth.problem.shares_layout:
-                raise NotElementwise("a side input that would be rearranged")
-            self.sides.append(atom)
-            self._frames.append(frame)
-            self.full[atom, frame] = self.builder.side(elementwise.dtype_of(atom))
-        return self.full[atom, frame]
-
-    def _through_shapes(self, atom: Any, frame: Frame) -> Any | None:
-        """The per-channel value that ``atom`` spreads, or None for a full tensor."""
-        path: list[int] = []
-        while True:
-            if isinstance(atom, Literal):
-                break
-            index = self.graph.producer.get(atom)
-            if index is None:
-                break
-            eqn = self.graph.eqns[index]
-            if eqn.primitive.name not in elementwise.SHAPE_ONLY:
-                break
-            if not frame.spreads(eqn):
-                break
-            path.append(index)
-            atom = eqn.invars[0]
-        if not isinstance(atom, Literal):
-            if not frame.is_per_channel(tuple(atom.aval.shape)):
-                return None
-        self.absorbed.update(path)
-        return atom
-
-    def _channel_value(self, atom: Any, frame: Frame) -> int:
-        """Emits a per-channel value, following the arithmetic it comes from."""
-        if isinstance(atom, Literal):
-            return elementwise.literal(self.builder, atom)
-        if atom in self.per_channel:
-            return self.per_channel[atom]
-        index = self.graph.producer.get(atom)
-        if index is not None and self._absorbs(index, frame):
-            eqn = self.graph.eqns[index]
-            sources = [self._through_shapes(v, frame) for v in eqn.invars]
-            if all(source is not None for source in sources):
-                self.absorbed.add(index)  # first: its operands' users must be inside
-                args = [self._channel_value(source, frame) for source in sources]
-                results = elementwise.emit(self.builder, eqn, args)
-                self.per_channel.update(zip(eqn.outvars, results, strict=True))
-                return self.per_channel[atom]
-        self.vectors.append(atom)
-        scalar = atom.aval.size == 1
-        value = self.builder.vector(elementwise.dtype_of(atom), scalar)
-        self.per_channel[atom] = value
-        return value
-
-    def _absorbs(self, index: int, frame: Frame) -> bool:
-        """Elementwise, used by this region alone, and all its operands per channel."""
-        eqn = self.graph.eqns[index]
-        if eqn.effects or index in self.growth.taken or len(eqn.outvars) != 1:
-            return False
-        if not elementwise.supported(eqn):
-            return False
-        if not frame.is_per_channel(tuple(aval_of(eqn.outvars[0]).shape)):
-            return False
-        # The root reads its operands as tensors, whatever else they are.
-        inside = (self.inside | self.absorbed) - {self.growth.root}
-        return self.graph.used_only_in(eqn.outvars[0], inside) and all(
-            (isinstance(v, Literal) and not aval_of(v).shape)
-            or (isinstance(v, Var) and self.growth.is_input(v, frame))
-            for v in eqn.invars
-        )
-
-
-def is_view(eqn: JaxprEqn) -> bool:
-    """Whether it changes the shape of a value or the order of its axes alone."""
-    return eqn.primitive.name in (*elementwise.SHAPE_ONLY, "transpose")
-
-
-def label(root: str, epilogue: ir.Epilogue, callees: Sequence[str]) -> str:
-    """A short name: ``conv3x3+bn+add+relu``, ``+aux`` with an auxiliary output."""
-    steps: list[str] = []
-    per_channel = epilogue.per_channel()
-    names = [op.name for op in epilogue.ops]
-    if "rsqrt" in [n for n, same in zip(names, per_channel, strict=True) if same]:
-        steps.append("bn")
-    elif epilogue.vectors:
-        binary = [
-            op.name
-            for op, same in zip(epilogue.ops, per_channel, strict=True)
-            if not same and any(per_channel[a] for a in op.args)
-        ]
-        steps.append("bias" if binary[:1] == ["add"] else "affine")
-    steps += ["add" if "side" in names else "", *callees]
-    if not callees:
-        known = ("max", "tanh", "logistic", "erf", "exp", "clamp")
-        steps += ["relu" if n == "max" else n for n in known if n in names][:1]
-    steps += ["aux"] * len(epilogue.auxiliary)
-    return "+".join([root, *(s for s in steps if s)])
 
 
 def _callees(growth: _Growth, eqns: list[int]) -> list[str]:
