@@ -351,6 +351,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     patch(kernel_times, "executable", executable)
     patch(isolate, "worker", lambda ordinal: worker)
     patch(measure, "time_region", time_region)
+    patch(measure, "time_function", lambda fun, sets, ordinal: 8.0)
     patch(measure, "Yardstick", lambda operands: Yardstick(lambda position: 1e-3))
     patch(measure, "time_in_sequence", lambda kernel, *_: measure.Run(8.0, [kernel]))
     return [*ONE_CONV, "--templates", "conv_sm80", "--out", str(tmp_path)]
