@@ -105,7 +105,7 @@ def from_name(name: str) -> GpuArch:
 
     Raises UnsupportedError on a name that is none, or not one of ``known()``.
     """
-    parts = re.fullmatch(r"(?:sm_)?(\d+)(a?)", name)
+    parts = re.fullmatch(r"(?:sm_)?(\d+)(a?)", str(name))
     if parts is None or int(parts[1]) not in _SHARED_KIB:
         raise UnsupportedError(f"unknown architecture {name!r}; known: {_known()}")
     sm = int(parts[1])

@@ -182,7 +182,11 @@ def _clear(args: argparse.Namespace) -> None:
     if not args.yes:
         if not sys.stdin.isatty():
             raise UsageError(f"this removes {what}: add --yes to say that it may")
-        if input(f"Remove {what}? [y/N] ").strip().lower() not in ("y", "yes"):
+        try:
+            answer = input(f"Remove {what}? [y/N] ")
+        except EOFError:
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
             raise CacheError("nothing was removed")
     program.clear_cache(options.current())
     if kernels.entries() or results.all():

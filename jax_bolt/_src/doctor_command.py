@@ -46,6 +46,7 @@ A "note" stops nothing.
 """
 _LITTLE_SPACE = 2**30
 _REPORT = "report this, with everything above"
+_NO_KERNELS = "kernels exist for compute capability 8.0 and up; XLA runs all here"
 _COMPILE_FIX = (
     "see that this nvcc and C++ compiler go together, or set CUDA_HOME or CXX"
 )
@@ -97,9 +98,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _findings(active: Options, asked: GpuArch | None) -> Iterator[Finding]:
     yield _options()
     yield _native()
-    found: list[GpuArch] = [asked] if asked else []
+    found: list[GpuArch] = []
     if asked is None:
         yield from _gpus(found)
+    elif base.sources(asked):
+        found.append(asked)
+    else:
+        yield Finding("wrong", asked.name, "there are no kernels for it", _NO_KERNELS)
     tools: list[Toolchain] = []
     yield _compiler(active, tools)
     cache = _cache(active)
@@ -160,8 +165,7 @@ def _gpus(found: list[GpuArch]) -> Iterator[Finding]:
         except UnsupportedError:
             arch = None
         if arch is None or not base.sources(arch):
-            fix = "kernels exist for compute capability 8.0 and up; XLA runs all here"
-            yield Finding("note", "GPU", text, fix)
+            yield Finding("note", "GPU", text, _NO_KERNELS)
             continue
         if all(arch.name != other.name for other in found):
             found.append(arch)

@@ -72,6 +72,8 @@ def options(**changes: Any) -> Iterator[Options]:
     unknown = sorted(set(changes) - set(_PARSERS))
     if unknown:
         raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(_PARSERS)}")
+    if changes.get("warm") is not None:
+        raise TypeError("warm counts when jax_bolt is imported: set JAX_BOLT_WARM")
     given = {name: value for name, value in changes.items() if value is not None}
     token = _active.set(dataclasses.replace(current(), **given))
     try:
@@ -132,9 +134,19 @@ def _count(value: Any) -> int | None:
     return int(value)
 
 
+# What ``disable`` may name: the kernel templates, and what a program is rewritten by.
+DISABLE = (
+    *("implicit_gemm_sm90", "depthwise", "gemm_sm80", "conv_sm80"),
+    *("cast", "sequence", "auxiliary"),
+)
+
+
 def _names(value: Any) -> tuple[str, ...]:
-    names = value.split(",") if isinstance(value, str) else list(value)
-    return tuple(name.strip() for name in names if name.strip())
+    given = value.split(",") if isinstance(value, str) else list(value)
+    names = tuple(name.strip() for name in given if name.strip())
+    if not set(names) <= set(DISABLE):
+        raise ValueError
+    return names
 
 
 def _one_of(*allowed: str) -> tuple[Callable[[Any], Any], str]:
@@ -155,7 +167,7 @@ _PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "warm": _one_of("build", "load", "off"),
     "budget_s": (_seconds, "a number of seconds, at least 0"),
     "jobs": (_count, "a whole number, at least 1"),
-    "disable": (_names, "template names, separated by commas"),
+    "disable": (_names, f"some of {', '.join(DISABLE)}"),
     "dump_dir": (_path, "a directory"),
 }
 

@@ -115,9 +115,8 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
             "without one"
         )
     target = resolve.target_for(device, active)
-    results.tune_missing(
-        rewritten.family.sites, target, active, retry=True, show_progress=progress
-    )
+    sites = [root for root in rewritten.roots if not isinstance(root, Refusal)]
+    results.tune_missing(sites, target, active, retry=True, show_progress=progress)
     return report(rewritten, None)
 
 

@@ -40,7 +40,8 @@ from .views import View
 class Rewritten:
     """A rewritten program, its regions, and all its roots.
 
-    ``roots`` are in program order, a body's after those of the program around it.
+    ``roots`` are in program order, a body's after those of the program around it; those
+    of optimized functions that it calls are among them, and not in ``family``.
     """
 
     program: ClosedJaxpr
@@ -94,6 +95,8 @@ class _Pass:
             if index in calls:
                 eqns += calls[index]
             elif index not in replaced:
+                # Of an optimized function that this one calls.
+                self.roots += sequence.sites_of(eqn)
                 eqns.append(self._with_bodies(eqn))
         if any(len(match.outputs) > 1 for match in matches):
             eqns = _in_order(eqns)

@@ -34,7 +34,7 @@ from .compat import (
     without_unused,
 )
 from .options import Options
-from .primitive import Family, is_call, jvp, transpose
+from .primitive import Family, SiteInfo, bolt_call_p, is_call, jvp, transpose
 
 NAME = "sequence"  # in the option ``disable``
 # Of results that wait for a sequence, where the program as written has each when it is
@@ -43,6 +43,16 @@ MAX_EARLY_BYTES = 64 << 20
 
 bolt_sequence_p = Primitive("bolt_sequence")
 bolt_sequence_p.multiple_results = True
+
+
+def sites_of(eqn: JaxprEqn) -> list[SiteInfo]:
+    """The regions of an equation that is a call or a sequence of calls, else none."""
+    if eqn.primitive is bolt_call_p:
+        return [eqn.params["site"]]
+    if eqn.primitive is bolt_sequence_p:
+        calls = eqn.params["calls"].jaxpr.eqns
+        return [site for call in calls for site in sites_of(call)]
+    return []
 
 
 def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxpr:

@@ -219,6 +219,12 @@ def test_clear_asks(cache, run, monkeypatch):
     for answer in ("", "n", "no", "what?"):
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
         assert "nothing was removed" in run("clear", status=1)
+
+    def end_of_input(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end_of_input)
+    assert "nothing was removed" in run("clear", status=1)
     assert len(cache.digests) == 3 and len(cache.entries) == 2
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert "removed 3 kernels and 2 tuning results" in run("clear")

@@ -118,6 +118,8 @@ def test_no_gpu_is_wrong_unless_an_architecture_is_named(nvcc, doctor, monkeypat
     found = doctor("--arch", "sm_90a")
     assert not {"driver", "GPU", "JAX", "kernel"} & set(found)
     assert "a kernel compiles" in found["sm_90a"]
+    found = doctor("--arch", "sm_75", wrong=("sm_75",))
+    assert "8.0 and up" in found["sm_75"]
 
 
 def test_the_driver_sees_no_gpu(nvcc, doctor, monkeypatch):

@@ -134,6 +134,22 @@ def test_an_unknown_architecture_is_named():
         jax_bolt.explain(fun, *args, arch="sm_12")
 
 
+def test_optimized_functions_that_it_calls():
+    inner = jax_bolt.optimize(lambda x: jax.nn.relu(x @ x) @ x)
+    x = jnp.ones((16, 16), jnp.bfloat16)
+
+    def labels(fun):
+        report = jax_bolt.explain(fun, x, arch="sm_90a")
+        return [site.epilogue for site in report.sites]
+
+    assert labels(inner) == ["dot+relu", "dot"]
+    assert labels(lambda x: inner(x)) == ["dot+relu", "dot"]
+    assert labels(jax.jit(inner)) == ["dot+relu", "dot"]
+    assert sorted(labels(lambda x: inner(x) @ x)) == ["dot", "dot", "dot+relu"]
+    step = lambda x: jax.lax.scan(lambda c, _: (inner(c), None), x, None, 2)[0]  # noqa: E731
+    assert labels(step) == ["dot+relu", "dot"]
+
+
 def test_a_function_without_roots():
     report = jax_bolt.explain(jnp.tanh, jnp.ones(3))
     assert not report.sites and report.coverage == 1.0

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_bolt._src import options
+from jax_bolt._src import cast, kernels, options, sequence
+from jax_bolt._src.match import AUXILIARY
 from jax_bolt._src.options import Options
 
 
@@ -57,6 +58,7 @@ def test_an_empty_variable_is_an_unset_one():
         ("BUDGET_S", "-1", "seconds"),
         ("BUDGET_S", "nan", "seconds"),
         ("BUDGET_S", "soon", "seconds"),
+        ("DISABLE", "gemm_sm80,gemm", "implicit_gemm_sm90, depthwise"),
     ],
 )
 def test_a_bad_variable_is_named_with_what_is_allowed(name, text, allowed):
@@ -94,6 +96,18 @@ def test_options_nest_and_are_put_back():
     assert options.current() is before
 
 
+def test_what_can_be_disabled():
+    templates = [template.name for template in kernels.TEMPLATES]
+    assert list(options.DISABLE[: len(templates)]) == templates
+    assert options.DISABLE[len(templates) :] == (cast.NAME, sequence.NAME, AUXILIARY)
+
+
+def test_warm_counts_at_import_alone():
+    with pytest.raises(TypeError, match="set JAX_BOLT_WARM"):
+        with options.options(warm="off"):
+            pass
+
+
 def test_another_thread_is_not_affected():
     seen = []
     with options.options(jobs=7):
@@ -105,6 +119,6 @@ def test_another_thread_is_not_affected():
 
 def test_options_hash_and_paths_do_not_follow_a_chdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    chosen = Options(cache_dir="here", disable=["a"])  # pyright: ignore
+    chosen = Options(cache_dir="here", disable=["cast"])  # pyright: ignore
     assert chosen.cache_dir == tmp_path / "here"
-    assert hash(chosen) == hash(Options(cache_dir=tmp_path / "here", disable=("a",)))
+    assert hash(chosen) == hash(Options(cache_dir=tmp_path / "here", disable=("cast",)))
