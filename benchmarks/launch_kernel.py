@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches one candidate of one of the benchmark's problems, for a profiler to look at.
 
-    ncu -k jax_bolt_kernel -c 1 --section SpeedOfLight \\
+    ncu --clock-control none -k jax_bolt_kernel -c 1 --section SpeedOfLight \\
         python benchmarks/launch_kernel.py --models resnet50 --only "28x28 512>1024"
 
 The problem is the first whose text contains ``--only``, the candidate the first whose
@@ -11,11 +11,14 @@ text contains ``--config``, in the rank model's order. Operands are random.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+# JAX only traces here, and would take most of the GPU's memory.
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 from benchmarks import kernel_problems
 from jax_bolt._src import arch as arch_
