@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import region_cases as cases
 
-from jax_bolt._src import compat, evaluate, ir, options, plan, resolve
+from jax_bolt._src import compat, options, plan, resolve
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import loader
 from jax_bolt._src.kernels import depthwise, depthwise_tiles, implicit_gemm_sm90
@@ -122,19 +122,10 @@ def load(site, candidate):
 
 def truth(site, operands):
     """The region's outputs in float64 on the CPU."""
-    lhs, rhs, sides, vectors = measure.split(site, operands)
     cpu = jax.devices("cpu")[0]
     with jax.enable_x64(True), jax.default_device(cpu):
-        lhs, rhs, *rest = (
-            jax.device_put(np.asarray(x), cpu) for x in (lhs, rhs, *sides, *vectors)
-        )
-        if isinstance(site.region.problem, ir.ConvProblem):
-            rhs = jnp.transpose(rhs, (3, 0, 1, 2))
-        count = len(sides)
-        values = evaluate.outputs(
-            site.region, lhs, rhs, rest[:count], rest[count:], jnp.float64
-        )
-        return list(map(np.asarray, values))
+        operands = [jax.device_put(np.asarray(x), cpu) for x in operands]
+        return list(map(np.asarray, measure.truth(site, operands, jnp.float64)))
 
 
 def errors(outputs, wanted):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,7 @@ import jax_bolt
 from benchmarks.models import models
 from jax_bolt._src import compat, options, rewrite, split
 
-
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """Flax's own BatchNorm needs JAX's default promotion, not the strict one."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def left(name: str) -> tuple[Counter[str], Any]:

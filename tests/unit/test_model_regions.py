@@ -7,7 +7,6 @@ Full-size models are traced alone; small ones of the same layers are run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,7 @@ OUTSIDE = {
 IMAGES = {"inception": 64}
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """Flax's own BatchNorm needs JAX's default promotion, not the strict one."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.mark.parametrize("name", models.MODELS)

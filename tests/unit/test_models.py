@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,7 @@ from benchmarks.models import models
 NAMES = list(models.MODELS)
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """Flax's own BatchNorm needs JAX's default promotion, not the strict one."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def _out(name: str, *, batch: int = 2, image: int = 64) -> Any:

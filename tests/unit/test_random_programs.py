@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from jax_bolt._src import evaluate, ir, options, program
+from jax_bolt._src import options, program
 from jax_bolt._src.compat import jaxpr_as_fun
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import measure
@@ -243,12 +243,7 @@ def check_close(got: Array, want: Array, bound: float) -> None:
 def check_ir(site: Any, bound: float) -> None:
     """The region's IR in float32, which rounds nowhere, against its reference."""
     operands = measure.make_operands(site, l2_bytes=1).sets[0]
-    lhs, rhs, sides, vectors = measure.split(site, operands)
-    region = site.region
-    if isinstance(region.problem, ir.ConvProblem):
-        problem = dataclasses.replace(region.problem, filter_layout="hwio")
-        region = dataclasses.replace(region, problem=problem)
-    truths = evaluate.outputs(region, lhs, rhs, sides, vectors)
+    truths = measure.truth(site, operands)
     found = reference_fun(site.reference)(*operands)
     for output, truth in zip(found, truths, strict=True):
         check_close(output.reshape(truth.shape), truth, bound)

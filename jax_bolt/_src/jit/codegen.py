@@ -145,7 +145,7 @@ def _body(
 
     ``given`` are values that arrive as floats; ``leaf`` names an input.
     """
-    kinds = epilogue.kinds()
+    kinds, narrow = epilogue.kinds(), hoist.is_narrow(epilogue)
     needed: set[int] = set()
     pending = list(wanted)
     while pending:
@@ -170,7 +170,6 @@ def _body(
             if inverse is not None:
                 expression = f"{names[op.args[0]]} * {inverse}"
             else:
-                narrow = hoist.is_narrow(epilogue)
                 expression = _expression(op, [names[a] for a in op.args], narrow)
             lines.append(f"    {kinds[i]} const x{i} = {expression};")
     return lines, names

@@ -204,16 +204,6 @@ class Layout:
             for s, right in cols.taps
         ]
 
-    @property
-    def filter_steps(self) -> int:
-        """Filter stages that a tile reads: one for every tap of every chunk."""
-        return self.image.chunks * len(self.taps)
-
-    @property
-    def pixel_steps(self) -> int:
-        """Pixel stages that a tile reads: one for every phase of every chunk."""
-        return self.image.chunks * len(self.phases)
-
     def problem(self) -> str | None:
         """Why the block does not fit TMA or the wgmma, or None."""
         if max(*self.source_box, *self.store_box) > MAX_BOX:

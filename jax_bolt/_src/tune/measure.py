@@ -132,8 +132,8 @@ class Yardstick:
         # It runs once: XLA need not look for the fastest way.
         on_gpu = any(device.platform == "gpu" for device in values[0].devices())
         how = {"xla_gpu_autotune_level": 0} if on_gpu else {}
-        truth = jax.jit(lambda *v: _truth(site, v), compiler_options=how)
-        self._truth = truth(*values)
+        evaluated = jax.jit(lambda *v: truth(site, v), compiler_options=how)
+        self._truth = evaluated(*values)
 
     def errors(self, results: Sequence[jax.Array]) -> list[float]:
         """Of the outputs for that set, in the region's own shape."""
@@ -164,14 +164,16 @@ def is_accurate(found: Errors, region: ir.Region) -> bool:
     return db.is_accurate(found.kernel, found.xla, db.SANE_ERROR[region.problem.dtype])
 
 
-def _truth(site: SiteInfo, operands: Sequence[Any]) -> Any:
-    """The region from its IR in float32."""
+def truth(
+    site: SiteInfo, operands: Sequence[Any], dtype: Any = jnp.float32
+) -> tuple[jax.Array, ...]:
+    """The region's outputs from its IR; see ``evaluate.outputs``."""
     lhs, rhs, sides, vectors = split(site, operands)
     region = site.region
     if isinstance(region.problem, ir.ConvProblem):
         stored = dataclasses.replace(region.problem, filter_layout="hwio")
         region = dataclasses.replace(region, problem=stored)
-    return evaluate.outputs(region, lhs, rhs, sides, vectors)
+    return evaluate.outputs(region, lhs, rhs, sides, vectors, dtype)
 
 
 @jax.jit
