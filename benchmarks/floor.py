@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
+from jax_bolt._src.floor import touched
+
 from . import timing
 
 ROOTS = ("conv_general_dilated", "dot_general")
@@ -131,25 +133,15 @@ def _read_elements(
     numbers = params["dimension_numbers"]
     read = a[numbers.lhs_spec[0]] * a[numbers.lhs_spec[1]]
     for i, dim in enumerate(numbers.lhs_spec[2:]):
-        read *= _touched(
+        read *= touched(
             a[dim],
             out[numbers.out_spec[2 + i]],
             b[numbers.rhs_spec[2 + i]],
             params["window_strides"][i],
-            params["padding"][i][0],
             params["rhs_dilation"][i],
+            params["padding"][i][0],
         )
     return read
-
-
-def _touched(
-    size: int, out: int, window: int, stride: int, padding: int, dilation: int
-) -> int:
-    """How many of ``size`` positions in one dimension a conv reads."""
-    at = {
-        o * stride + w * dilation - padding for o in range(out) for w in range(window)
-    }
-    return sum(0 <= i < size for i in at)
 
 
 def _of_problem(problem: Any) -> Root:
@@ -160,8 +152,8 @@ def _of_problem(problem: Any) -> Root:
         kind = "conv_general_dilated"
         (sh, sw), (dh, dw) = problem.stride, problem.dilation
         top, _, left, _ = problem.padding
-        rows = _touched(problem.h, problem.p, problem.r, sh, top, dh)
-        columns = _touched(problem.w, problem.q, problem.s, sw, left, dw)
+        rows = touched(problem.h, problem.p, problem.r, sh, dh, top)
+        columns = touched(problem.w, problem.q, problem.s, sw, dw, left)
         read = problem.n * rows * columns * problem.c
     moved = (read + filters + problem.rows * problem.channels) * item
     return Root(primitive=kind, flops=problem.flops, bytes=moved)

@@ -54,13 +54,13 @@ def _unread_bytes(problem: ir.Problem) -> int:
         return 0
     (stride_h, stride_w), (step_h, step_w) = problem.stride, problem.dilation
     top, _, left, _ = problem.padding
-    rows = _touched(problem.h, problem.p, problem.r, stride_h, step_h, top)
-    columns = _touched(problem.w, problem.q, problem.s, stride_w, step_w, left)
+    rows = touched(problem.h, problem.p, problem.r, stride_h, step_h, top)
+    columns = touched(problem.w, problem.q, problem.s, stride_w, step_w, left)
     unread = problem.h * problem.w - rows * columns
     return problem.n * unread * problem.c * ir.ITEM_BYTES[problem.dtype]
 
 
-def _touched(
+def touched(
     size: int, outputs: int, taps: int, stride: int, step: int, before: int
 ) -> int:
     """How many of ``size`` positions along one dimension a conv reads."""

@@ -212,11 +212,8 @@ class _Edges:
         made = {key: self._operand(*key) for key in dict.fromkeys(wanted)}
         self.operands = list(dict.fromkeys(made.values()))
         self.positions = tuple(self.operands.index(made[key]) for key in wanted)
-        views = {
-            var: None if match.shares_layout else key[1] for key, var in made.items()
-        }
-        kept = not match.shares_layout
-        self.views = tuple(views[var] if kept else None for var in self.operands)
+        kept = {} if match.shares_layout else {v: view for (_, view), v in made.items()}
+        self.views = tuple(kept.get(var) for var in self.operands)
         # The call's, and the reference's.
         self.outputs, self.results = list(match.outputs), list(match.outputs)
         self._last: list[JaxprEqn] = []
