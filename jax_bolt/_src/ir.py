@@ -328,6 +328,47 @@ class Region:
         return (a + b) * item + out * sum(ITEM_BYTES[d] for d in self.epilogue.tensors)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Two regions back to back in one kernel (Bolt, section 3.1.1).
+
+    The result of ``first``, rounded to its ``out_dtype``, is the left operand of
+    ``second``, a product over its channels. With ``stored`` it is an output as well:
+    it is needed elsewhere.
+
+    Raises ValueError where ``second`` does not read what ``first`` makes.
+    """
+
+    first: Region
+    second: Region
+    stored: bool
+
+    def __post_init__(self) -> None:
+        made, read = self.first.problem, self.second.problem
+        if not (isinstance(read, GemmProblem) or read.is_gemm):
+            raise ValueError(f"{read.text} is not a product over channels")
+        k = read.k if isinstance(read, GemmProblem) else read.c
+        if (made.rows, made.channels) != (read.rows, k):
+            raise ValueError(f"{read.text} does not read the result of {made.text}")
+        if self.first.epilogue.out_dtype != read.dtype:
+            raise ValueError(
+                f"a result of {self.first.epilogue.out_dtype} is read as {read.dtype}"
+            )
+
+    @property
+    def text(self) -> str:
+        joint = "stored" if self.stored else "kept"
+        return f"{self.first.text} -{joint}-> {self.second.text}"
+
+    @property
+    def bytes_moved(self) -> int:
+        """Least bytes through device memory; the result between is never read."""
+        item = ITEM_BYTES[self.second.problem.dtype]
+        between = self.first.problem.rows * self.first.problem.channels * item
+        apart = self.first.bytes_moved + self.second.bytes_moved
+        return apart - between * (1 if self.stored else 2)
+
+
 def _number(value: float | int) -> str:
     return str(value) if isinstance(value, int) else float(value).hex()
 
