@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from jax_bolt._src import paths, plan, region_text
+from jax_bolt._src import kernels, paths, plan, region_text
 from jax_bolt._src.jit import toolchain
 from jax_bolt._src.tune import db
 
@@ -29,7 +29,7 @@ def problem(device: str, text: str, entry: db.Entry) -> str | None:
         arch, region = db.arch_of(device), region_text.parse(text)
     except ValueError as error:
         return str(error)
-    if entry.sources != toolchain.sources():
+    if entry.sources != toolchain.sources(kernels.HEADERS):
         return "it was made from other headers"
     if not db.is_verified(entry):
         return "it is not verified"

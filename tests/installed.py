@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_bolt
-from jax_bolt._src import options, paths
+from jax_bolt._src import kernels, options, paths
 from jax_bolt._src.jit import loader, toolchain
 
 
@@ -30,7 +30,7 @@ def main(version: str) -> None:
         assert (package / name).is_file(), name
     assert paths.own_include() == package / "_include"
     assert paths.cutlass_root() == package / "_cutlass"
-    assert toolchain.sources()
+    assert toolchain.sources(kernels.HEADERS)
     assert loader.native().ABI_VERSION > 0
 
     @jax_bolt.optimize

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ship_results
-from jax_bolt._src import arch, ir, paths, plan, region_text
+from jax_bolt._src import arch, ir, kernels, paths, plan, region_text
 from jax_bolt._src.jit import toolchain
 from jax_bolt._src.tune import db
 
@@ -53,7 +53,7 @@ def entry(n: int = 256, **changes: object) -> db.Entry:
         form=made.candidate.form.name,
         template=made.candidate.template.name,
         config=made.candidate.config.text,
-        sources=toolchain.sources(),
+        sources=toolchain.sources(kernels.HEADERS),
         compiler="nvcc 13.0.88",
         time_us=2.0,
         xla_time_us=3.0,

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import types
-from pathlib import Path
 
 import pytest
 from fake_nvcc import FakeNvcc, toolchain
@@ -134,19 +133,27 @@ def test_a_new_architecture_needs_a_new_nvcc(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda root: (root / "a" / "x.hpp").write_text("int x = 2;"),
-        lambda root: (root / "a" / "x.hpp").rename(root / "a" / "y.hpp"),
-        lambda root: (root / "b.h").touch(),
-        lambda root: (root / "a" / "x.hpp").unlink(),
+        lambda root: (root / "x.hpp").write_text("int x = 2;"),
+        lambda root: (root / "y.h").write_text("int y = 2;"),
+        lambda root: (root / "y.h").unlink(),
     ],
 )
-def test_the_digest_of_our_headers_sees_every_change(tmp_path: Path, change):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.hpp").write_text("int x = 1;")
-    before = toolchains.headers_digest(tmp_path)
-    assert toolchains.headers_digest(tmp_path) == before
-    change(tmp_path)
-    assert toolchains.headers_digest(tmp_path) != before
+def test_what_kernels_are_made_from_sees_every_change(tmp_path, monkeypatch, change):
+    def sources() -> str:
+        toolchains._included_digest.cache_clear()
+        return toolchains.sources(("jax_bolt/x.hpp",))
+
+    root, cutlass = tmp_path / "jax_bolt", toolchains._headers()[1]
+    monkeypatch.setattr(toolchains, "_headers", lambda: (tmp_path, cutlass))
+    root.mkdir()
+    (root / "x.hpp").write_text('#include "jax_bolt/y.h"\n')
+    (root / "y.h").write_text("int y = 1;")
+    (root / "z.h").write_text("int z = 1;")
+    before = sources()
+    (root / "z.h").write_text("int z = 2;")  # of another family
+    assert sources() == before
+    change(root)
+    assert sources() != before
 
 
 def test_host_compiler_order(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 from fake_nvcc import FakeNvcc
 from fresh_python import environ
 
-from jax_bolt._src import arch, base, cli, ir, options, paths, plan
+from jax_bolt._src import arch, base, cli, ir, kernels, options, paths, plan
 from jax_bolt._src.jit import directories, store, toolchain
 from jax_bolt._src.tune import db
 from jax_bolt._src.warm import gpus, library, usage
@@ -198,7 +198,7 @@ def chosen(n: int, **changes: Any) -> tuple[ir.Region, plan.Candidate, db.Entry]
         form=made.candidate.form.name,
         template=made.candidate.template.name,
         config=made.candidate.config.text,
-        sources=toolchain.sources(),
+        sources=toolchain.sources(kernels.HEADERS),
         compiler="nvcc 1.2",
     )
     return region(n), made.candidate, dataclasses.replace(entry, **changes)

@@ -117,18 +117,15 @@ def _find(
     return toolchain
 
 
-def sources() -> str:
-    """What kernels are made from besides their own text: our headers and CUTLASS's.
+def sources(headers: tuple[str, ...]) -> str:
+    """What kernels are made from besides their own text, as one digest.
 
-    Raises CompileError where either is missing; needs no compiler.
+    That is, ``headers`` (of our own), what they include, and CUTLASS's. Raises
+    CompileError where those are missing; needs no compiler.
     """
-    return _sources(*_headers())
-
-
-@functools.lru_cache(maxsize=8)
-def _sources(own: Path, cutlass: Path) -> str:
-    # Every site asks; the files are read once.
-    return f"{headers_digest(own)} cutlass {_cutlass_version(cutlass / 'include')}"
+    own, cutlass = _headers()
+    version = _cutlass_version(cutlass / "include")
+    return f"{_included_digest(own, headers)} cutlass {version}"
 
 
 def _headers() -> tuple[Path, Path]:
@@ -143,11 +140,6 @@ def _headers() -> tuple[Path, Path]:
             "jax_bolt (in a checkout: `make clean venv`)"
         )
     return own, cutlass
-
-
-def headers_digest(root: Path) -> str:
-    """A digest over the names and contents of every file under ``root``."""
-    return _digest(root, (p for p in root.rglob("*") if p.is_file()))
 
 
 def _digest(root: Path, files: Iterable[Path]) -> str:
@@ -285,6 +277,7 @@ def _host_compiler(environ: dict[str, str | None]) -> Path | None:
     return None
 
 
+@functools.lru_cache(maxsize=8)  # every site asks
 def _cutlass_version(include: Path) -> str:
     header = include / "cutlass" / "version.h"
     parts = ("MAJOR", "MINOR", "PATCH")

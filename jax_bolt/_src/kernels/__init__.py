@@ -14,6 +14,7 @@ TEMPLATES: tuple[Template, ...] = (
     gemm_sm80,
     conv_sm80,
 )
+HEADERS = tuple(template.header for template in TEMPLATES)
 # Where the named template takes a region, these were not faster at any site of the
 # benchmark's models; they serve what it refuses.
 SUPERSEDED: Mapping[str, tuple[str, ...]] = {

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .. import ir, plan
+from .. import ir, kernels, plan
 from ..arch import GpuArch
 from ..errors import CompileError
 from ..invoke import Executable, abi_problem
@@ -45,7 +45,7 @@ class Target:
 def origin(tools: toolchain.Toolchain | CompileError) -> plan.Origin:
     """Raises CompileError where our headers or CUTLASS's are missing."""
     compiler = None if isinstance(tools, CompileError) else f"nvcc {tools.version}"
-    return plan.Origin(toolchain.sources(), compiler)
+    return plan.Origin(toolchain.sources(kernels.HEADERS), compiler)
 
 
 def executable(

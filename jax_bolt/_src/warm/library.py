@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .. import base, paths, plan, region_text
+from .. import base, kernels, paths, plan, region_text
 from ..arch import GpuArch
 from ..errors import CacheError, CompileError, UnsupportedError
 from ..jit import codegen, compiler, directories, store
@@ -90,7 +90,7 @@ def build(
 
 def _stale(arch: GpuArch, active: Options, tools: Toolchain) -> Iterator[str]:
     """Of tuning results of other versions, the kernels that were lately in use."""
-    origin = plan.Origin(toolchains.sources(), f"nvcc {tools.version}")
+    origin = plan.Origin(toolchains.sources(kernels.HEADERS), f"nvcc {tools.version}")
     used = {entry.path.name for entry in usage.recent(active)}
     for file in db.Database(paths.tuning_root(active)).all():
         try:

@@ -11,9 +11,9 @@ import json
 import time
 from pathlib import Path
 
-from .. import paths
+from .. import kernels, paths
 from ..arch import GpuArch
-from ..jit import compiler, store
+from ..jit import codegen, compiler, store
 from ..jit import toolchain as toolchains
 from ..jit.toolchain import Toolchain
 from ..options import Options
@@ -53,7 +53,8 @@ def _version(arch: GpuArch, tools: Toolchain) -> str:
     for path in sorted(root.rglob("*.py")):
         code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     parts = [
-        *(arch.name, toolchains.sources(), tools.version, code.hexdigest()),
+        *(arch.name, tools.version, code.hexdigest()),
+        toolchains.sources((*kernels.HEADERS, codegen.CAST_HEADER)),
         compiler.flags(arch),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
