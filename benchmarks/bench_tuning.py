@@ -9,7 +9,8 @@ with everything there ("next"). Each counts what it compiled, tuned and timed.
 
 ``--space N`` then times all tiles of N problems, drawn from the benchmark's, with base
 programs, compiles the best of them with the region's own epilogue as well, and compares
-with what the tuner's two stages take of it and with the rank model's order.
+with what the tuner's two stages take of it and with the rank model's order. With
+``--budget-s`` no problem is begun later than that.
 
 Writes ``tuning-<device>-<date>.json``. Exits with 1 where a process did not end well or
 the "next" one compiled or tuned.
@@ -165,8 +166,11 @@ def whole_space(site: Any, arch: Any) -> list[Any]:
     return [made for _, made in sorted(found, key=lambda pair: pair[0])]
 
 
-def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, Any]]:
+def against_the_space(
+    problems: Sequence[Any], target: Any, budget_s: float = math.inf
+) -> list[dict[str, Any]]:
     """For each problem: the best tile there is, and what the two stages take."""
+    deadline = time.monotonic() + budget_s
     from benchmarks.kernel_problems import short
     from jax_bolt._src import base
     from jax_bolt._src.tune import builder, isolate, measure, stages
@@ -196,6 +200,9 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
     rounds: list[tuple[Any, int, list[Any], dict[Any, float], list[Any]]] = []
     with isolate.worker(target.ordinal) as worker:
         for problem, pairs in zip(problems, plains, strict=True):
+            if time.monotonic() > deadline:
+                print(f"{len(problems) - len(rounds)} problems not reached", flush=True)
+                break
             region = problem.region
             sets = measure.sets_for(region, target.arch.l2_bytes)
             timed = times([p for _, p in pairs if p is not None], sets, built)
@@ -205,6 +212,7 @@ def against_the_space(problems: Sequence[Any], target: Any) -> list[dict[str, An
             stage1 = {c: micros[c] for c in offered if c in micros and base.stand_in(c)}
             chosen = stages.finalists(offered, stage1, None)
             rounds.append((problem, sets, best, micros, chosen))
+            print(f"{short(region.problem)}: {len(micros)} tiles timed", flush=True)
         built = build([c for *_, best, _, chosen in rounds for c in (*best, *chosen)])
         for problem, sets, best, micros, chosen in rounds:
             found = times(list(dict.fromkeys((*best, *chosen))), sets, built)
@@ -278,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document["cpus"] = len(os.sched_getaffinity(0))
     if args.space:
         target = resolve.target_for(compat.cuda_device(), options.current())
-        found = against_the_space(drawn_problems(args.space), target)
+        found = against_the_space(drawn_problems(args.space), target, args.budget_s)
         document["space"] = found
         if found:
             document["space_summary"] = summary(found)
@@ -297,6 +305,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image", type=int, default=224, help="pixels per side")
     parser.add_argument("--space", type=int, default=0, metavar="N", help="problems")
+    parser.add_argument("--budget-s", type=float, default=math.inf, metavar="S")
     parser.add_argument("--export", type=Path, metavar="FILE", help="the tuned cache")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
