@@ -169,7 +169,7 @@ def _krsc_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
 def _nhwc(problem: ir.ConvProblem, x, hwio):
     """The operands with two spatial axes, whatever a conv of one or three has."""
     p = problem
-    return x.reshape(p.n, p.h, p.w, p.c), hwio.reshape(p.r, p.s, p.c, p.k)
+    return x.reshape(p.n, p.h, p.w, p.c), hwio.reshape(p.r, p.s, p.group_channels, p.k)
 
 
 def _krsc(problem: ir.ConvProblem, x, hwio):

@@ -66,13 +66,15 @@ CONVS = [
     conv_problem(dtype="bf16", r=1, s=1, k=5, c=6),
     conv_problem(dtype="f16", r=1, s=1, stride=(2, 2)),
     conv_problem(dtype="bf16", r=1, s=1, stride=(3, 2), c=8, k=16),
+    conv_problem(dtype="bf16", c=8, k=8, groups=8, stride=(1, 2)),
+    conv_problem(dtype="bf16", c=8, k=16, groups=8, padding=(1, 1, 1, 1)),
 ]
 
 
 @pytest.mark.parametrize("problem", CONVS, ids=lambda p: p.text)
 def test_conv_forms(problem):
     x = random(0, problem.n, problem.h, problem.w, problem.c)
-    w = random(1, problem.r, problem.s, problem.c, problem.k)
+    w = random(1, problem.r, problem.s, problem.group_channels, problem.k)
     top, bottom, left, right = problem.padding
 
     def want(x, w):
@@ -83,6 +85,7 @@ def test_conv_forms(problem):
             ((top, bottom), (left, right)),
             rhs_dilation=problem.dilation,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=problem.groups,
             precision="highest",
         )
 
