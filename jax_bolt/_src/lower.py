@@ -18,8 +18,8 @@ import jax
 from jax import lax
 
 from . import agree, cast, compat, invoke, resolve
-from .chain import Chain, Promise
 from .compat import ClosedJaxpr, mlir
+from .launches import Launches, Promise
 from .options import Options
 from .plan import Rejection
 from .primitive import (
@@ -76,26 +76,26 @@ def _lower_sequence_cuda(
 
     def run(*operands: Any) -> list[Any]:
         values: dict[Any, Any] = dict(zip(calls.jaxpr.invars, operands, strict=True))
-        chain = Chain()
+        launches = Launches()
 
         def flush(index: int) -> None:
             """Makes the launches before equation ``index``."""
-            if not len(chain):
+            if not len(launches):
                 return
             promises = {v: p for v, p in values.items() if isinstance(p, Promise)}
             read = {v for eqn in eqns[index:] for v in eqn.invars}
             read.update(calls.jaxpr.outvars)
-            ends = (eqns[index - len(chain)], eqns[index - 1])
+            ends = (eqns[index - len(launches)], eqns[index - 1])
             names = dict.fromkeys(eqn.params["site"].name for eqn in ends)
             # The names that profiles and XLA's metadata show (contract 11).
             with jax.named_scope(" to ".join(names)):
-                made = chain.launch([p for v, p in promises.items() if v in read])
+                made = launches.launch([p for v, p in promises.items() if v in read])
             values.update({v: made.get(p) for v, p in promises.items()})
 
         for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
             site = eqn.params["site"]
             lhs, rhs, *_ = measure.split(site, [values[v] for v in eqn.invars])
-            if kernel is None or not chain.takes(kernel, lhs, rhs):
+            if kernel is None or not launches.takes(kernel, lhs, rhs):
                 flush(index)
             inputs = [values[v] for v in eqn.invars]
             with jax.named_scope(site.label):
@@ -103,7 +103,7 @@ def _lower_sequence_cuda(
                     made = reference_fun(site.reference)(*inputs)
                 else:
                     roles = measure.split(site, inputs)
-                    made = chain.add(kernel, *roles, site.out_avals[0].shape)
+                    made = launches.add(kernel, *roles, site.out_avals[0].shape)
             values.update(zip(eqn.outvars, made, strict=True))
         flush(len(eqns))
         return [values[v] for v in calls.jaxpr.outvars]

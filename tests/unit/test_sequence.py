@@ -17,11 +17,11 @@ from test_lower import TARGET, cuda_text, kernel, shape  # noqa: F401
 
 import jax_bolt
 from jax_bolt import _native
-from jax_bolt._src import chain, ir, options, rewrite, sequence
-from jax_bolt._src.chain import Chain, Promise
+from jax_bolt._src import ir, options, rewrite, sequence
 from jax_bolt._src.forms import Form
 from jax_bolt._src.invoke import Executable
 from jax_bolt._src.jit import loader
+from jax_bolt._src.launches import Launches, Promise, _Arena, _Step
 
 
 def dense(x, w):
@@ -297,7 +297,7 @@ def test_kernels_find_their_buffers(host, monkeypatch):
     x, w, v, u = rand(4, 5), rand(5, 6), rand(6, 6), rand(6, 3)
 
     def fun(x, w, v, u):
-        calls = Chain()
+        calls = Launches()
         (first,) = calls.add(product(4, 6, 5), x, w, [], [], (4, 6))
         (second,) = calls.add(product(4, 6, 6, 1), first, v, [first], [], (4, 6))
         (third,) = calls.add(product(4, 6, 6, 1), second, v, [first], [], (4, 6))
@@ -319,7 +319,7 @@ def test_auxiliary_outputs_are_read_and_returned(host, monkeypatch):
     x, w, v = rand(4, 5), rand(5, 6), rand(6, 6)
 
     def fun(x, w, v):
-        calls = Chain()
+        calls = Launches()
         (one,) = calls.add(product(4, 6, 5), x, w, [], [], (4, 6))
         two, bare = calls.add(product(4, 6, 6, 1, 1, 1), one, v, [one], [], (4, 6))
         (three,) = calls.add(product(4, 6, 6, 1), two, v, [bare], [], (4, 6))
@@ -341,7 +341,7 @@ def steps(kernels: list[Executable], reads: list[list[int]]) -> list[Any]:
         p = kernel_.problem
         promise = Promise(index, (p.rows, p.channels), jnp.float32)
         first, *others = [made[i].promises[0] for i in read] or [None]
-        made.append(chain._Step(kernel_, first, None, others, [], [promise]))
+        made.append(_Step(kernel_, first, None, others, [], [promise]))
     return made
 
 
@@ -354,7 +354,7 @@ def test_the_arena_is_used_again():
     """Results of 1024 bytes, each read by the next launch alone: two are alive."""
     kernels = [product(16, 16, 16) for _ in range(6)]
     found = steps(kernels, [[], [0], [1], [2], [3], [4]])
-    arena = chain._Arena(found, {found[-1].promises[0]: 0})
+    arena = _Arena(found, {found[-1].promises[0]: 0})
     assert arena.bytes == 2048
     assert starts(arena, found[:-1]) == [0, 1024, 0, 1024, 0]
 
@@ -363,7 +363,7 @@ def test_a_place_inside_a_larger_one_is_taken():
     """The largest result is alive throughout; small ones must not lie inside it."""
     kernels = [product(m, 16, 16) for m in (64, 4, 4, 4)]
     found = steps(kernels, [[], [0], [1, 0], [2, 0]])
-    arena = chain._Arena(found, {})
+    arena = _Arena(found, {})
     first, *others = starts(arena, found)
     assert first == 0
     assert all(start >= 64 * 16 * 4 for start in others)
@@ -374,7 +374,7 @@ def test_nothing_in_the_arena_overlaps_what_is_alive():
         product(m, 16, 16, batch=b) for m, b in ((3, 1), (40, 2), (7, 2), (9, 1))
     ]
     found = steps(kernels, [[], [0], [1, 0], [2, 0]])
-    arena = chain._Arena(found, {})
+    arena = _Arena(found, {})
     sizes = [step.promises[0].bytes for step in found]
     alive = {0: (0, 3), 1: (1, 2), 2: (2, 3), 3: (3, 3)}
     spans = [(*alive[i], starts(arena, found)[i], sizes[i]) for i in range(4)]

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import evaluate, invoke, ir
-from ..chain import Chain
 from ..invoke import Executable
 from ..jit import loader
+from ..launches import Launches
 from ..primitive import SiteInfo, reference_fun
 from . import db
 
@@ -208,10 +208,12 @@ def time_in_sequence(kernel: Executable, operands: Operands, ordinal: int) -> Ru
     site = operands.site
 
     def rotation(sets: Sequence[tuple]) -> list[Any]:
-        chain = Chain()
+        launches = Launches()
         shape = site.out_avals[0].shape
-        promised = [chain.add(kernel, *split(site, values), shape) for values in sets]
-        made = chain.launch([promise for outputs in promised for promise in outputs])
+        promised = [
+            launches.add(kernel, *split(site, values), shape) for values in sets
+        ]
+        made = launches.launch([promise for outputs in promised for promise in outputs])
         return [[made[promise] for promise in outputs] for outputs in promised]
 
     return _time_rotation(rotation, operands, ordinal)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several kernels as one custom call: where each finds its buffers.
 
-``Chain`` collects launches. Their results are promises until the call is made; then
+``Launches`` collects them. Their results are promises until the call is made; then
 those that somebody else reads are results of the call, and the others, with all
 workspaces, lie in one arena, where what is no longer needed makes room.
 """
@@ -55,7 +55,7 @@ class _Step:
         return [self.a, self.b, *self.sides, *self.vectors]
 
 
-class Chain:
+class Launches:
     """Launches in the order in which they were added."""
 
     def __init__(self) -> None:
