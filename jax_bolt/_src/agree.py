@@ -55,7 +55,8 @@ class Choice:
     """What ``process`` chose for one site, or for the casts of a dtype.
 
     ``reason`` is why no kernel runs. ``digest`` is the kernel's artifact, and ``call``
-    a digest of everything that a program's text says of it.
+    a digest of everything that a program's text says of it. By what each was measured
+    to save chains are chosen among those that share a site.
     """
 
     outcome: Outcome
@@ -67,12 +68,16 @@ class Choice:
     digest: str = ""
     call: str = ""
     provenance: str = ""
+    saved_us: float = 0.0
 
     @property
     def text(self) -> str:
         """What the key-value store holds."""
         fields = dataclasses.asdict(self).items()
-        return json.dumps({k: v for k, v in fields if v != ""}, sort_keys=True)
+        return json.dumps(
+            {k: v for k, v in fields if v not in ("", 0.0) or k == "process"},
+            sort_keys=True,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

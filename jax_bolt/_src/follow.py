@@ -7,21 +7,21 @@ Everything that the program's text says of it has to come out the same, or is an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from . import agree, plan
 from .agree import Choice, Group
 from .arch import GpuArch
+from .chain import AnySite
 from .errors import CompileError
-from .invoke import Executable
-from .plan import Candidate, Plan, Provenance
-from .primitive import Family, SiteInfo
+from .invoke import AnyExecutable
+from .plan import AnyCandidate, Plan, Provenance
 from .tune.target import Target, executable
 
 
-def question(about: SiteInfo | str, device: Any) -> str:
+def question(about: AnySite | str, device: Any) -> str:
     """What processes agree on: the kernel of a site's region, or of something else."""
     # The device by what JAX says of it: the question must not depend on anything that
     # can fail in one process, such as the native module or the compiler.
@@ -29,20 +29,23 @@ def question(about: SiteInfo | str, device: Any) -> str:
     return f"{device.device_kind} {device.compute_capability}: {text}"
 
 
-def call_digest(kernel: Executable) -> str:
+def call_digest(kernel: AnyExecutable) -> str:
     """Over what a program's text says of a kernel beyond its region."""
     parts = kernel.digest, kernel.form.name, kernel.workspace_bytes, kernel.recipe
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def kernel(
-    site: SiteInfo,
-    family: Family,
+    site: AnySite,
+    together: Sequence[AnySite],
     choice: Choice,
     group: Group,
     target: Target,
-) -> tuple[Plan, Executable]:
-    """The kernel that was chosen; raises CompileError where it would be another."""
+) -> tuple[Plan, AnyExecutable]:
+    """The kernel that was chosen; raises CompileError where it would be another.
+
+    ``together`` are the sites whose kernels are compiled with it.
+    """
     candidate = named(site, choice, target.arch)
     if candidate is None:
         names = f"{choice.template} {choice.config} ({choice.form})"
@@ -51,7 +54,7 @@ def kernel(
     def others() -> list[str]:
         """What else was chosen for this program: compilers run in parallel."""
         sources = []
-        for other in family.sites:
+        for other in together:
             known = agree.known(group, question(other, target.device))
             if known is not None and known.outcome == "kernel":
                 found = named(other, known, target.arch)
@@ -62,10 +65,11 @@ def kernel(
     made = executable(site.region, candidate, choice.digest, path, target)
     if call_digest(made) != choice.call:
         raise CompileError("it would be launched in another way here")
-    return Plan(candidate, provenance(choice)), made
+    made_here = Plan(candidate, provenance(choice), saved_us=choice.saved_us)
+    return made_here, made
 
 
-def named(site: SiteInfo, choice: Choice, arch: GpuArch) -> Candidate | None:
+def named(site: AnySite, choice: Choice, arch: GpuArch) -> AnyCandidate | None:
     return plan.named(site.region, arch, choice.form, choice.template, choice.config)
 
 

@@ -9,6 +9,7 @@ its exact space-to-depth form. Their cost is part of what tuning measures.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -26,6 +27,35 @@ class Form:
 
     name: str
     region: ir.Region
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChainForm:
+    """The forms of both regions, and the chain that a kernel runs in them."""
+
+    first: Form
+    second: Form
+    region: ir.Chain
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}+{self.second.name}"
+
+
+def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
+    """Every form of ``chain``, the plainest first.
+
+    Its second region takes what the first makes as it lies.
+    """
+    found: list[ChainForm] = []
+    for first in forms(chain.first):
+        for second in forms(chain.second):
+            with contextlib.suppress(ValueError):  # padded channels are not made
+                region = ir.Chain(
+                    first=first.region, second=second.region, stored=chain.stored
+                )
+                found.append(ChainForm(first, second, region))
+    return tuple(found)
 
 
 def forms(region: ir.Region) -> tuple[Form, ...]:

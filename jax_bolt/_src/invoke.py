@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import forms, ir
-from .forms import Form
+from .forms import ChainForm, Form
 from .jit import loader
 
 GEMM, CONV_FPROP = 0, 1  # abi.h: JaxBoltProblemKind
@@ -36,6 +37,34 @@ class Executable:
     form: Form
     workspace_bytes: int
     recipe: tuple[int, ...] = ()
+
+    @property
+    def first_problem(self) -> ir.Problem:
+        return self.problem
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChainExecutable:
+    """As ``Executable``, of a chain: the user's ``problems`` run as ``form``."""
+
+    digest: str
+    problems: tuple[ir.Problem, ir.Problem]
+    form: ChainForm
+    workspace_bytes: int
+    recipe: tuple[int, ...]
+
+    @property
+    def first_problem(self) -> ir.Problem:
+        return self.problems[0]
+
+
+AnyExecutable: TypeAlias = Executable | ChainExecutable
+
+
+def launched(work: ir.Work) -> tuple[int, list[int]]:
+    """``abi_problem`` of what a kernel runs; a chain's recipe has all of its sizes."""
+    region = work.first if isinstance(work, ir.Chain) else work
+    return abi_problem(region.problem)
 
 
 def abi_problem(problem: ir.Problem) -> tuple[int, list[int]]:

@@ -320,6 +320,15 @@ class Region:
         return f"{self.problem.text} {self.epilogue.text}"
 
     @property
+    def dtype(self) -> DType:
+        """Of the operands."""
+        return self.problem.dtype
+
+    @property
+    def flops(self) -> int:
+        return self.problem.flops
+
+    @property
     def bytes_moved(self) -> int:
         """Least bytes through device memory: every operand and output once."""
         a, b = self.problem.operand_elements
@@ -361,12 +370,25 @@ class Chain:
         return f"{self.first.text} -{joint}-> {self.second.text}"
 
     @property
+    def dtype(self) -> DType:
+        """Of the second product's operands, the result between among them."""
+        return self.second.problem.dtype
+
+    @property
+    def flops(self) -> int:
+        return self.first.flops + self.second.flops
+
+    @property
     def bytes_moved(self) -> int:
         """Least bytes through device memory; the result between is never read."""
         item = ITEM_BYTES[self.second.problem.dtype]
         between = self.first.problem.rows * self.first.problem.channels * item
         apart = self.first.bytes_moved + self.second.bytes_moved
         return apart - between * (1 if self.stored else 2)
+
+
+# What one kernel computes.
+Work: TypeAlias = Region | Chain
 
 
 def _number(value: float | int) -> str:

@@ -11,14 +11,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import forms
-from .invoke import JAX_DTYPES, SEQUENCE, Executable, abi_problem
+from . import forms, ir
+from .invoke import (
+    JAX_DTYPES,
+    SEQUENCE,
+    AnyExecutable,
+    ChainExecutable,
+    Executable,
+    launched,
+)
 from .jit import loader
 
 VERSION = 2
@@ -26,6 +33,8 @@ _NOWHERE, _OPERAND, _RESULT, _ARENA = range(4)  # sequence_launcher.h
 _ALIGNMENT = 256  # bytes; as much as XLA's own buffers have
 
 Value = Any  # an array, or a Promise
+# The left operand, the right one, side inputs and vectors.
+Roles: TypeAlias = tuple[Value, Value, Sequence[Value], Sequence[Value]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +52,7 @@ class Promise:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Step:
-    kernel: Executable
+    kernel: AnyExecutable
     a: Value
     b: Value
     sides: list[Value]
@@ -64,17 +73,20 @@ class Launches:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def takes(self, kernel: Executable, lhs: Value, rhs: Value) -> bool:
+    def takes(self, kernel: AnyExecutable, lhs: Value, *filters: Value) -> bool:
         """Whether the kernel can read what is only promised.
 
-        Not where its form rearranges a promised operand: XLA has to do that.
+        Not where its form rearranges a promised operand: XLA has to do that. A chain
+        has two ``filters``.
         """
-        if isinstance(rhs, Promise):
+        if any(isinstance(rhs, Promise) for rhs in filters):
             return False
         if not isinstance(lhs, Promise):
             return True
-        like = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (lhs, rhs))
-        return forms.only_views(kernel.form.name, kernel.problem, *like)
+        form, problem = kernel.form, kernel.first_problem
+        name = form.first.name if isinstance(form, forms.ChainForm) else form.name
+        like = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (lhs, filters[0]))
+        return forms.only_views(name, problem, *like)
 
     def add(
         self,
@@ -87,20 +99,42 @@ class Launches:
     ) -> list[Promise]:
         """As ``invoke.call``; ``takes`` must have been true."""
         promises = [
-            Promise(len(self._steps), tuple(shape), JAX_DTYPES[output.dtype])
+            self._promise(shape, output.dtype)
             for output in kernel.form.region.epilogue.outputs
         ]
-        if isinstance(lhs, Promise):
-            a = lhs
-            # Of the form's operands only the filter is made.
-            like = jnp.zeros((), lhs.dtype)
-            _, b = forms.prepare(
-                kernel.form.name, kernel.problem, jnp.broadcast_to(like, lhs.shape), rhs
-            )
-        else:
-            a, b = forms.prepare(kernel.form.name, kernel.problem, lhs, rhs)
+        a, b = _prepared(kernel.form.name, kernel.problem, lhs, rhs)
         self._steps.append(_Step(kernel, a, b, list(sides), list(vectors), promises))
         return promises
+
+    def add_chain(
+        self,
+        kernel: ChainExecutable,
+        first: Roles,
+        second: Roles,
+        shapes: Sequence[Sequence[int]],
+    ) -> list[Promise]:
+        """As ``add``, of two regions in one kernel.
+
+        ``shapes`` are of both results; the first one's promise is among those returned
+        where the kernel stores it. The second left operand is not looked at.
+        """
+        form = kernel.form
+        a, b = _prepared(form.first.name, kernel.problems[0], *first[:2])
+        made = Promise(-1, tuple(shapes[0]), JAX_DTYPES[form.region.dtype])
+        _, then = _prepared(form.second.name, kernel.problems[1], made, second[1])
+        regions = (form.region.first, form.region.second)
+        promises = [
+            self._promise(shape, region.epilogue.out_dtype)
+            for shape, region in zip(shapes, regions, strict=True)
+        ]
+        # The second filter comes ahead of all side inputs.
+        sides = [then, *first[2], *second[2]]
+        kept = promises if form.region.stored else promises[1:]
+        self._steps.append(_Step(kernel, a, b, sides, [*first[3], *second[3]], kept))
+        return kept
+
+    def _promise(self, shape: Sequence[int], dtype: str) -> Promise:
+        return Promise(len(self._steps), tuple(shape), JAX_DTYPES[dtype])
 
     def launch(self, needed: Sequence[Promise]) -> dict[Promise, jax.Array]:
         """Makes the call and forgets the launches; ``needed`` are read elsewhere."""
@@ -121,7 +155,7 @@ class Launches:
         for number, step in enumerate(steps):
             kernel = step.kernel
             result, *auxiliary = step.promises
-            kind, dims = abi_problem(kernel.form.region.problem)
+            kind, dims = launched(kernel.form.region)
             index = digests.setdefault(kernel.digest, len(digests))
             program += [index, kind, len(dims), *dims]
             program += [len(kernel.recipe), *kernel.recipe]
@@ -144,6 +178,15 @@ class Launches:
             program=np.asarray(program, np.int64),
         )
         return dict(zip(results, made, strict=False))
+
+
+def _prepared(form: str, problem: ir.Problem, lhs: Value, rhs: Value) -> Any:
+    """The kernel's operands; a promise is taken as it lies."""
+    if not isinstance(lhs, Promise):
+        return forms.prepare(form, problem, lhs, rhs)
+    # Of the form's operands only the filter is made.
+    like = jnp.broadcast_to(jnp.zeros((), lhs.dtype), lhs.shape)
+    return lhs, forms.prepare(form, problem, like, rhs)[1]
 
 
 class _Arena:

@@ -8,20 +8,21 @@ reference jaxpr, casts as themselves, and one warning says why, unless
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
-from . import agree, cast, compat, invoke, resolve
-from .compat import ClosedJaxpr, mlir
-from .launches import Launches, Promise
+from . import agree, cast, chain, compat, invoke, resolve
+from .compat import ClosedJaxpr, JaxprEqn, mlir
+from .launches import Launches, Promise, Roles
 from .options import Options
-from .plan import Rejection
+from .plan import Plan, Rejection
 from .primitive import (
     Family,
     SiteInfo,
@@ -69,46 +70,134 @@ def _lower_sequence_cuda(
     family: Family,
     options: Options,
 ) -> Any:
-    eqns = calls.jaxpr.eqns
-    kernels = [
-        _kernel_or_none(ctx, eqn.params["site"], family, options) for eqn in eqns
-    ]
+    steps = _steps(ctx, calls, family, options)
 
     def run(*operands: Any) -> list[Any]:
         values: dict[Any, Any] = dict(zip(calls.jaxpr.invars, operands, strict=True))
         launches = Launches()
 
         def flush(index: int) -> None:
-            """Makes the launches before equation ``index``."""
+            """Makes the launches before step ``index``."""
             if not len(launches):
                 return
             promises = {v: p for v, p in values.items() if isinstance(p, Promise)}
-            read = {v for eqn in eqns[index:] for v in eqn.invars}
+            later = [eqn for step in steps[index:] for eqn in step.eqns]
+            read = {v for eqn in later for v in eqn.invars}
             read.update(calls.jaxpr.outvars)
-            ends = (eqns[index - len(launches)], eqns[index - 1])
+            ends = (steps[index - len(launches)].eqns[0], steps[index - 1].eqns[-1])
             names = dict.fromkeys(eqn.params["site"].name for eqn in ends)
             # The names that profiles and XLA's metadata show (contract 11).
             with jax.named_scope(" to ".join(names)):
                 made = launches.launch([p for v, p in promises.items() if v in read])
             values.update({v: made.get(p) for v, p in promises.items()})
 
-        for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
-            site = eqn.params["site"]
-            lhs, rhs, *_ = measure.split(site, [values[v] for v in eqn.invars])
-            if kernel is None or not launches.takes(kernel, lhs, rhs):
+        for index, step in enumerate(steps):
+            if step.kernel is None or not launches.takes(
+                step.kernel, *step.products(values)
+            ):
                 flush(index)
-            inputs = [values[v] for v in eqn.invars]
-            with jax.named_scope(site.label):
-                if kernel is None:
-                    made = reference_fun(site.reference)(*inputs)
-                else:
-                    roles = measure.split(site, inputs)
-                    made = launches.add(kernel, *roles, site.out_avals[0].shape)
-            values.update(zip(eqn.outvars, made, strict=True))
-        flush(len(eqns))
+            with jax.named_scope(step.label):
+                values.update(step.run(launches, values))
+        flush(len(steps))
         return [values[v] for v in calls.jaxpr.outvars]
 
     return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Step:
+    """A call of a sequence and its kernel, or None for XLA; of a chain two calls."""
+
+    eqns: tuple[JaxprEqn, ...]
+    kernel: invoke.AnyExecutable | None
+
+    @property
+    def label(self) -> str:
+        return " to ".join(eqn.params["site"].label for eqn in self.eqns)
+
+    def roles(self, values: Mapping[Any, Any]) -> list[Roles]:
+        """The operands of each call; None for what the step itself makes."""
+        return [
+            measure.split(eqn.params["site"], [values.get(v) for v in eqn.invars])
+            for eqn in self.eqns
+        ]
+
+    def products(self, values: Mapping[Any, Any]) -> list[Any]:
+        """The first left operand and all right ones."""
+        found = self.roles(values)
+        return [found[0][0], *(rhs for _, rhs, *_ in found)]
+
+    def run(
+        self, launches: Launches, values: Mapping[Any, Any]
+    ) -> list[tuple[Any, Any]]:
+        """What is made of each variable that others may read."""
+        sites = [eqn.params["site"] for eqn in self.eqns]
+        shapes = [site.out_avals[0].shape for site in sites]
+        outvars = [v for eqn in self.eqns for v in eqn.outvars]
+        if self.kernel is None:
+            inputs = [values[v] for v in self.eqns[0].invars]
+            made = reference_fun(sites[0].reference)(*inputs)
+        elif isinstance(self.kernel, invoke.ChainExecutable):
+            first, second = self.roles(values)
+            made = launches.add_chain(self.kernel, first, second, shapes)
+            outvars = outvars if self.kernel.form.region.stored else outvars[1:]
+        else:
+            made = launches.add(self.kernel, *self.roles(values)[0], shapes[0])
+        return list(zip(outvars, made, strict=True))
+
+
+def _steps(
+    ctx: mlir.LoweringRuleContext, calls: ClosedJaxpr, family: Family, options: Options
+) -> list[_Step]:
+    """The calls in order, and what runs each; a chain where its producer is."""
+    eqns = calls.jaxpr.eqns
+    kernels = [
+        _kernel_or_none(ctx, eqn.params["site"], family, options) for eqn in eqns
+    ]
+    chains = _chains(ctx, calls, family, options)
+    consumers = {pair.consumer: pair for pair, _ in chains}
+    producers = {pair.producer: (pair, kernel) for pair, kernel in chains}
+    steps: list[_Step] = []
+    for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
+        if index in producers:
+            pair, both = producers[index]
+            steps.append(_Step((eqn, eqns[pair.consumer]), both))
+        elif index not in consumers:
+            steps.append(_Step((eqn,), kernel))
+    return steps
+
+
+def _chains(
+    ctx: mlir.LoweringRuleContext, calls: ClosedJaxpr, family: Family, options: Options
+) -> list[tuple[chain.Pair, invoke.AnyExecutable]]:
+    """The pairs that run as one kernel: of those that are faster the best together."""
+    if chain.NAME in options.disable:
+        return []
+    found = chain.pairs(calls)
+    infos = [pair.info for pair in found]
+    faster: list[tuple[chain.Pair, Plan, invoke.AnyExecutable]] = []
+    for pair in found:
+        try:
+            made = _resolved(
+                ctx,
+                lambda *where, info=pair.info: resolve.resolve_chain(
+                    info, family, infos, options, *where
+                ),
+                f"{pair.info} is not one kernel",
+            )
+        except _FATAL:
+            raise
+        except Exception as error:  # its sites have kernels of their own
+            if options.on_error == "raise":
+                raise
+            _warn(f"{pair.info.name}, which could be one kernel, runs", error, "two")
+            continue
+        if made is not None:
+            faster.append((pair, *made))
+    chosen = chain.best(
+        [pair for pair, *_ in faster], [made.saved_us for _, made, _ in faster]
+    )
+    return [(pair, kernel) for pair, _, kernel in faster if pair in chosen]
 
 
 def _kernel_or_none(
@@ -128,6 +217,25 @@ def _kernel_or_none(
 def _kernel(
     ctx: mlir.LoweringRuleContext, site: SiteInfo, family: Family, options: Options
 ) -> invoke.Executable | None:
+    found = _resolved(
+        ctx,
+        lambda *where: resolve.resolve(site, family, options, *where),
+        f"{site} runs on XLA",
+    )
+    if found is None:
+        return None
+    kernel = found[1]
+    assert isinstance(kernel, invoke.Executable)
+    return kernel
+
+
+def _resolved(
+    ctx: mlir.LoweringRuleContext, ask: Callable[..., resolve.Resolution], without: str
+) -> tuple[Plan, invoke.AnyExecutable] | None:
+    """What ``ask`` finds for the device and the program's processes.
+
+    None, and a note of why, where it is refused, which is ``without``.
+    """
     reason = None
     device = compat.cuda_device()
     if compat.device_count(ctx) > 1:
@@ -137,11 +245,11 @@ def _kernel(
         reason = "no CUDA device in this process to plan for"
     if reason is None:
         processes = compat.program_processes(ctx)
-        found = resolve.resolve(site, family, options, device, processes)
+        found = ask(device, processes)
         if not isinstance(found, Rejection):
-            return found[1]
+            return found
         reason = found.reason
-    logger.info("%s runs on XLA: %s", site, reason)
+    logger.info("%s: %s", without, reason)
     return None
 
 
@@ -195,14 +303,14 @@ def _lower_cast_cuda(
     return mlir.lower_fun(casts, multiple_results=True)(ctx, *args)
 
 
-def _warn(what: str, error: Exception) -> None:
+def _warn(what: str, error: Exception, on: str = "XLA") -> None:
     """Once per reason: one missing compiler is one warning, not fifty."""
     reason = resolve.explain_failure(error)
     with _warned_lock:
         if reason in _warned:
             return
         _warned.add(reason)
-    warnings.warn(f"jax_bolt: {what} on XLA: {reason}", stacklevel=2)
+    warnings.warn(f"jax_bolt: {what} on {on}: {reason}", stacklevel=2)
 
 
 mlir.register_lowering(bolt_call_p, _lower_cuda, platform="cuda")

@@ -8,15 +8,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, cast
 
-from . import forms, ir, kernels
+from . import floor, forms, ir, kernels
 from .arch import GpuArch
 from .jit import codegen
 from .kernels.config import Config
-from .kernels.template import CubinTemplate, Template
+from .kernels.template import ChainTemplate, CubinTemplate, Template
 from .tune import db
 
 # The winner is among the first eight for nearly every problem (docs/kernels.md).
 _BY_RANK = 8
+# Of the least time of two regions, what their chain has to save to be worth a look.
+_WORTH = 0.1
+_CHAIN_CONFIGS = 6  # of a chain, to build
+_LEAST_US = 0.01
 
 Provenance: TypeAlias = Literal["shipped", "user", "heuristic", "xla"]
 
@@ -61,17 +65,64 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """The kernel a region runs on. Times in µs, None where nothing was measured."""
+class ChainCandidate:
+    """One kernel that could run a chain."""
 
-    candidate: Candidate
+    form: forms.ChainForm
+    template: ChainTemplate
+    config: Config
+    arch: GpuArch
+
+    @property
+    def source(self) -> str:
+        """The generated TU."""
+        region = self.form.region
+        return codegen.chain_source(region, self.template, self.config, self.arch)
+
+    @property
+    def recipe(self) -> tuple[int, ...]:
+        """How the artifact is launched."""
+        region = self.form.region
+        return self.template.recipe(region, self.config, self.arch).encode()
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """As of ``Candidate``."""
+        return self.form.name, self.template.name
+
+    @property
+    def reasoning(self) -> str:
+        """What it saves, and why it stands where it does."""
+        chain = self.form.region
+        apart = chain.first.bytes_moved + chain.second.bytes_moved
+        saved = apart - chain.bytes_moved
+        rank = self.template.reasoning(chain, self.config, self.arch)
+        return f"saves {saved / 1e6:.3g} MB of {apart / 1e6:.3g} MB; {rank}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.template.name} {self.config.text} ({self.form.name})"
+
+
+AnyCandidate: TypeAlias = Candidate | ChainCandidate
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The kernel that a region, or a chain, runs on.
+
+    ``saved_us`` is what a chain was measured to save.
+    """
+
+    candidate: AnyCandidate
     provenance: Provenance
     entry: db.Entry | None = None
+    saved_us: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why a region runs on XLA."""
+    """Why a region runs on XLA, or the regions of a chain each for itself."""
 
     reason: str
     entry: db.Entry | None = None
@@ -90,11 +141,11 @@ class Origin:
     def holds(self, entry: db.Entry) -> bool:
         """Whether the kernels of a tuning result were made from the same.
 
-        Of a choice of XLA only the headers count: another compiler hardly makes a
-        kernel win that lost.
+        Of a choice against a kernel only the headers count: another compiler hardly
+        makes one win that lost.
         """
         same_compiler = self.compiler in (None, entry.compiler)
-        same = same_compiler or entry.choice == "xla"
+        same = same_compiler or entry.choice != "kernel"
         return entry.sources == self.sources and same
 
 
@@ -134,10 +185,43 @@ def candidates(
     return found, list(dict.fromkeys(reasons))
 
 
-def likeliest(found: Sequence[Candidate]) -> list[Candidate]:
+def chain_candidates(
+    chain: ir.Chain, arch: GpuArch, disable: tuple[str, ...] = ()
+) -> tuple[list[ChainCandidate], list[str]]:
+    """As ``candidates``; none where the chain could not save much.
+
+    Of its forms the plainest alone that a template takes: few are compiled.
+    """
+    worth = saving(chain, arch)
+    if worth < _WORTH:
+        return [], [f"it could save at most {worth:.0%} of the time"]
+    reasons: list[str] = []
+    for form in forms.chain_forms(chain):
+        for template in kernels.CHAIN_TEMPLATES:
+            if template.name in disable:
+                reasons.append(f"{template.name} is disabled")
+                continue
+            reason = template.supports(form.region, arch)
+            if reason is not None:
+                reasons.append(f"{template.name} ({form.name}): {reason}")
+                continue
+            configs = template.configs(form.region, arch)[:_CHAIN_CONFIGS]
+            return [ChainCandidate(form, template, c, arch) for c in configs], reasons
+    return [], list(dict.fromkeys(reasons))
+
+
+def saving(chain: ir.Chain, arch: GpuArch) -> float:
+    """The part of its regions' least time that the bytes a chain saves take."""
+    apart = (chain.first, chain.second)
+    saved = sum(region.bytes_moved for region in apart) - chain.bytes_moved
+    least = sum(floor.floor(region, arch).time_us for region in apart)
+    return saved / arch.bandwidth * 1e6 / least if least else 0.0
+
+
+def likeliest(found: Sequence[AnyCandidate]) -> list[AnyCandidate]:
     """The first few of every form and template: what to build by their rank alone."""
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    chosen: list[Candidate] = []
+    chosen: list[AnyCandidate] = []
     for candidate in found:
         group = (candidate.form.name, candidate.template.name)
         counts[group] += 1
@@ -156,8 +240,20 @@ def heuristic(
     return Rejection("no kernel takes it: " + "; ".join(reasons))
 
 
+def unmeasured(
+    chain: ir.Chain,
+    arch: GpuArch,
+    disable: tuple[str, ...] = (),
+    failed: str | None = None,
+) -> Rejection:
+    """Why a chain without a tuning result does not run."""
+    found, reasons = chain_candidates(chain, arch, disable)
+    refused = "; ".join(reasons) or "no kernel takes it"
+    return Rejection(refused if not found else failed or "it was not timed")
+
+
 def tuned(
-    region: ir.Region,
+    region: ir.Work,
     arch: GpuArch,
     entry: db.Entry,
     origin: Origin,
@@ -175,16 +271,24 @@ def tuned(
         ours = "" if entry.time_us is None else f" (kernel {entry.time_us:.1f} µs)"
         time = "" if entry.xla_time_us is None else f": {entry.xla_time_us:.1f} µs"
         return Rejection(f"XLA was timed faster{time}{ours}", entry)
+    if entry.choice == "apart":
+        times = (entry.time_us, db.rival_us(entry))
+        ours, others = ("?" if t is None else f"{t:.1f}" for t in times)
+        return Rejection(f"it was not timed faster: {ours} µs to {others} µs", entry)
     found = chosen(region, arch, entry, disable)
-    return None if found is None else Plan(found, provenance, entry)
+    if found is None:
+        return None
+    saved = (db.rival_us(entry) or 0.0) - (entry.time_us or 0.0)
+    # One that was chosen before may have been kept at about the same time.
+    return Plan(found, provenance, entry, saved_us=max(saved, _LEAST_US))
 
 
 def chosen(
-    region: ir.Region, arch: GpuArch, entry: db.Entry, disable: tuple[str, ...] = ()
-) -> Candidate | None:
+    region: ir.Work, arch: GpuArch, entry: db.Entry, disable: tuple[str, ...] = ()
+) -> AnyCandidate | None:
     """The candidate that a tuning result chose, whatever it was made from.
 
-    None where it chose XLA, or the candidate no longer exists.
+    None where it chose no kernel, or the candidate no longer exists.
     """
     if entry.choice != "kernel" or entry.template in disable:
         return None
@@ -192,9 +296,11 @@ def chosen(
 
 
 def named(
-    region: ir.Region, arch: GpuArch, form: str, template: str, config: str
-) -> Candidate | None:
+    region: ir.Work, arch: GpuArch, form: str, template: str, config: str
+) -> AnyCandidate | None:
     """The candidate of these names, or None where there is none (any more)."""
+    if isinstance(region, ir.Chain):
+        return _named_chain(region, arch, form, template, config)
     # Not by way of candidates(): every site of every trace asks.
     made = forms.form(region, form)
     for known in kernels.TEMPLATES:
@@ -205,4 +311,19 @@ def named(
         for each in known.configs(made.region, arch):
             if each.text == config:
                 return Candidate(made, known, each, arch)
+    return None
+
+
+def _named_chain(
+    chain: ir.Chain, arch: GpuArch, form: str, template: str, config: str
+) -> ChainCandidate | None:
+    made = next((f for f in forms.chain_forms(chain) if f.name == form), None)
+    for known in kernels.CHAIN_TEMPLATES:
+        if made is None or known.name != template:
+            continue
+        if known.supports(made.region, arch) is not None:
+            continue
+        for each in known.configs(made.region, arch):
+            if each.text == config:
+                return ChainCandidate(made, known, each, arch)
     return None

@@ -64,6 +64,11 @@ class SiteInfo:
         """Of the result and of the auxiliary outputs."""
         return list(self.reference.out_avals)
 
+    @property
+    def results(self) -> tuple[View | None, ...]:
+        """``result``, for every output."""
+        return (self.result,) * len(self.out_avals)
+
     def __repr__(self) -> str:
         return f"{self.name}: {self.label}"
 

@@ -7,14 +7,16 @@ import dataclasses
 import re
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import arch as arch_
-from . import compat, floor, options, paths, plan, resolve, results, rewrite, split
+from . import chain, compat, floor, options, paths, plan, resolve, results, rewrite
 from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
+from . import split as split_
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
 from .jit import store
@@ -24,8 +26,9 @@ from .plan import Rejection
 from .primitive import SiteInfo
 from .report import Report
 from .rewrite import Rewritten
-from .site import Site
+from .site import Link, Site
 from .split import Split
+from .tune import db
 from .tune import target as targets
 
 _UNCHECKED = "made by other versions: checked here before it is used"
@@ -61,11 +64,11 @@ def parted(
     None where the program cannot be parted.
     """
     traced, tree = compat.make_jaxpr(fun, static_argnums, args, kwargs)
-    parts = split.split(traced, frozen)
+    parts = split_.split(traced, frozen)
     if parts is None:
         return None
     rewritten = rewrite.rewrite(parts.rest, active)
-    parts = split.further(parts, rewritten.program)
+    parts = split_.further(parts, rewritten.program)
     rewritten = dataclasses.replace(rewritten, program=parts.rest)
     if active.dump_dir is not None:
         _dump(active.dump_dir, getattr(fun, "__name__", "function"), traced, rewritten)
@@ -116,7 +119,14 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
         )
     target = resolve.target_for(device, active)
     sites = [root for root in rewritten.roots if not isinstance(root, Refusal)]
+    start = time.monotonic()
     results.tune_missing(sites, target, active, retry=True, show_progress=progress)
+    if chain.NAME not in active.disable:
+        if active.budget_s is not None:
+            left_s = max(0.0, active.budget_s - (time.monotonic() - start))
+            active = dataclasses.replace(active, budget_s=left_s)
+        chains = [p.info for found in chain.sequences(rewritten.program) for p in found]
+        results.tune_chains(chains, target, active, retry=True, show_progress=progress)
     return report(rewritten, None)
 
 
@@ -126,10 +136,14 @@ def report(rewritten: Rewritten, name: str | None) -> Report:
     device = compat.cuda_device() if name is None else None
     arch = arch_.from_name(name) if name is not None else _arch_of(device)
     origin = _origin(active)
+    links = links_of(rewritten.program, arch, device, active, origin)
     sites = [
         _refused(root)
         if isinstance(root, Refusal)
-        else _site(root, arch, device, active, origin)
+        else dataclasses.replace(
+            _site(root, arch, device, active, origin),
+            chains=tuple(links.get(id(root), ())),
+        )
         for root in rewritten.roots
     ]
     name, kind = (arch.name, arch.gpu or "") if arch else ("", "")
@@ -167,29 +181,8 @@ def _site(
     if arch is None:
         return base
     base = dataclasses.replace(base, floor=floor.floor(site.region, arch))
-    made, note = _known(site, arch, active, origin)
-    if made is None:
-        made = plan.heuristic(site.region, arch, active.disable)
-    failed = results.failure(arch, site.region)
-    if failed is not None:
-        made, note = Rejection(failed), ""
-    shared = None if device is None else resolve.chosen(site, arch, device)
-    if shared is not None:
-        entry = made.entry if _kernel(made) == _kernel(shared) else None
-        made, note = dataclasses.replace(shared, entry=entry), ""
-    entry = made.entry
-    if entry is not None:
-        base = dataclasses.replace(
-            base,
-            time_us=entry.time_us,
-            xla_time_us=entry.xla_time_us,
-            kernel_time_us=entry.kernel_time_us,
-            error=entry.error,
-            xla_error=entry.xla_error,
-            candidates=entry.candidates,
-            tuned=", ".join(filter(None, (entry.date, entry.versions))),
-            notes="; ".join(filter(None, (note, entry.notes))),
-        )
+    made, note = what_runs(site, arch, device, active, origin)
+    base = dataclasses.replace(base, **measured(made.entry, note))
     if isinstance(made, Rejection):
         return dataclasses.replace(
             base, reason=made.reason, kernel="xla", provenance="xla"
@@ -202,8 +195,100 @@ def _site(
     )
 
 
+def what_runs(
+    site: chain.AnySite,
+    arch: GpuArch,
+    device: Any,
+    active: Options,
+    origin: plan.Origin | None,
+) -> tuple[plan.Plan | Rejection, str]:
+    """What runs a site or a chain, and what is to be noted of that."""
+    made, note = _known(site, arch, active, origin)
+    failed = results.failure(arch, site.region)
+    if isinstance(site, chain.ChainInfo):
+        made = made or plan.unmeasured(site.region, arch, active.disable, failed)
+    elif failed is not None:
+        made, note = Rejection(failed), ""
+    else:
+        made = made or plan.heuristic(site.region, arch, active.disable)
+    shared = None if device is None else resolve.chosen(site, arch, device)
+    if shared is not None:
+        entry = made.entry if _kernel(made) == _kernel(shared) else None
+        made, note = dataclasses.replace(shared, entry=entry), ""
+    return made, note
+
+
+def measured(entry: db.Entry | None, note: str) -> dict[str, Any]:
+    """What a tuning result says, as fields of a ``Site`` or a ``Link``."""
+    if entry is None:
+        return {}
+    return {
+        "time_us": entry.time_us,
+        "xla_time_us": entry.xla_time_us,
+        "kernel_time_us": entry.kernel_time_us,
+        "error": entry.error,
+        "xla_error": entry.xla_error,
+        "candidates": entry.candidates,
+        "tuned": ", ".join(filter(None, (entry.date, entry.versions))),
+        "notes": "; ".join(filter(None, (note, entry.notes))),
+    }
+
+
+def links_of(
+    program: compat.ClosedJaxpr,
+    arch: GpuArch | None,
+    device: Any,
+    active: Options,
+    origin: plan.Origin | None,
+) -> dict[int, list[Link]]:
+    """The chains that the sites of ``program`` could be part of, by the sites' ids."""
+    links: dict[int, list[Link]] = {}
+    if chain.NAME in active.disable:
+        return links
+    for pairs in chain.sequences(program):
+        made = [
+            (Rejection(""), "")
+            if arch is None
+            else what_runs(pair.info, arch, device, active, origin)
+            for pair in pairs
+        ]
+        saved = [0.0 if isinstance(m, Rejection) else m.saved_us for m, _ in made]
+        chosen = chain.best(pairs, saved)
+        for pair, (runs, note) in zip(pairs, made, strict=True):
+            info = pair.info
+            link = _link(info, runs, note, chosen=pair in chosen)
+            links.setdefault(id(info.first), []).append(link)
+            there = dataclasses.replace(link, other=info.first.name, position="second")
+            links.setdefault(id(info.second), []).append(there)
+    return links
+
+
+def _link(
+    info: chain.ChainInfo, made: plan.Plan | Rejection, note: str, *, chosen: bool
+) -> Link:
+    """As the first of both sites has it."""
+    link = Link(
+        other=info.second.name,
+        position="first",
+        stored=info.region.stored,
+        chosen=chosen,
+        **measured(made.entry, note),
+    )
+    if made.entry is not None:
+        link = dataclasses.replace(link, apart_time_us=made.entry.apart_time_us)
+    if isinstance(made, Rejection):
+        return dataclasses.replace(link, reason=made.reason)
+    return dataclasses.replace(
+        link,
+        reason="" if chosen else "another chain of one of both saves more",
+        kernel=made.candidate.text,
+        provenance=made.provenance,
+        estimate=made.candidate.reasoning,
+    )
+
+
 def _known(
-    site: SiteInfo, arch: GpuArch, active: Options, origin: plan.Origin | None
+    site: chain.AnySite, arch: GpuArch, active: Options, origin: plan.Origin | None
 ) -> tuple[plan.Plan | Rejection | None, str]:
     """What the tuning results make of ``site``, and what is to be noted of that."""
     if origin is None:

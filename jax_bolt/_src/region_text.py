@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A region's canonical text → the region.
+"""The canonical text of a region or a chain → what it is the text of.
 
 Tuning files are keyed by texts alone; to make an entry's kernel ahead of the program
 that needs it, or to check a file, the region itself is wanted.
@@ -28,21 +28,29 @@ _CONV = re.compile(
     r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?: g(?P<groups>\d+))?"
     r"(?P<hwio> hwio)?\]"
 )
+_JOINT = re.compile(r" -(stored|kept)-> ")
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
 _VECTOR = re.compile(r"(\w+)\[(n?)\]")
 _OUTPUT = re.compile(r"(\w+):%(\d+)")
 
 
-def parse(text: str) -> ir.Region:
-    """The region whose ``text`` it is; raises ValueError where there is none."""
+def parse(text: str) -> ir.Work:
+    """The region or chain of that ``text``; raises ValueError where there is none."""
     try:
-        region = _region(text)
+        work = _chain(text) if _JOINT.search(text) else _region(text)
     except (TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{text!r} is no region: {error}") from error
     # Whatever the patterns let through, the text itself decides.
-    if region.text != text:
+    if work.text != text:
         raise ValueError(f"{text!r} is no region's text")
-    return region
+    return work
+
+
+def _chain(text: str) -> ir.Chain:
+    first, joint, second = _JOINT.split(text)
+    return ir.Chain(
+        first=_region(first), second=_region(second), stored=joint == "stored"
+    )
 
 
 def _region(text: str) -> ir.Region:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import ir
-from .site import Site, micros, totals
+from .site import Link, Site, micros, totals
 
 _STYLE = Path(__file__).with_name("report_page.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -220,6 +220,10 @@ def _row(number: int, site: Site) -> _Markup:
     runs = "XLA" if kind == "xla" else site.kernel.partition(" ")[0]
     if not site.kernel:
         kind, runs = "unknown", "no GPU to plan for"
+    note = site.reason
+    if site.chain is not None:
+        kind, runs = "kernel", site.chain.kernel.partition(" ")[0]
+        note = f"in one kernel with {site.chain.other}"
     problem = "" if site.region is None else _sizes(site.region.problem)
     chosen, xla, least = site.chosen_us, site.xla_time_us, _floor_us(site)
     ratio = f"{xla / chosen:.2f}" if xla and chosen else ""
@@ -230,7 +234,7 @@ def _row(number: int, site: Site) -> _Markup:
         _tag("span", str(number)),
         _tag("span", site.name, _tag("small", site.line)),
         _tag("span", site.epilogue or site.root, _tag("small", problem)),
-        _tag("span", _tag("em", runs, class_=kind), _tag("small", site.reason)),
+        _tag("span", _tag("em", runs, class_=kind), _tag("small", note)),
         *(_tag("span", text, class_="number") for text in numbers),
         class_="row",
     )
@@ -253,6 +257,7 @@ def _details(site: Site) -> _Markup:
         ("errors", _errors(site)),
         ("tuned", site.tuned),
         ("notes", site.notes),
+        *(("chain", _chain(link)) for link in site.chains),
     ]
     items: list[_Markup] = []
     for name, text in facts:
@@ -267,11 +272,28 @@ def _details(site: Site) -> _Markup:
 
 
 def _measured(site: Site) -> str:
-    parts = (
+    return _times_text(
         ("XLA", site.xla_time_us),
         ("best kernel, with what it needs around it", site.time_us),
         ("that kernel alone", site.kernel_time_us),
     )
+
+
+def _chain(link: Link) -> str:
+    """What there is to say of it, and all times."""
+    joint = "in one kernel with" if link.chosen else "not in one kernel with"
+    kernel = f"{link.kernel} [{link.provenance}]" if link.kernel else ""
+    times = _times_text(
+        ("one kernel", link.time_us),
+        ("each in its own", link.apart_time_us),
+        ("XLA", link.xla_time_us),
+        ("the kernel alone", link.kernel_time_us),
+    )
+    facts = (f"{joint} {link.other}", link.reason, kernel, link.estimate, times)
+    return "; ".join(filter(None, (*facts, _errors(link), link.notes)))
+
+
+def _times_text(*parts: tuple[str, float | None]) -> str:
     return "; ".join(f"{n} {micros(t)} µs" for n, t in parts if t is not None)
 
 
@@ -291,7 +313,7 @@ def _floor(site: Site) -> str:
     )
 
 
-def _errors(site: Site) -> str:
+def _errors(site: Site | Link) -> str:
     if site.error is None or site.xla_error is None:
         return ""
     return f"{site.error:.2e}, XLA's {site.xla_error:.2e}, relative to float32"

@@ -18,23 +18,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from . import agree, follow, paths, plan, results
 from . import arch as arch_
 from .arch import GpuArch
+from .chain import AnySite, ChainInfo
 from .errors import CompileError, UnsupportedError
-from .invoke import Executable
+from .invoke import AnyExecutable
 from .jit import codegen, loader, store, toolchain
 from .options import Options
 from .plan import Plan, Rejection
 from .primitive import Family, SiteInfo
 from .tune import target as targets
-from .tune.target import Target, executable
+from .tune.target import Target
 
-Resolution: TypeAlias = tuple[Plan, Executable] | Rejection
+Resolution: TypeAlias = tuple[Plan, AnyExecutable] | Rejection
 
 
 class Missing(UnsupportedError):
@@ -59,14 +60,42 @@ def resolve(
       Missing: as ``on_miss="error"`` asks.
       agree.Disagreement: another process chose a kernel that this one cannot run.
     """
+    make = functools.partial(_plan, site, family)
+    return _resolve(site, family, make, family.sites, options, device, processes)
 
+
+def resolve_chain(
+    site: ChainInfo,
+    family: Family,
+    chains: Sequence[ChainInfo],
+    options: Options,
+    device: Any,
+    processes: Collection[int] = (),
+) -> Resolution:
+    """As ``resolve``, of a chain, whose sites were resolved before.
+
+    Only what was timed faster than its sites runs. ``chains`` are tuned together.
+    """
+    make = functools.partial(_plan_chain, site, chains)
+    return _resolve(site, family, make, chains, options, device, processes)
+
+
+def _resolve(
+    site: AnySite,
+    family: Family,
+    make: Callable[[Options, Target], Plan | Rejection],
+    together: Sequence[AnySite],
+    options: Options,
+    device: Any,
+    processes: Collection[int],
+) -> Resolution:
     def choose() -> Resolution:
         with results.lock:
             target = target_for(device, options)
-            made = _plan(site, family, options, target)
+            made = make(options, target)
             if isinstance(made, Rejection):
                 return made
-            return made, _load(site, made, target, options)
+            return made, results.loaded(site, made, target, options)
 
     group = agree.group(processes)
     if group is None:
@@ -78,7 +107,7 @@ def resolve(
             return rejection
         with _following(choice, site.name), results.lock:
             target = target_for(device, options)
-            return follow.kernel(site, family, choice, group, target)
+            return follow.kernel(site, together, choice, group, target)
 
     return agree.agreed(
         group,
@@ -199,16 +228,18 @@ def _plan(
     return known or Rejection(failed or "not tuned")
 
 
-def _load(site: SiteInfo, made: Plan, target: Target, options: Options) -> Executable:
-    candidate = made.candidate
-    if made.entry is not None and isinstance(target.tools, CompileError):
-        digest = made.entry.digest
-        artifact = target.kernels.find(digest) or target.tools
-        return executable(site.region, candidate, digest, artifact, target)
-    source = candidate.source
-    digest = target.kernels.digest(target.toolchain, source, target.arch)
-    built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
-    return executable(site.region, candidate, digest, built[digest], target)
+def _plan_chain(
+    site: ChainInfo, chains: Sequence[ChainInfo], options: Options, target: Target
+) -> Plan | Rejection:
+    """Only what was measured to be faster: its sites have kernels without it."""
+    known = results.stored(site.region, target.arch, options, target.origin)
+    if known is None:
+        results.adopt_missing(chains, target, options)
+        if options.on_miss == "tune":
+            results.tune_chains(chains, target, options)
+        known = results.stored(site.region, target.arch, options, target.origin)
+    failed = results.failure(target.arch, site.region)
+    return known or plan.unmeasured(site.region, target.arch, options.disable, failed)
 
 
 def _load_cast(digest: str, artifact: Path | CompileError) -> str:
@@ -221,7 +252,7 @@ def _load_cast(digest: str, artifact: Path | CompileError) -> str:
 # --- What processes tell each other
 
 
-def chosen(site: SiteInfo, arch: GpuArch, device: Any) -> Plan | Rejection | None:
+def chosen(site: AnySite, arch: GpuArch, device: Any) -> Plan | Rejection | None:
     """What the processes of this program have agreed on for ``site``, if they have."""
     group = agree.group()
     if group is None:
@@ -234,7 +265,7 @@ def chosen(site: SiteInfo, arch: GpuArch, device: Any) -> Plan | Rejection | Non
     candidate = follow.named(site, choice, arch)
     if candidate is None:
         return None
-    return Plan(candidate, follow.provenance(choice))
+    return Plan(candidate, follow.provenance(choice), saved_us=choice.saved_us)
 
 
 def _describe(process: int, made: Resolution | str | Exception | None) -> agree.Choice:
@@ -260,6 +291,7 @@ def _describe(process: int, made: Resolution | str | Exception | None) -> agree.
         digest=kernel.digest,
         call=follow.call_digest(kernel),
         provenance=found.provenance,
+        saved_us=found.saved_us,
     )
 
 

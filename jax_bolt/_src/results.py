@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tuning results say of regions, and making those that are missing.
+"""What the tuning results say of regions and chains, and making those missing.
 
 The user's own come before those shipped with jax_bolt. What this process tried in vain
 it does not try again.
@@ -14,12 +14,16 @@ from pathlib import Path
 
 from . import ir, paths, plan
 from .arch import GpuArch
+from .chain import AnySite, ChainInfo
 from .errors import CompileError
+from .forms import only_views
+from .invoke import AnyExecutable, Executable
 from .options import Options
 from .plan import Plan, Rejection
 from .primitive import SiteInfo
 from .tune import adopt, db, search
-from .tune.target import Target
+from .tune.rival import Rival
+from .tune.target import Target, executable
 
 # Held by the thread that tunes or builds; the others then find the result.
 lock = threading.RLock()
@@ -39,7 +43,7 @@ def _database(root: Path) -> db.Database:
 
 
 def stored(
-    region: ir.Region, arch: GpuArch, options: Options, origin: plan.Origin
+    region: ir.Work, arch: GpuArch, options: Options, origin: plan.Origin
 ) -> Plan | Rejection | None:
     """What the tuning results say of ``region``, or None where they say nothing."""
     for provenance, entry in _entries(region, arch, options):
@@ -50,7 +54,7 @@ def stored(
 
 
 def _entries(
-    region: ir.Region, arch: GpuArch, options: Options
+    region: ir.Work, arch: GpuArch, options: Options
 ) -> Iterator[tuple[plan.Provenance, db.Entry]]:
     """The tuning results of ``region``, the user's own first."""
     user, shipped = database(options), _database(paths.shipped_tuning())
@@ -63,7 +67,7 @@ def _entries(
 
 
 def adoptable(
-    region: ir.Region, arch: GpuArch, options: Options
+    region: ir.Work, arch: GpuArch, options: Options
 ) -> tuple[db.Entry, Plan] | None:
     """The result of other versions that ``adopt_missing`` would try, and its kernel."""
     if (db.device_key(arch), region.text) in _tried:
@@ -75,7 +79,7 @@ def adoptable(
     return None
 
 
-def adopt_missing(sites: Sequence[SiteInfo], target: Target, options: Options) -> None:
+def adopt_missing(sites: Sequence[AnySite], target: Target, options: Options) -> None:
     """Takes over what results of other versions say of sites without a result.
 
     Each is tried once by this process.
@@ -132,6 +136,95 @@ def tune_missing(
         failures.update({(device, text): reason for text, reason in failed.items()})
 
 
+def tune_chains(
+    chains: Sequence[ChainInfo],
+    target: Target,
+    options: Options,
+    *,
+    retry: bool = False,
+    show_progress: bool = True,
+) -> None:
+    """As ``tune_missing``, for chains, whose sites were tuned before.
+
+    Those that no kernel takes are left alone; and all of them without a compiler, since
+    their sites have kernels of their own.
+    """
+    device = db.device_key(target.arch)
+    with lock:
+        if isinstance(target.tools, CompileError):
+            return
+        adopt_missing(chains, target, options)
+        missing: list[ChainInfo] = []
+        rivals: dict[str, Rival] = {}
+        for site in {site.region.text: site for site in chains}.values():
+            chain, key = site.region, (device, site.region.text)
+            if stored(chain, target.arch, options, target.origin) is not None:
+                continue
+            if key in failures and not retry:
+                continue
+            failures.pop(key, None)
+            found, reasons = plan.chain_candidates(chain, target.arch, options.disable)
+            rival = _rival(site, target, options) if found else "; ".join(reasons)
+            if isinstance(rival, Rival):
+                missing.append(site)
+                rivals[chain.text] = rival
+            elif found:
+                failures[key] = rival
+        if not missing:
+            return
+        target.kernels.check()
+        budget_s = options.budget_s
+        failed = search.tune(missing, target, budget_s, show_progress, rivals)
+        failures.update({(device, text): reason for text, reason in failed.items()})
+
+
+def _rival(site: ChainInfo, target: Target, options: Options) -> Rival | str:
+    """What a chain is to be compared with, or why there is nothing."""
+    kernels: list[Executable] = []
+    chosen: list[db.Entry] = []
+    for each in (site.first, site.second):
+        made = stored(each.region, target.arch, options, target.origin)
+        if made is None or made.entry is None:
+            return f"{each.name} was not tuned"
+        entry = made.entry
+        names = (entry.form, entry.template, entry.config)
+        candidate = plan.named(each.region, target.arch, *names)
+        if candidate is None:
+            return f"{each.name} has no kernel of its own"
+        try:
+            kernel = loaded(each, Plan(candidate, "user", entry), target, options)
+        except CompileError as error:
+            return f"the kernel of {each.name}: {error.message}"
+        assert isinstance(kernel, Executable)
+        kernels.append(kernel)
+        chosen.append(entry)
+    first, second = kernels
+    read = (
+        (a.shape, a.dtype)
+        for a in (site.second.in_avals[i] for i in site.second.operands[:2])
+    )
+    if not only_views(second.form.name, second.problem, *read):
+        return f"{site.second.name} rearranges what it reads"
+    times = [e.time_us if e.choice == "kernel" else e.xla_time_us for e in chosen]
+    mixed = any(entry.choice == "xla" for entry in chosen) and None not in times
+    return Rival((first, second), sum(t or 0.0 for t in times) if mixed else None)
+
+
+def loaded(
+    site: AnySite, made: Plan, target: Target, options: Options
+) -> AnyExecutable:
+    """The kernel of a plan, from the store or compiled. Raises CompileError."""
+    candidate = made.candidate
+    if made.entry is not None and isinstance(target.tools, CompileError):
+        digest = made.entry.digest
+        artifact = target.kernels.find(digest) or target.tools
+        return executable(site.region, candidate, digest, artifact, target)
+    source = candidate.source
+    digest = target.kernels.digest(target.toolchain, source, target.arch)
+    built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
+    return executable(site.region, candidate, digest, built[digest], target)
+
+
 def forget() -> None:
     """Drops what this process remembers of tuning: results and failures."""
     failures.clear()
@@ -139,6 +232,6 @@ def forget() -> None:
     _database.cache_clear()
 
 
-def failure(arch: GpuArch, region: ir.Region) -> str | None:
+def failure(arch: GpuArch, region: ir.Work) -> str | None:
     """Why ``region`` failed to be tuned in this process, if it did."""
     return failures.get((db.device_key(arch), region.text))

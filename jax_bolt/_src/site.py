@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One root of a program: what runs it and why; and sums over several."""
+"""One root of a program: what runs it and why, its chains; and sums over several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,48 @@ from collections.abc import Iterable
 
 from . import ir
 from .floor import Floor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A chain that a site could be part of, with the site called ``other``.
+
+    position: "first" or "second", the site's.
+    stored: whether the result between is stored as well: something else reads it.
+    chosen: whether both run in one kernel; reason: why not, "" otherwise.
+    kernel, provenance: as a site's; "" where no kernel was timed.
+    estimate: the bytes that it saves; "" as ``kernel``.
+    time_us, apart_time_us, xla_time_us: µs of both regions in one kernel, each in its
+        own one after the other (or on XLA, where that was chosen for one), and as XLA
+        lowers them; None where not measured. kernel_time_us: of the kernel alone.
+    error, xla_error, candidates, tuned, notes: as a site's.
+    """
+
+    other: str
+    position: str
+    stored: bool
+    chosen: bool = False
+    reason: str = ""
+    kernel: str = ""
+    provenance: str = ""
+    estimate: str = ""
+    time_us: float | None = None
+    apart_time_us: float | None = None
+    xla_time_us: float | None = None
+    kernel_time_us: float | None = None
+    error: float | None = None
+    xla_error: float | None = None
+    candidates: int = 0
+    tuned: str = ""
+    notes: str = ""
+
+    @property
+    def saved_us(self) -> float:
+        """What it was measured to save, of what runs."""
+        others = [t for t in (self.apart_time_us, self.xla_time_us) if t is not None]
+        if not self.chosen or self.time_us is None or not others:
+            return 0.0
+        return min(others) - self.time_us
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +75,7 @@ class Site:
     tuned: when that was, and with which versions; "" where it was not.
     notes: candidates that crashed or did not end when it was tuned; and whether the
         result was made by other versions, and is to be checked before it is used.
+    chains: those that it could be part of. Everything above is of the site alone.
     """
 
     name: str
@@ -56,15 +99,24 @@ class Site:
     candidates: int = 0
     tuned: str = ""
     notes: str = ""
+    chains: tuple[Link, ...] = ()
+
+    @property
+    def chain(self) -> Link | None:
+        """The one in which it runs."""
+        return next((link for link in self.chains if link.chosen), None)
 
     @property
     def chosen_us(self) -> float | None:
-        """The measured time of what runs: the kernel, or XLA's lowering."""
+        """The measured time of its kernel, or of XLA's lowering, as was chosen."""
         return self.xla_time_us if self.kernel == "xla" else self.time_us
 
     @property
     def what_runs(self) -> str:
         """The kernel and where it comes from, or "xla" and why."""
+        if self.chain is not None:
+            kernel = f"{self.chain.kernel} [{self.chain.provenance}]"
+            return f"{kernel}, in one kernel with {self.chain.other}"
         if self.reason:
             return f"xla: {self.reason}"
         return f"{self.kernel} [{self.provenance}]" if self.provenance else self.kernel
@@ -75,7 +127,7 @@ class Totals:
     """Sums over the ``timed`` sites, those with a time for XLA and for what runs.
 
     Times in µs; each site counts once, however often a loop runs it. ``chosen_us`` is
-    of what runs.
+    of what runs: without what chains save.
     """
 
     timed: int
@@ -86,15 +138,18 @@ class Totals:
 
 def totals(sites: Iterable[Site]) -> Totals:
     """Sums over those of ``sites`` that were timed."""
+    sites = list(sites)
     timed = [
         (site.xla_time_us, site.chosen_us, site.floor.time_us if site.floor else 0.0)
         for site in sites
         if site.xla_time_us is not None and site.chosen_us is not None
     ]
+    runs = [site.chain for site in sites]
+    saved = sum(c.saved_us for c in runs if c is not None and c.position == "first")
     return Totals(
         timed=len(timed),
         xla_us=sum(xla for xla, _, _ in timed),
-        chosen_us=sum(chosen for _, chosen, _ in timed),
+        chosen_us=sum(chosen for _, chosen, _ in timed) - saved,
         floor_us=sum(floor for _, _, floor in timed),
     )
 

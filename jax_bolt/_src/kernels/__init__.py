@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import conv_sm80, depthwise, gemm_sm80, implicit_gemm_sm90
-from .template import Template
+from .template import ChainTemplate, Template
 
 TEMPLATES: tuple[Template, ...] = (
     implicit_gemm_sm90,
@@ -15,6 +15,8 @@ TEMPLATES: tuple[Template, ...] = (
     conv_sm80,
 )
 HEADERS = tuple(template.header for template in TEMPLATES)
+# Those that run two regions in one kernel.
+CHAIN_TEMPLATES: tuple[ChainTemplate, ...] = ()
 # Where the named template takes a region, these were not faster at any site of the
 # benchmark's models; they serve what it refuses.
 SUPERSEDED: Mapping[str, tuple[str, ...]] = {

@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 
 from .. import ir
+from ..chain import AnySite
 from ..errors import CompileError
 from ..jit import store
-from ..plan import Candidate
-from ..primitive import SiteInfo
+from ..plan import AnyCandidate
 from . import builder, db, isolate, measure, search
 from .builder import Stopped
 from .failures import Failures
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Old:
     """A site, the tuning result that another version left for it, and its kernel."""
 
-    site: SiteInfo
-    candidate: Candidate
+    site: AnySite
+    candidate: AnyCandidate
     entry: db.Entry
 
 
@@ -52,7 +52,7 @@ def adopt(old: Sequence[Old], target: Target) -> None:
             raise Stopped("it was interrupted")
 
     def work() -> None:
-        taken: dict[ir.Region, db.Entry] = {}
+        taken: dict[ir.Work, db.Entry] = {}
         try:
             with jax.default_device(target.device), jax.debug_nans(False):
                 built = builder.build([each.candidate for each in old], target, step)
@@ -109,8 +109,8 @@ def _checked(
 
 
 def check(
-    site: SiteInfo,
-    candidate: Candidate,
+    site: AnySite,
+    candidate: AnyCandidate,
     digest: str,
     artifact: Path,
     target: Target,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import CompileError
-from ..plan import Candidate
+from ..plan import AnyCandidate
 from .target import Target
 
 # source -> (its digest, the path of its artifact or the CompileError)
@@ -117,7 +117,7 @@ class Builder:
 
 
 def build(
-    candidates: Sequence[Candidate], target: Target, step: Callable[[str], None]
+    candidates: Sequence[AnyCandidate], target: Target, step: Callable[[str], None]
 ) -> Built:
     """Compiles all of them together, and waits.
 

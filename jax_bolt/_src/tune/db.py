@@ -45,9 +45,11 @@ SANE_ERROR: dict[ir.DType, float] = {"bf16": 3e-2, "f16": 1e-2, "f32": 1e-2}
 class Entry:
     """A tuned choice.
 
-    ``choice`` is "kernel" or "xla". Times are µs for the whole region, preparation
-    of its operands included, ours and XLA's measured alike; ``kernel_time_us`` is of
-    the kernel alone, and ``spread`` the relative distance of that one's quartiles.
+    ``choice`` is "kernel" or "xla"; of a chain "kernel" or "apart", its regions each
+    for itself. Times are µs for the whole region, preparation of its operands
+    included, ours and XLA's measured alike; ``kernel_time_us`` is of the kernel alone,
+    and ``spread`` the relative distance of that one's quartiles. ``apart_time_us`` is
+    of a chain's regions as they would run otherwise, one after the other.
     ``notes`` name candidates that crashed or did not end. Errors are relative (2-norm)
     to a float32 reference. ``digest`` names the kernel's artifact, ``sources`` and
     ``compiler`` what it was built from and with; with others the entry is void
@@ -64,6 +66,7 @@ class Entry:
     time_us: float | None = None
     xla_time_us: float | None = None
     kernel_time_us: float | None = None
+    apart_time_us: float | None = None
     spread: float | None = None
     error: float | None = None
     xla_error: float | None = None
@@ -74,7 +77,11 @@ class Entry:
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Entry)}
-_NUMBERS = {"time_us", "xla_time_us", "kernel_time_us", "spread", "error", "xla_error"}
+_NUMBERS = {
+    *("time_us", "xla_time_us", "kernel_time_us", "apart_time_us"),
+    *("spread", "error", "xla_error"),
+}
+_CHOICES = ("kernel", "xla", "apart")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +130,8 @@ def file_name(device: str) -> str:
 
 
 def is_verified(entry: Entry) -> bool:
-    """Whether a kernel was timed and found accurate; nothing is asked of XLA."""
-    if entry.choice == "xla":
+    """Whether a kernel was timed and found accurate; nothing is asked of others."""
+    if entry.choice != "kernel":
         return True
     if not entry.time_us or entry.error is None or entry.xla_error is None:
         return False
@@ -151,8 +158,14 @@ def better(new: Entry, old: Entry, holds: Callable[[Entry], bool]) -> bool:
 
 def _time_us(entry: Entry) -> float:
     """Of the region, by what was chosen."""
-    time = entry.time_us if entry.choice == "kernel" else entry.xla_time_us
+    time = entry.time_us if entry.choice == "kernel" else rival_us(entry)
     return time or math.inf
+
+
+def rival_us(entry: Entry) -> float | None:
+    """Of what a kernel, or a chain's, was compared with."""
+    times = (entry.xla_time_us, entry.apart_time_us)
+    return min((t for t in times if t is not None), default=None)
 
 
 class Database:
@@ -168,13 +181,13 @@ class Database:
     def path(self, arch: GpuArch) -> Path:
         return self.root / file_name(device_key(arch))
 
-    def get(self, arch: GpuArch, region: ir.Region) -> Entry | None:
+    def get(self, arch: GpuArch, region: ir.Work) -> Entry | None:
         path = self.path(arch)
         with self._lock:
             unsaved = self._unsaved.get(path, {})
             return unsaved.get(region.text) or self._load(path).get(region.text)
 
-    def put(self, arch: GpuArch, entries: Mapping[ir.Region, Entry]) -> None:
+    def put(self, arch: GpuArch, entries: Mapping[ir.Work, Entry]) -> None:
         """Saves what was measured; where nothing can be written it lives in memory."""
         if not entries:
             return
@@ -323,7 +336,7 @@ def parse(content: bytes) -> Results:
 
 def _entry(value: Any) -> Entry | None:
     """An entry of a file, or None where a field is missing or of the wrong type."""
-    if not isinstance(value, dict) or value.get("choice") not in ("kernel", "xla"):
+    if not isinstance(value, dict) or value.get("choice") not in _CHOICES:
         return None
     fields = {k: v for k, v in value.items() if k in _FIELDS}
     for name, field in fields.items():

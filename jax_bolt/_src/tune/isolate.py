@@ -28,9 +28,9 @@ from typing import Any
 
 from .. import ir, paths
 from ..errors import CompileError
-from ..invoke import abi_problem
+from ..invoke import launched
 from ..jit import loader, store
-from ..plan import Candidate
+from ..plan import AnyCandidate, ChainCandidate
 from .failures import Failures
 
 logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ def launch(
 
 
 def request_for(
-    candidate: Candidate,
+    candidate: AnyCandidate,
     digest: str,
     path: Path,
     sets: int,
@@ -311,20 +311,15 @@ def request_for(
     With ``verify`` it also makes sure that all outputs are written as a whole. Raises
     Failed for what cannot be launched.
     """
-    region = candidate.form.region
-    problem, epilogue = region.problem, region.epilogue
-    kind, dims = abi_problem(problem)
+    kind, dims = launched(candidate.form.region)
     try:
         recipe = candidate.recipe
     except ValueError as error:
         raise Failed(f"cannot be launched: {error}") from error
-    a, b = problem.operand_elements
-    full = problem.rows * problem.channels
-    depth = max(1, b // problem.channels)
-
-    def operand(dtype: str, count: int, scale: float = 1.0, positive: bool = False):
-        return [dtype, count * ir.ITEM_BYTES[dtype], scale, positive]
-
+    if isinstance(candidate, ChainCandidate):
+        operands = _chain_operands(candidate.form.region)
+    else:
+        operands = _operands(candidate.form.region)
     return {
         "digest": digest,
         "path": str(path),
@@ -333,25 +328,50 @@ def request_for(
         "recipe": list(recipe),
         "repeats": repeats,
         "verify": verify,
-        "operands": {
-            "sets": sets,
-            "ab": [
-                operand(problem.dtype, a),
-                operand(problem.dtype, b, scale=1 / math.sqrt(depth)),
-            ],
-            "sides": [operand(dtype, full) for dtype in epilogue.sides],
-            "vectors": [
-                operand(v.dtype, 1 if v.scalar else problem.channels, positive=True)
-                for v in epilogue.vectors
-            ],
-            "output_bytes": [full * ir.ITEM_BYTES[o.dtype] for o in epilogue.outputs],
-        },
+        "operands": {"sets": sets, **operands},
     }
 
 
-def limit_s(region: ir.Region, sets: int, bandwidth: float) -> float:
+def _operands(region: ir.Region) -> dict[str, list]:
+    """What a region reads and writes: of inputs dtype, bytes and distribution."""
+    problem, epilogue = region.problem, region.epilogue
+    a, b = problem.operand_elements
+    full = problem.rows * problem.channels
+    depth = max(1, b // problem.channels)
+
+    def operand(dtype: str, count: int, scale: float = 1.0, positive: bool = False):
+        return [dtype, count * ir.ITEM_BYTES[dtype], scale, positive]
+
+    return {
+        "ab": [
+            operand(problem.dtype, a),
+            operand(problem.dtype, b, scale=1 / math.sqrt(depth)),
+        ],
+        "sides": [operand(dtype, full) for dtype in epilogue.sides],
+        "vectors": [
+            operand(v.dtype, 1 if v.scalar else problem.channels, positive=True)
+            for v in epilogue.vectors
+        ],
+        "output_bytes": [full * ir.ITEM_BYTES[o.dtype] for o in epilogue.outputs],
+    }
+
+
+def _chain_operands(chain: ir.Chain) -> dict[str, list]:
+    """As ``launches.add_chain`` binds them: the second filter ahead of side inputs."""
+    first, second = _operands(chain.first), _operands(chain.second)
+    _, then = second["ab"]
+    between = first["output_bytes"] if chain.stored else []
+    return {
+        "ab": first["ab"],
+        "sides": [then, *first["sides"], *second["sides"]],
+        "vectors": first["vectors"] + second["vectors"],
+        "output_bytes": between + second["output_bytes"],
+    }
+
+
+def limit_s(region: ir.Work, sets: int, bandwidth: float) -> float:
     """Seconds that a candidate has: far more than any needs that will ever win."""
-    least = region.bytes_moved / bandwidth + region.problem.flops / 1e15
+    least = region.bytes_moved / bandwidth + region.flops / 1e15
     return _LIMIT_S + 1000 * sets * least
 
 

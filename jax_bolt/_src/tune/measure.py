@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import evaluate, invoke, ir
-from ..invoke import Executable
+from ..chain import AnySite, ChainInfo
+from ..invoke import JAX_DTYPES, AnyExecutable, Executable
 from ..jit import loader
-from ..launches import Launches
+from ..launches import Launches, Promise, Roles
 from ..primitive import SiteInfo, reference_fun
 from . import db
 
@@ -44,11 +45,12 @@ _DRAWN = 1048573  # elements drawn of a large operand, then repeated; a prime
 class Operands:
     """Random operands of a region, several different sets, in the user's shapes."""
 
-    site: SiteInfo
+    site: AnySite
     sets: tuple[tuple[jax.Array, ...], ...]
 
     def roles(self, index: int) -> tuple[Any, Any, list[Any], list[Any]]:
-        """``(lhs, rhs, sides, vectors)`` of one set."""
+        """``(lhs, rhs, sides, vectors)`` of one set of a region's."""
+        assert isinstance(self.site, SiteInfo)
         return split(self.site, self.sets[index])
 
 
@@ -59,12 +61,20 @@ def split(site: SiteInfo, operands: Sequence[Any]) -> tuple[Any, Any, list, list
     return lhs, rhs, rest[:count], rest[count:]
 
 
-def sets_for(region: ir.Region, l2_bytes: int) -> int:
+def split_chain(
+    site: ChainInfo, operands: Sequence[Any], left: Any = None
+) -> tuple[Roles, Roles]:
+    """As ``split``, of both calls; ``left`` is the second one's left operand."""
+    mine, others = site.split(operands)
+    return split(site.first, mine), split(site.second, site.joined(others, left))
+
+
+def sets_for(region: ir.Work, l2_bytes: int) -> int:
     """How many sets of operands exceed the L2 cache twice: 2 to 8."""
     return max(2, min(8, math.ceil(2 * l2_bytes / region.bytes_moved)))
 
 
-def make_operands(site: SiteInfo, l2_bytes: int, seed: int = 0) -> Operands:
+def make_operands(site: AnySite, l2_bytes: int, seed: int = 0) -> Operands:
     """Random operands, ``sets_for`` of them."""
     count = sets_for(site.region, l2_bytes)
     sets = [
@@ -79,8 +89,10 @@ def make_operands(site: SiteInfo, l2_bytes: int, seed: int = 0) -> Operands:
     return Operands(site, tuple(jax.block_until_ready(sets)))
 
 
-def _random(site: SiteInfo, position: int, rng: np.random.Generator) -> np.ndarray:
+def _random(site: AnySite, position: int, rng: np.random.Generator) -> np.ndarray:
     """One operand of the ``bolt_call``; NumPy's, since JAX would compile for each."""
+    if isinstance(site, ChainInfo):
+        site, position = site.owner(position)
     aval = site.in_avals[position]
     drawn = min(aval.size, _DRAWN)
     # Of several roles the last: the square of a matrix is scaled as a filter is.
@@ -103,14 +115,34 @@ def _random(site: SiteInfo, position: int, rng: np.random.Generator) -> np.ndarr
     return value
 
 
-def kernel_function(site: SiteInfo, kernel: Executable) -> Callable:
-    """The region on ``kernel``, as a function of the ``bolt_call``'s operands."""
-    shape = site.out_avals[0].shape
+def kernel_function(site: AnySite, kernel: AnyExecutable) -> Callable:
+    """The region on ``kernel``, as a function of the ``bolt_call``'s operands.
+
+    Of a chain, as a function of the operands of both calls.
+    """
 
     def fun(*operands: Any) -> list[Any]:
-        return invoke.call(kernel, *split(site, operands), shape)
+        if isinstance(kernel, Executable):
+            assert isinstance(site, SiteInfo)
+            shape = site.out_avals[0].shape
+            return invoke.call(kernel, *split(site, operands), shape)
+        launches = Launches()
+        promised = _add(launches, site, kernel, operands)
+        return list(launches.launch(promised).values())
 
     return fun
+
+
+def _add(
+    launches: Launches, site: AnySite, kernel: AnyExecutable, operands: Sequence[Any]
+) -> list[Promise]:
+    if isinstance(kernel, Executable):
+        assert isinstance(site, SiteInfo)
+        shape = site.out_avals[0].shape
+        return launches.add(kernel, *split(site, operands), shape)
+    assert isinstance(site, ChainInfo)
+    shapes = [s.out_avals[0].shape for s in (site.first, site.second)]
+    return launches.add_chain(kernel, *split_chain(site, operands), shapes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,7 +173,7 @@ class Yardstick:
         return [float(_relative(result, truth)) for result, truth in pairs]
 
 
-def errors(operands: Operands, kernel: Executable) -> Errors:
+def errors(operands: Operands, kernel: AnyExecutable) -> Errors:
     """Compares the region on ``kernel`` and on XLA with the IR's value."""
     yardstick = Yardstick(operands)
     ours = kernel_function(operands.site, kernel)
@@ -152,22 +184,31 @@ def errors(operands: Operands, kernel: Executable) -> Errors:
     return worst(of_kernel, of_xla, operands.site.region)
 
 
-def worst(kernel: Sequence[float], xla: Sequence[float], region: ir.Region) -> Errors:
+def worst(kernel: Sequence[float], xla: Sequence[float], region: ir.Work) -> Errors:
     """Of the outputs' errors those that decide: of one that is wrong, if any is."""
     pairs = [Errors(*pair) for pair in zip(kernel, xla, strict=True)]
     wrong = [pair for pair in pairs if not is_accurate(pair, region)]
     return wrong[0] if wrong else max(pairs, key=lambda pair: pair.kernel)
 
 
-def is_accurate(found: Errors, region: ir.Region) -> bool:
+def is_accurate(found: Errors, region: ir.Work) -> bool:
     """Whether the errors satisfy contract 1."""
-    return db.is_accurate(found.kernel, found.xla, db.SANE_ERROR[region.problem.dtype])
+    return db.is_accurate(found.kernel, found.xla, db.SANE_ERROR[region.dtype])
 
 
 def truth(
-    site: SiteInfo, operands: Sequence[Any], dtype: Any = jnp.float32
+    site: AnySite, operands: Sequence[Any], dtype: Any = jnp.float32
 ) -> tuple[jax.Array, ...]:
-    """The region's outputs from its IR; see ``evaluate.outputs``."""
+    """The region's outputs from its IR; see ``evaluate.outputs``.
+
+    Of a chain the result between is rounded, as both its product and others read it.
+    """
+    if isinstance(site, ChainInfo):
+        mine, others = site.split(operands)
+        first = truth(site.first, mine, dtype)
+        left = first[0].astype(JAX_DTYPES[site.region.dtype])
+        second = truth(site.second, site.joined(others, left), dtype)
+        return (*first, *second) if site.region.stored else second
     lhs, rhs, sides, vectors = split(site, operands)
     region = site.region
     if isinstance(region.problem, ir.ConvProblem):
@@ -202,30 +243,57 @@ def time_region(fun: Callable, operands: Operands, ordinal: int) -> Run:
     return _time_rotation(rotation, operands, ordinal)
 
 
-def time_in_sequence(kernel: Executable, operands: Operands, ordinal: int) -> Run:
+def time_in_sequence(kernel: AnyExecutable, operands: Operands, ordinal: int) -> Run:
     """As ``time_region``, of a kernel as programs run it: among others in one custom
     call, where one may start while the one before it ends."""
-    site = operands.site
 
+    def add(launches: Launches, values: Sequence[Any]) -> list[Promise]:
+        return _add(launches, operands.site, kernel, values)
+
+    return _time_launches(add, operands, ordinal)
+
+
+def time_apart(
+    kernels: tuple[Executable, Executable], operands: Operands, ordinal: int
+) -> Run:
+    """As ``time_in_sequence``, of a chain's regions on a kernel each.
+
+    The second kernel must take the first one's result as it lies.
+    """
+    site = operands.site
+    assert isinstance(site, ChainInfo)
+    first, second = kernels
+
+    def add(launches: Launches, values: Sequence[Any]) -> list[Promise]:
+        mine, others = site.split(values)
+        (left,) = _add(launches, site.first, first, mine)
+        made = _add(launches, site.second, second, site.joined(others, left))
+        return [left, *made] if site.region.stored else made
+
+    return _time_launches(add, operands, ordinal)
+
+
+def _time_launches(
+    add: Callable[[Launches, Sequence[Any]], list[Promise]],
+    operands: Operands,
+    ordinal: int,
+) -> Run:
     def rotation(sets: Sequence[tuple]) -> list[Any]:
         launches = Launches()
-        shape = site.out_avals[0].shape
-        promised = [
-            launches.add(kernel, *split(site, values), shape) for values in sets
-        ]
+        promised = [add(launches, values) for values in sets]
         made = launches.launch([promise for outputs in promised for promise in outputs])
         return [[made[promise] for promise in outputs] for outputs in promised]
 
     return _time_rotation(rotation, operands, ordinal)
 
 
-def _viewed(site: SiteInfo, values: Sequence[Any]) -> tuple[Any, ...]:
+def _viewed(site: AnySite, values: Sequence[Any]) -> tuple[Any, ...]:
     """The operands of the ``bolt_call``, from the program's own."""
     pairs = zip(values, site.views, strict=True)
     return tuple(x if view is None else view.there(x) for x, view in pairs)
 
 
-def _written(site: SiteInfo, values: Sequence[Any]) -> tuple[Any, ...]:
+def _written(site: AnySite, values: Sequence[Any]) -> tuple[Any, ...]:
     """The program's own values, from the operands of the ``bolt_call``."""
     pairs = zip(values, site.views, strict=True)
     return tuple(x if view is None else view.back(x) for x, view in pairs)
@@ -247,18 +315,18 @@ def _time_rotation(rotation: Callable, operands: Operands, ordinal: int) -> Run:
     them as they are, the views and the reference's undone ones cancel.
     """
     site = operands.site
-    result = site.result
     sets = [_written(site, values) for values in operands.sets]
 
+    def back(outputs: Sequence[Any]) -> list[Any]:
+        pairs = zip(outputs, site.results, strict=True)
+        return [x if view is None else view.back(x) for x, view in pairs]
+
     def whole(sets: Sequence[tuple]) -> list[Any]:
-        made = rotation([_viewed(site, values) for values in sets])
-        if result is None:
-            return made
-        return [[result.back(x) for x in outputs] for outputs in made]
+        return [back(made) for made in rotation([_viewed(site, v) for v in sets])]
 
     micros, outputs = _time(whole, sets, ordinal)
-    there = outputs if result is None else [result.there(x) for x in outputs]
-    return Run(micros, there)
+    pairs = zip(outputs, site.results, strict=True)
+    return Run(micros, [x if view is None else view.there(x) for x, view in pairs])
 
 
 def _time(rotation: Callable, sets: Sequence[tuple], ordinal: int) -> tuple[float, Any]:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tunes the regions of a program, in two stages, and keeps the best.
+"""Tunes the regions or the chains of a program, in two stages, and keeps the best.
 
 Stage 1 times base programs (``base.py``): nothing is compiled. Stage 2 compiles the
 best few with the region's own epilogue, times them, verifies the fastest and compares
 it with XLA's own lowering. Compilers work on the next regions while the GPU times one.
+
+Chains have no base programs. They are tuned once their regions are, and are compared
+with these, too (``rival.py``).
 
 Whatever is launched for the first time is launched in a process of its own
 (``isolate.py``). Only what ran there, ended and wrote its whole result is then run in
@@ -19,22 +22,24 @@ import datetime
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
-from .. import base, plan
+from .. import base, ir, plan
+from ..chain import AnySite
 from ..errors import CacheError, CompileError
-from ..invoke import Executable
+from ..invoke import AnyExecutable
 from ..jit import store
-from ..plan import Candidate
-from ..primitive import SiteInfo, reference_fun
+from ..plan import AnyCandidate, Candidate
+from ..primitive import reference_fun
 from . import db, isolate, measure, stages
 from .builder import Builder, Built, Stopped
 from .failures import Failures
 from .isolate import Timing
 from .progress import Progress
+from .rival import Rival
 from .stages import Timed
 from .target import Target, executable
 
@@ -61,18 +66,21 @@ class Untunable(Exception):
 
 
 def tune(
-    sites: Sequence[SiteInfo],
+    sites: Sequence[AnySite],
     target: Target,
     budget_s: float | None,
     show_progress: bool = True,
+    rivals: Mapping[str, Rival] | None = None,
 ) -> dict[str, str]:
     """Tunes ``sites`` and records the results; one reason per region that failed.
+
+    ``rivals`` are those of chains, by their texts.
 
     Runs in a thread of its own: the caller may be in the middle of a trace, and what
     tuning runs must not become part of it. An interrupt of the caller ends it.
     """
     unique = list({site.region.text: site for site in sites}.values())
-    run = _Run(target, budget_s, Progress(show_progress))
+    run = _Run(target, budget_s, Progress(show_progress), rivals or {})
     error: list[BaseException] = []
 
     def work() -> None:
@@ -83,9 +91,9 @@ def tune(
             error.append(raised)
 
     logger.warning(
-        "jax_bolt: building and timing kernels for %d regions, once for this GPU; "
+        "jax_bolt: building and timing kernels for %d %s, once for this GPU; "
         "this takes minutes",
-        len(unique),
+        *(len(unique), "chains" if rivals else "regions"),
     )
     thread = threading.Thread(target=work, name="jax_bolt-tune", daemon=True)
     thread.start()
@@ -105,13 +113,14 @@ class _Job:
     """A region that is being tuned.
 
     ``before`` is an earlier result for it. ``problems`` are for the log, ``notes`` for
-    the entry: candidates that crashed or did not end.
+    the entry: candidates that crashed or did not end. ``rival`` is a chain's.
     """
 
-    site: SiteInfo
-    found: list[Candidate]
+    site: AnySite
+    found: list[AnyCandidate]
     before: db.Entry | None
     sets: int
+    rival: Rival | None
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -123,8 +132,15 @@ class _Job:
 class _Run:
     """One tuning of several regions."""
 
-    def __init__(self, target: Target, budget_s: float | None, progress: Progress):
+    def __init__(
+        self,
+        target: Target,
+        budget_s: float | None,
+        progress: Progress,
+        rivals: Mapping[str, Rival],
+    ):
         self.target = target
+        self._rivals = rivals
         self.progress = progress
         self.failures: dict[str, str] = {}
         self.stop = threading.Event()
@@ -144,7 +160,7 @@ class _Run:
         if self._deadline is not None and late > self._deadline:
             raise Stopped(f"the tuning budget of {self._budget_s} s is spent")
 
-    def tune(self, sites: list[SiteInfo]) -> None:
+    def tune(self, sites: list[AnySite]) -> None:
         self._jobs = [job for site in sites if (job := self._job(site)) is not None]
         if not self._jobs:
             return
@@ -177,10 +193,11 @@ class _Run:
         while ready:
             self._second_stage(ready.popleft())
 
-    def _job(self, site: SiteInfo) -> _Job | None:
+    def _job(self, site: AnySite) -> _Job | None:
         target = self.target
+        found: Sequence[AnyCandidate]
         try:
-            found, reasons = plan.candidates(site.region, target.arch, target.disable)
+            found, reasons = _candidates(site.region, target)
         except Exception as error:  # a fault of ours: the other regions have none
             logger.info("%s", site, exc_info=True)
             found, reasons = [], [_first_line(error)]
@@ -190,7 +207,7 @@ class _Run:
             return None
         before = target.results.get(target.arch, site.region)
         sets = measure.sets_for(site.region, target.arch.l2_bytes)
-        return _Job(site, found, before, sets)
+        return _Job(site, list(found), before, sets, self._rivals.get(site.region.text))
 
     @contextlib.contextmanager
     def _giving_a_reason(self, job: _Job) -> Iterator[None]:
@@ -223,7 +240,7 @@ class _Run:
             stand.source
             for job in self._jobs
             for candidate in job.found
-            if (stand := base.stand_in(candidate)) is not None
+            if (stand := _stand_in(candidate)) is not None
         )
         missing = [source for source in wanted if self._base_program(source) is None]
         if 0 < len(missing) <= stages.savings([job.found for job in self._jobs]):
@@ -243,10 +260,10 @@ class _Run:
     def _first_stage(self, job: _Job) -> None:
         """Leaves those candidates in ``job`` that are to be built."""
         self._check_for_finish()
-        times: dict[Candidate, float] = {}
-        failed: set[Candidate] = set()
+        times: dict[AnyCandidate, float] = {}
+        failed: set[AnyCandidate] = set()
         for candidate in job.found:
-            stand = base.stand_in(candidate)
+            stand = _stand_in(candidate)
             built = None if stand is None else self._base_program(stand.source)
             if stand is None or built is None:
                 continue
@@ -342,10 +359,19 @@ class _Run:
             entry = self._with_best(
                 entry, job, group, built, operands, yardstick, xla_errors
             )
-        if entry.time_us is None:
+        time_us = entry.time_us
+        if time_us is None:
             raise Untunable("no candidate is right: " + "; ".join(job.problems))
-        chosen = stages.choice(entry.time_us, xla_us, job.before)
-        return dataclasses.replace(entry, choice=chosen)
+        if job.rival is None:
+            chosen = stages.choice(time_us, xla_us, job.before)
+            return dataclasses.replace(entry, choice=chosen)
+        with _spending_on("apart"):
+            apart_us = job.rival.time_us(operands, target.ordinal)
+        bound_us = min(xla_us, apart_us)
+        wins = stages.choice(time_us, bound_us, job.before) == "kernel"
+        return dataclasses.replace(
+            entry, apart_time_us=apart_us, choice="kernel" if wins else "apart"
+        )
 
     def _is_late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
@@ -400,7 +426,7 @@ class _Run:
     def _time(
         self,
         job: _Job,
-        candidate: Candidate,
+        candidate: AnyCandidate,
         digest: str,
         path: Path,
         repeats: int,
@@ -447,8 +473,20 @@ def _memory_guard() -> Iterator[None]:
         raise Untunable(_NO_MEMORY) from error
 
 
+def _candidates(
+    work: ir.Work, target: Target
+) -> tuple[Sequence[AnyCandidate], list[str]]:
+    if isinstance(work, ir.Chain):
+        return plan.chain_candidates(work, target.arch, target.disable)
+    return plan.candidates(work, target.arch, target.disable)
+
+
+def _stand_in(candidate: AnyCandidate) -> Candidate | None:
+    return base.stand_in(candidate) if isinstance(candidate, Candidate) else None
+
+
 def time_in_program(
-    kernel: Executable, operands: measure.Operands, target: Target
+    kernel: AnyExecutable, operands: measure.Operands, target: Target
 ) -> measure.Run:
     """The region on ``kernel``, as programs for ``target`` run it."""
     if "sequence" not in target.disable:

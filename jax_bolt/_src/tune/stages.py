@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from .. import plan
-from ..plan import Candidate
+from ..plan import AnyCandidate
 from . import db
 from .isolate import Timing
 
@@ -33,26 +33,26 @@ _FAR = 1.15  # of the best time: kinds that are slower than that are not tried
 class Timed:
     """A candidate that ran, and its own time."""
 
-    candidate: Candidate
+    candidate: AnyCandidate
     digest: str
     timing: Timing
 
 
 def finalists(
-    found: Sequence[Candidate],
-    times: Mapping[Candidate, float],
+    found: Sequence[AnyCandidate],
+    times: Mapping[AnyCandidate, float],
     before: db.Entry | None,
-) -> list[Candidate]:
+) -> list[AnyCandidate]:
     """The candidates to build with the region's own epilogue, in the order found.
 
     ``times`` are of those that a base program stood for. Of every form: the fastest, of
     different kinds where these are about as fast; the first by rank; the first of those
     without a time; and what was chosen ``before``.
     """
-    groups: dict[str, list[Candidate]] = {}
+    groups: dict[str, list[AnyCandidate]] = {}
     for candidate in found:
         groups.setdefault(candidate.form.name, []).append(candidate)
-    chosen: set[Candidate] = set()
+    chosen: set[AnyCandidate] = set()
     for group in groups.values():
         timed = sorted((c for c in group if c in times), key=times.__getitem__)
         if len(timed) < _ENOUGH:
@@ -66,10 +66,10 @@ def finalists(
 
 
 def _fastest(
-    timed: Sequence[Candidate], times: Mapping[Candidate, float]
-) -> list[Candidate]:
+    timed: Sequence[AnyCandidate], times: Mapping[AnyCandidate, float]
+) -> list[AnyCandidate]:
     near = [c for c in timed if times[c] <= _FAR * times[timed[0]]]
-    chosen: list[Candidate] = []
+    chosen: list[AnyCandidate] = []
     for candidate in near:
         if candidate.kind not in {c.kind for c in chosen}:
             chosen.append(candidate)
@@ -77,7 +77,7 @@ def _fastest(
     return chosen[:_BY_TIME]
 
 
-def savings(groups: Sequence[Sequence[Candidate]]) -> int:
+def savings(groups: Sequence[Sequence[AnyCandidate]]) -> int:
     """Kernels that need not be built, at most, where all of these have times."""
     saved = 0
     for found in groups:
@@ -114,7 +114,7 @@ def choice(time_us: float, xla_us: float, before: db.Entry | None) -> str:
     return "kernel" if time_us < bound else "xla"
 
 
-def is_of(entry: db.Entry | None, candidate: Candidate) -> bool:
+def is_of(entry: db.Entry | None, candidate: AnyCandidate) -> bool:
     """Whether the entry names the candidate; whatever it was built from."""
     return entry is not None and (entry.form, entry.template, entry.config) == (
         candidate.form.name,

@@ -10,9 +10,9 @@ from typing import Any
 from .. import ir, kernels, plan
 from ..arch import GpuArch
 from ..errors import CompileError
-from ..invoke import Executable, abi_problem
+from ..invoke import AnyExecutable, ChainExecutable, Executable, launched
 from ..jit import loader, store, toolchain
-from ..plan import Candidate
+from ..plan import AnyCandidate, ChainCandidate
 from . import db
 
 
@@ -49,12 +49,12 @@ def origin(tools: toolchain.Toolchain | CompileError) -> plan.Origin:
 
 
 def executable(
-    region: ir.Region,
-    candidate: Candidate,
+    region: ir.Work,
+    candidate: AnyCandidate,
     digest: str,
     artifact: Path | CompileError,
     target: Any,
-) -> Executable:
+) -> AnyExecutable:
     """Loads a built kernel and asks it whether it takes the problem.
 
     Raises:
@@ -63,7 +63,7 @@ def executable(
     if isinstance(artifact, CompileError):
         raise artifact
     loader.load(digest, artifact)
-    kind, dims = abi_problem(candidate.form.region.problem)
+    kind, dims = launched(candidate.form.region)
     native = loader.native()
     try:
         recipe = candidate.recipe
@@ -75,4 +75,9 @@ def executable(
     workspace = native.workspace_bytes(
         digest, kind, dims, target.ordinal, target.arch.sm_count, recipe
     )
+    if isinstance(candidate, ChainCandidate):
+        assert isinstance(region, ir.Chain)
+        problems = (region.first.problem, region.second.problem)
+        return ChainExecutable(digest, problems, candidate.form, workspace, recipe)
+    assert isinstance(region, ir.Region)
     return Executable(digest, region.problem, candidate.form, workspace, recipe)
