@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A template for chains that knows nothing of any kernel, and programs with chains."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_bolt._src import chain, ir, options, program
+from jax_bolt._src.arch import GpuArch
+from jax_bolt._src.kernels.config import Config
+from jax_bolt._src.kernels.recipe import A, B, D, Recipe
+
+NAME = "chain_stub"
+
+
+def _supports(region: ir.Chain, arch: GpuArch) -> str | None:
+    del arch
+    problem = region.first.problem
+    depth = problem.k if isinstance(problem, ir.GemmProblem) else problem.c
+    bad = [n for n in (depth, problem.channels) if n % 8]
+    return f"{bad[0]} channels" if bad else None
+
+
+def _instantiate(region: ir.Chain, config: Config, arch: GpuArch) -> str:
+    del arch
+    return f"jax_bolt::stub::Chain<{config['pixels']}, {int(region.stored)}>"
+
+
+template: Any = types.SimpleNamespace(
+    name=NAME,
+    header="jax_bolt/stub.hpp",
+    artifact="cubin",
+    supports=_supports,
+    configs=lambda region, arch: tuple(Config.of(NAME, pixels=n) for n in (64, 128)),
+    instantiate=_instantiate,
+    reasoning=lambda region, config, arch: f"{config['pixels']} pixels",
+    prologue=lambda region: None,
+    recipe=lambda region, config, arch: Recipe(
+        threads=128, grid=region.first.problem.rows, pointers=(A, B, D)
+    ),
+)
+
+
+def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def conv(x: Any, w: Any, stride: int = 1) -> Any:
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def bottleneck(x: Any, residual: Any, up: Any, down: Any) -> tuple[Any, Any]:
+    """Expand, residual and relu, and the next block's reduction: the first is stored."""
+    y = jax.nn.relu(conv(x, up) + residual)
+    return jax.nn.relu(conv(y, down)), y
+
+
+BOTTLENECK = (
+    *(shape(32, 28, 28, 128), shape(32, 28, 28, 512)),
+    *(shape(1, 1, 128, 512), shape(1, 1, 512, 128)),
+)
+
+
+def traced(fun: Any, *args: Any, disable: tuple[str, ...] = ()) -> Any:
+    """The rewritten program."""
+    return program.trace(fun, (), args, {}, options.Options(disable=disable))[0]
+
+
+def pairs(fun: Any, *args: Any) -> list[chain.Pair]:
+    """Of all sequences of a function."""
+    done = traced(fun, *args)
+    return [pair for found in chain.sequences(done.program) for pair in found]
