@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
@@ -102,6 +102,7 @@ class ChainInfo:
 
 # What is tuned and resolved.
 AnySite: TypeAlias = SiteInfo | ChainInfo
+S = TypeVar("S", bound=AnySite)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, cast
+from typing import Generic, Literal, TypeAlias, TypeVar, cast, overload
 
 from . import floor, forms, ir, kernels
 from .arch import GpuArch
@@ -105,16 +105,17 @@ class ChainCandidate:
 
 
 AnyCandidate: TypeAlias = Candidate | ChainCandidate
+C = TypeVar("C", bound=AnyCandidate)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Generic[C]):
     """The kernel that a region, or a chain, runs on.
 
     ``saved_us`` is what a chain was measured to save.
     """
 
-    candidate: AnyCandidate
+    candidate: C
     provenance: Provenance
     entry: db.Entry | None = None
     saved_us: float = 0.0
@@ -218,10 +219,10 @@ def saving(chain: ir.Chain, arch: GpuArch) -> float:
     return saved / arch.bandwidth * 1e6 / least if least else 0.0
 
 
-def likeliest(found: Sequence[AnyCandidate]) -> list[AnyCandidate]:
+def likeliest(found: Sequence[C]) -> list[C]:
     """The first few of every form and template: what to build by their rank alone."""
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    chosen: list[AnyCandidate] = []
+    chosen: list[C] = []
     for candidate in found:
         group = (candidate.form.name, candidate.template.name)
         counts[group] += 1
@@ -232,7 +233,7 @@ def likeliest(found: Sequence[AnyCandidate]) -> list[AnyCandidate]:
 
 def heuristic(
     region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
-) -> Plan | Rejection:
+) -> Plan[Candidate] | Rejection:
     """The first candidate, unmeasured."""
     found, reasons = candidates(region, arch, disable)
     if found:
@@ -283,6 +284,14 @@ def tuned(
     return Plan(found, provenance, entry, saved_us=max(saved, _LEAST_US))
 
 
+@overload
+def chosen(
+    region: ir.Region, arch: GpuArch, entry: db.Entry, disable: tuple[str, ...] = ()
+) -> Candidate | None: ...
+@overload
+def chosen(
+    region: ir.Work, arch: GpuArch, entry: db.Entry, disable: tuple[str, ...] = ()
+) -> AnyCandidate | None: ...
 def chosen(
     region: ir.Work, arch: GpuArch, entry: db.Entry, disable: tuple[str, ...] = ()
 ) -> AnyCandidate | None:
@@ -295,6 +304,14 @@ def chosen(
     return named(region, arch, entry.form, entry.template, entry.config)
 
 
+@overload
+def named(
+    region: ir.Region, arch: GpuArch, form: str, template: str, config: str
+) -> Candidate | None: ...
+@overload
+def named(
+    region: ir.Work, arch: GpuArch, form: str, template: str, config: str
+) -> AnyCandidate | None: ...
 def named(
     region: ir.Work, arch: GpuArch, form: str, template: str, config: str
 ) -> AnyCandidate | None:

@@ -3,46 +3,54 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_bolt._src import chain, ir, options, program
+from jax_bolt._src import chain as chains
+from jax_bolt._src import ir, options, program
 from jax_bolt._src.arch import GpuArch
 from jax_bolt._src.kernels.config import Config
 from jax_bolt._src.kernels.recipe import A, B, D, Recipe
+from jax_bolt._src.kernels.template import Artifact
 
-NAME = "chain_stub"
+name = "chain_stub"
+header = "jax_bolt/stub.hpp"
+artifact: Artifact = "cubin"
 
 
-def _supports(region: ir.Chain, arch: GpuArch) -> str | None:
+def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     del arch
-    problem = region.first.problem
+    problem = chain.first.problem
     depth = problem.k if isinstance(problem, ir.GemmProblem) else problem.c
     bad = [n for n in (depth, problem.channels) if n % 8]
     return f"{bad[0]} channels" if bad else None
 
 
-def _instantiate(region: ir.Chain, config: Config, arch: GpuArch) -> str:
+def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
+    del chain, arch
+    return tuple(Config.of(name, pixels=n) for n in (64, 128))
+
+
+def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
     del arch
-    return f"jax_bolt::stub::Chain<{config['pixels']}, {int(region.stored)}>"
+    return f"jax_bolt::stub::Chain<{config['pixels']}, {int(chain.stored)}>"
 
 
-template: Any = types.SimpleNamespace(
-    name=NAME,
-    header="jax_bolt/stub.hpp",
-    artifact="cubin",
-    supports=_supports,
-    configs=lambda region, arch: tuple(Config.of(NAME, pixels=n) for n in (64, 128)),
-    instantiate=_instantiate,
-    reasoning=lambda region, config, arch: f"{config['pixels']} pixels",
-    prologue=lambda region: None,
-    recipe=lambda region, config, arch: Recipe(
-        threads=128, grid=region.first.problem.rows, pointers=(A, B, D)
-    ),
-)
+def reasoning(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
+    del chain, arch
+    return f"{config['pixels']} pixels"
+
+
+def prologue(chain: ir.Chain) -> str | None:
+    del chain
+    return None
+
+
+def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
+    del config, arch
+    return Recipe(threads=128, grid=chain.first.problem.rows, pointers=(A, B, D))
 
 
 def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -56,7 +64,7 @@ def conv(x: Any, w: Any, stride: int = 1) -> Any:
 
 
 def bottleneck(x: Any, residual: Any, up: Any, down: Any) -> tuple[Any, Any]:
-    """Expand, residual and relu, and the next block's reduction: the first is stored."""
+    """Expand, residual and relu, and the next reduction: the first one is stored."""
     y = jax.nn.relu(conv(x, up) + residual)
     return jax.nn.relu(conv(y, down)), y
 
@@ -72,7 +80,7 @@ def traced(fun: Any, *args: Any, disable: tuple[str, ...] = ()) -> Any:
     return program.trace(fun, (), args, {}, options.Options(disable=disable))[0]
 
 
-def pairs(fun: Any, *args: Any) -> list[chain.Pair]:
+def pairs(fun: Any, *args: Any) -> list[chains.Pair]:
     """Of all sequences of a function."""
     done = traced(fun, *args)
-    return [pair for found in chain.sequences(done.program) for pair in found]
+    return [pair for found in chains.sequences(done.program) for pair in found]

@@ -236,7 +236,7 @@ def test_no_other_choice_saves_more(seed: int) -> None:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHAIN_TEMPLATES", (chain_stub.template,))
+    monkeypatch.setattr(kernels, "CHAIN_TEMPLATES", (chain_stub,))
 
 
 def info(fun: Any = bottleneck, args: Any = BOTTLENECK) -> chain.ChainInfo:

@@ -222,7 +222,7 @@ def test_tuning_files(seed, cache_dir, capsys, nothing_outside):
 # --- Regions' texts
 
 
-def _parsed(text: str) -> ir.Region | None:
+def _parsed(text: str) -> ir.Work | None:
     try:
         return region_text.parse(text)
     except ValueError:

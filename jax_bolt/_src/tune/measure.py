@@ -16,14 +16,14 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import evaluate, invoke, ir
-from ..chain import AnySite, ChainInfo
+from ..chain import AnySite, ChainInfo, S
 from ..invoke import JAX_DTYPES, AnyExecutable, Executable
 from ..jit import loader
 from ..launches import Launches, Promise, Roles
@@ -42,10 +42,10 @@ _DRAWN = 1048573  # elements drawn of a large operand, then repeated; a prime
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(Generic[S]):
     """Random operands of a region, several different sets, in the user's shapes."""
 
-    site: AnySite
+    site: S
     sets: tuple[tuple[jax.Array, ...], ...]
 
     def roles(self, index: int) -> tuple[Any, Any, list[Any], list[Any]]:
@@ -74,7 +74,7 @@ def sets_for(region: ir.Work, l2_bytes: int) -> int:
     return max(2, min(8, math.ceil(2 * l2_bytes / region.bytes_moved)))
 
 
-def make_operands(site: AnySite, l2_bytes: int, seed: int = 0) -> Operands:
+def make_operands(site: S, l2_bytes: int, seed: int = 0) -> Operands[S]:
     """Random operands, ``sets_for`` of them."""
     count = sets_for(site.region, l2_bytes)
     sets = [

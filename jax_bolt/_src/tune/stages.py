@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from .. import plan
-from ..plan import AnyCandidate
+from ..plan import AnyCandidate, C
 from . import db
 from .isolate import Timing
 
@@ -39,20 +39,20 @@ class Timed:
 
 
 def finalists(
-    found: Sequence[AnyCandidate],
-    times: Mapping[AnyCandidate, float],
+    found: Sequence[C],
+    times: Mapping[C, float],
     before: db.Entry | None,
-) -> list[AnyCandidate]:
+) -> list[C]:
     """The candidates to build with the region's own epilogue, in the order found.
 
     ``times`` are of those that a base program stood for. Of every form: the fastest, of
     different kinds where these are about as fast; the first by rank; the first of those
     without a time; and what was chosen ``before``.
     """
-    groups: dict[str, list[AnyCandidate]] = {}
+    groups: dict[str, list[C]] = {}
     for candidate in found:
         groups.setdefault(candidate.form.name, []).append(candidate)
-    chosen: set[AnyCandidate] = set()
+    chosen: set[C] = set()
     for group in groups.values():
         timed = sorted((c for c in group if c in times), key=times.__getitem__)
         if len(timed) < _ENOUGH:
@@ -65,11 +65,9 @@ def finalists(
     return [c for c in found if c in chosen or is_of(before, c)]
 
 
-def _fastest(
-    timed: Sequence[AnyCandidate], times: Mapping[AnyCandidate, float]
-) -> list[AnyCandidate]:
+def _fastest(timed: Sequence[C], times: Mapping[C, float]) -> list[C]:
     near = [c for c in timed if times[c] <= _FAR * times[timed[0]]]
-    chosen: list[AnyCandidate] = []
+    chosen: list[C] = []
     for candidate in near:
         if candidate.kind not in {c.kind for c in chosen}:
             chosen.append(candidate)
