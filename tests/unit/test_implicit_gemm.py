@@ -355,7 +355,7 @@ def test_configs(problem):
     assert 1 <= len(found) <= implicit_gemm_sm90._CANDIDATES
     assert len({config.text for config in found}) == len(found)
     axes.cache_clear()
-    implicit_gemm_tiles._blocks.cache_clear()
+    implicit_gemm_tiles.blocks_of.cache_clear()
     assert implicit_gemm_sm90.configs(taken, HOPPER) == found
     image = Image.of(problem)
     costs = [

@@ -280,27 +280,30 @@ class Layout:
             a = b = recipe.WORKSPACE
             filter_offset = i.packing.filter_offset
         pixels = self._boxes(a, dtype) if i.source is None else self._columns(a, dtype)
-        taps = i.r * i.s
-        if i.k_outer:
-            sizes = (i.c, taps, i.k, i.filters)
-            box = (i.chunk, 1, BLOCK * filter_blocks, 1)
-        else:
-            sizes = (i.k, i.c, taps, i.filters)
-            box = (BLOCK, i.chunk, 1, 1)
-        filters = _contiguous(b, dtype, sizes, box, filter_offset)
-        images, rows, cols = self.store_box
-        out = (i.k, i.q, i.p, i.n)
-
-        def full(operand: int, dtype: ir.DType) -> TensorMap:
-            tile = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
-            return _contiguous(operand, recipe.DTYPES.index(dtype), out, tile)
-
+        filters = filters_map(
+            *(b, dtype, i.r * i.s, i.c, i.k, i.k_outer),
+            blocks=filter_blocks,
+            count=i.filters,
+            offset=filter_offset,
+        )
         outputs = [
-            full(recipe.output(n), output.dtype)
+            self.tensor(recipe.output(n), output.dtype)
             for n, output in enumerate(epilogue.outputs)
         ]
-        sides = [full(recipe.side(n), dtype) for n, dtype in enumerate(epilogue.sides)]
+        sides = [
+            self.tensor(recipe.side(n), dtype) for n, dtype in enumerate(epilogue.sides)
+        ]
         return (pixels, filters, *outputs, *(sides or outputs[:1]))
+
+    def tensor(
+        self, operand: int, dtype: ir.DType, channels: int | None = None
+    ) -> TensorMap:
+        """A map of an output or a side input, of as many channels as there are."""
+        i = self.image
+        images, rows, cols = self.store_box
+        sizes = (channels or i.k, i.q, i.p, i.n)
+        box = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
+        return _contiguous(operand, recipe.DTYPES.index(dtype), sizes, box)
 
     def _boxes(self, operand: int, dtype: int) -> TensorMap:
         """Input pixels as boxes of rows and columns."""
@@ -334,6 +337,28 @@ class Layout:
             swizzle=128,
             corners=corners(i),
         )
+
+
+def filters_map(
+    operand: int,
+    dtype: int,
+    taps: int,
+    inputs: int,
+    outputs: int,
+    k_outer: bool,
+    *,
+    blocks: int = 1,
+    count: int = 1,
+    offset: int = 0,
+) -> TensorMap:
+    """A map of ``count`` filters. A box has ``blocks`` of 64 output channels where those
+    are outermost (``k_outer``), and else one."""
+    chunk = ROW // recipe.ITEM_BYTES[dtype]
+    if k_outer:
+        sizes, box = (inputs, taps, outputs, count), (chunk, 1, BLOCK * blocks, 1)
+    else:
+        sizes, box = (outputs, inputs, taps, count), (BLOCK, chunk, 1, 1)
+    return _contiguous(operand, dtype, sizes, box, offset)
 
 
 def _contiguous(

@@ -66,7 +66,7 @@ class Tile:
         count = self.blocks * self.warps_n
         seen = line_of(image) if self.im2col else image
         assert seen is not None
-        return _layout(seen, self.block, count, self.pixels, self.parts)
+        return layout_of(seen, self.block, count, self.pixels, self.parts)
 
     def config(self) -> Config:
         b, rings = self.block, self.rings
@@ -111,7 +111,7 @@ class Tile:
 
 
 # What a layout has worked out serves all tiles that have it.
-_layout = functools.lru_cache(maxsize=1024)(Layout)
+layout_of = functools.lru_cache(maxsize=1024)(Layout)
 
 
 # Candidates -------------------------------------------------------------------------
@@ -120,9 +120,9 @@ _layout = functools.lru_cache(maxsize=1024)(Layout)
 def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]:
     columns = len(hoist.columns(epilogue))
     line = line_of(image)
-    found = [(False, *block) for block in _blocks(image)]
+    found = [(False, *block) for block in blocks_of(image)]
     if line is not None and image.r * image.s <= MAX_PHASES:
-        found += [(True, *block) for block in _blocks(line)]
+        found += [(True, *block) for block in blocks_of(line)]
     for im2col, block, pixels in found:
         for shape in _SHAPES:
             blocks, channel_blocks, warps_m, warps_n, _ = shape
@@ -200,8 +200,8 @@ def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
 
 
 @functools.lru_cache(maxsize=512)
-def _blocks(image: Image) -> tuple[tuple[Block, int], ...]:
-    """Blocks of outputs worth an accumulator, with its pixels."""
+def blocks_of(image: Image) -> tuple[tuple[Block, int], ...]:
+    """Blocks of outputs worth an accumulator, each with its pixels."""
     found: list[tuple[Block, int]] = []
     if image.is_line:
         most = min(256, round_up(image.q, 8))

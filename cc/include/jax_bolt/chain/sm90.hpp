@@ -1,0 +1,660 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two products back to back in one kernel for Hopper: an implicit GEMM, its epilogue, and a product
+// over the channels that it made, with an epilogue of its own. What is between them is stored where
+// something else needs it, and is never read back.
+//
+// Operands are swapped as in implicit_gemm/sm90.hpp: filters are wgmma's A, pixels its B. So a
+// block of the first result, [pixel][64 channels] with the 128-byte swizzle as the epilogue leaves
+// it for TMA, is where the second product reads it, too: nothing is moved between the products.
+//
+// A warpgroup that multiplies has tiles of its own, of kPixels pixels and all channels. It walks
+// the first result's channels in blocks: multiply_first, finish into a slot, store, and
+// multiply_second from the same slot, which goes on while the next block's products begin. Then the
+// second result's blocks leave through the same slots. The warpgroups share filters alone. Last is
+// one warpgroup that loads: warp 0 pixels, warp 1 filters, warps 2 and 3 the side inputs of a
+// warpgroup each, into the slots that its results leave from.
+//
+// Why nothing waits for ever. Every ring is filled and freed in one order, which its readers share.
+// - Filters: a unit is freed once the products that read it are done. A warpgroup that waits for
+//   units holds at most those of the products before, and filter_stages has room for both.
+// - Pixels: a tile's stages are freed by its last group of blocks. Where it has several, the ring
+//   holds a whole tile. The loader goes by stages, then by warpgroups: no warpgroup lacks a stage
+//   that the other one has, so that it frees the filters that the other one waits for.
+// - Slots: one is free once the block after it has been stored; there are two or more.
+// A phase of a full barrier is awaited by all its readers before they free what it guards, so that
+// parities never lag by two.
+#ifndef JAX_BOLT_CHAIN_SM90_HPP_
+#define JAX_BOLT_CHAIN_SM90_HPP_
+
+#include <cstdint>
+#include <utility>
+
+#include "jax_bolt/device_kernel.hpp"
+#include "jax_bolt/epilogue/math.hpp"
+#include "jax_bolt/epilogue/traits.hpp"
+#include "jax_bolt/implicit_gemm/geometry.hpp"
+#include "jax_bolt/implicit_gemm/ptx.hpp"
+#include "jax_bolt/implicit_gemm/sm90.hpp"
+#include "jax_bolt/implicit_gemm/wgmma.hpp"
+
+namespace jax_bolt::chain {
+
+namespace gmma = implicit_gemm::gmma;
+namespace ptx = implicit_gemm::ptx;
+using implicit_gemm::descriptor;
+using implicit_gemm::Filters;
+using implicit_gemm::Geometry;
+using implicit_gemm::moved;
+using implicit_gemm::Ring;
+
+inline constexpr int kMaxPixelStages = 16;
+inline constexpr int kMaxFilterStages = 32;
+inline constexpr int kMaxSlots = 8;
+
+/// What chain_tiles.py says beside the first product's geometry, whose `channels` are those between
+/// the products and whose `tiles` have all of them.
+struct Joint {
+  std::int32_t blocks;    // of 64 channels between the products
+  std::int32_t channels;  // of the second result
+};
+
+/// The kernel's only parameter. The launcher fills it from a recipe, field by field.
+template <class First, class Second>
+struct Params {
+  ptx::TensorMap pixels, filters, second_filters;
+  ptx::TensorMap between, output;  // `between` counts only where it is stored
+  ptx::TensorMap sides, second_sides;
+  void const* vectors[array_size(First::kVectors)];
+  void const* second_vectors[array_size(Second::kVectors)];
+  Geometry geometry;
+  Joint joint;
+};
+
+/// kStored: the first result is an output. kGroup: blocks of it that are accumulated side by side.
+/// kOutputs: blocks of the second result. kSteps, kSecondSteps: products in a unit of filters, of
+/// 16 input channels each.
+template <class First_, class Second_, class Element, Filters kFilters, Filters kSecondFilters,
+          bool kStored, int kPixels, int kGroup, int kOutputs, int kWarpgroups, int kSteps,
+          int kSecondSteps>
+struct Sm90 {
+  using First = First_;
+  using Second = Second_;
+  using Parameters = Params<First, Second>;
+
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // One warpgroup that multiplies leaves room for a second CTA beside this one.
+  static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;
+  static constexpr bool kAnySides = First::kSides + Second::kSides > 0;
+  static_assert(sizeof(Element) == 2 && sizeof(typename First::Output) == 2 &&
+                    sizeof(typename Second::Output) == 2,
+                "a slot has 128 bytes for 64 channels");
+  static_assert(First::kSides <= 1 && Second::kSides <= 1, "a side input lies in its result's slot");
+  static_assert(AuxiliaryOf<First>::kCount + AuxiliaryOf<Second>::kCount == 0);
+  static_assert(kWarpgroups == 1 || kWarpgroups == 2, "a warp each loads their side inputs");
+
+  static constexpr int kBlock = 64;         // output channels
+  static constexpr int kChunk = 64;         // input channels: the widest swizzle
+  static constexpr int kUnit = kBlock * 128;  // bytes of one block's filter for one chunk
+  // From one K step to the next: 32 bytes along a row of a K-major filter, 16 rows down an M-major
+  // one.
+  static constexpr int kStep = kFilters == Filters::kKrsc ? 32 : 2048;
+  static constexpr int kSecondStep = kSecondFilters == Filters::kKrsc ? 32 : 2048;
+  template <Filters kOf>
+  using Mma = typename implicit_gemm::Wgmma<Element, kPixels,
+                                            kOf == Filters::kKrsc ? gmma::Major::K
+                                                                  : gmma::Major::MN>::Op;
+  using Accumulators = float[kPixels / 2];
+
+  // Named barriers; 0 is __syncthreads'.
+  static constexpr int kSetUp = 1, kColumns = 2, kStore = 3;
+
+  struct Barriers {
+    ptx::Barrier filters_full[kMaxFilterStages], filters_empty[kMaxFilterStages];
+    ptx::Barrier pixels_full[2][kMaxPixelStages], pixels_empty[2][kMaxPixelStages];
+    ptx::Barrier slots_full[2][kMaxSlots], slots_empty[2][kMaxSlots];
+  };
+
+  /// Where things lie in shared memory.
+  struct Memory {
+    std::uint32_t filters, pixels, slots;
+    float *columns, *second_columns;  // [channel][Epilogue::kColumns], of all channels
+    Barriers* barriers;
+
+    __device__ __forceinline__ Memory(std::uint8_t* base, Geometry const& g, Joint const& joint) {
+      std::uint32_t const address = ptx::shared_address(base);
+      filters = address;
+      pixels = filters + g.filter_stages * kUnit;
+      slots = pixels + kWarpgroups * g.pixel_stages * g.stage_bytes;
+      std::uint32_t const end = slots + kWarpgroups * g.store_stages * g.slot_bytes;
+      columns = reinterpret_cast<float*>(base + (end - address));
+      second_columns = columns + joint.blocks * kBlock * First::kColumns;
+      barriers = reinterpret_cast<Barriers*>(second_columns + kOutputs * kBlock * Second::kColumns);
+    }
+    __device__ __forceinline__ std::uint32_t pixel_stage(Geometry const& g, int warpgroup,
+                                                         int stage) const {
+      return pixels + (warpgroup * g.pixel_stages + stage) * g.stage_bytes;
+    }
+    __device__ __forceinline__ std::uint32_t slot(Geometry const& g, int warpgroup,
+                                                  int stage) const {
+      return slots + (warpgroup * g.store_stages + stage) * g.slot_bytes;
+    }
+  };
+
+  /// The first output pixel of a tile.
+  struct Tile {
+    int image, row, col;
+
+    __device__ __forceinline__ Tile(Geometry const& g, int index) {
+      int const strip = index / g.col_tiles;
+      col = (index - strip * g.col_tiles) * g.tile_cols;
+      int const group = strip / g.row_tiles;
+      row = (strip - group * g.row_tiles) * g.tile_rows;
+      image = group * g.tile_images;
+    }
+  };
+
+  /// A warpgroup's tile of a turn. Of the last turn's, every CTA's first warpgroup gets one first.
+  __device__ static __forceinline__ int tile_index(int turn, int warpgroup) {
+    return (turn * kWarpgroups + warpgroup) * gridDim.x + blockIdx.x;
+  }
+
+  __device__ static __forceinline__ int count_taps(Geometry const& g) {
+    int taps = 0;
+    for (int phase = 0; phase < g.phases; ++phase) taps += g.phase_taps[phase];
+    return taps;
+  }
+
+  // Producers --------------------------------------------------------------------------------
+
+  __device__ static __forceinline__ void set_up(ptx::Barrier* full, ptx::Barrier* empty, int stages,
+                                                int readers) {
+    for (int i = 0; i < stages; ++i) {
+      full[i].init(1);
+      empty[i].init(readers);
+    }
+  }
+
+  /// Sets up the barriers that a warp of the loading warpgroup waits for: it may start at once.
+  __device__ static void set_up(Parameters const& p, Barriers& barriers, int warp) {
+    Geometry const& g = p.geometry;
+    if (warp == 0) {
+      ptx::prefetch(p.pixels);
+      for (int i = 0; i < kWarpgroups; ++i) {
+        set_up(barriers.pixels_full[i], barriers.pixels_empty[i], g.pixel_stages, 4);
+      }
+    } else if (warp == 1) {
+      ptx::prefetch(p.filters);
+      ptx::prefetch(p.second_filters);
+      set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, 4 * kWarpgroups);
+    } else if (warp - 2 < kWarpgroups) {
+      set_up(barriers.slots_full[warp - 2], barriers.slots_empty[warp - 2], g.store_stages, 1);
+    }
+    ptx::fence_barrier_init();
+    ptx::fence_async_proxy();
+  }
+
+  __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
+    Geometry const& g = p.geometry;
+    Ring ring;
+    for (int turn = 0; tile_index(turn, 0) < g.tiles; ++turn) {
+      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        for (int phase = 0; phase < g.phases; ++phase) {
+          for (int i = 0; i < kWarpgroups; ++i) {
+            int const index = tile_index(turn, i);
+            if (index < g.tiles) {
+              load_pixels(p, memory, Tile(g, index), i, ring, chunk, phase);
+            }
+          }
+          ring.advance(g.pixel_stages);
+        }
+      }
+    }
+  }
+
+  /// The pixels that one phase of a tile reads of a chunk, as one box.
+  __device__ static __forceinline__ void load_pixels(Parameters const& p, Memory const& memory,
+                                                     Tile const& tile, int warpgroup,
+                                                     Ring const& ring, int chunk, int phase) {
+    Geometry const& g = p.geometry;
+    ptx::Barrier& full = memory.barriers->pixels_full[warpgroup][ring.stage];
+    memory.barriers->pixels_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
+    full.arrive_and_expect(g.load_bytes);
+    std::uint32_t const to = memory.pixel_stage(g, warpgroup, ring.stage);
+    if (g.image_cols > 0) {
+      int const line = tile.col / g.image_cols, image = line / g.image_rows;
+      int const col = tile.col - line * g.image_cols, row = line - image * g.image_rows;
+      ptx::gather(p.pixels, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
+                  row * g.step_rows + g.first_row, image, g.phase_col[phase], g.phase_row[phase]);
+    } else {
+      ptx::load(p.pixels, full, to, chunk * kChunk + g.phase_channel[phase],
+                tile.col * g.step_cols + g.phase_col[phase], g.phase_parity[phase],
+                tile.row * g.step_rows + g.phase_row[phase], tile.image);
+    }
+  }
+
+  /// The filters of a tile, in the order in which both warpgroups read them; resident ones once.
+  __device__ static void load_filters(Parameters const& p, Memory const& memory) {
+    Geometry const& g = p.geometry;
+    Ring ring;
+    int const taps = count_taps(g);
+    for (int turn = 0; tile_index(turn, 0) < g.tiles; ++turn) {
+      for (int first = 0; first < p.joint.blocks; first += kGroup) {
+        for (int chunk = 0; chunk < g.chunks; ++chunk) {
+          for (int tap = 0; tap < taps; ++tap) {
+            for (int i = 0; i < kGroup; ++i) {
+              load_unit<kFilters>(p.filters, g, memory, ring, first + i, chunk, g.tap_filter[tap]);
+            }
+          }
+        }
+        for (int i = 0; i < kGroup; ++i) {
+          for (int output = 0; output < kOutputs; ++output) {
+            load_unit<kSecondFilters>(p.second_filters, g, memory, ring, output, first + i, 0);
+          }
+        }
+      }
+      if (g.resident) return;
+    }
+  }
+
+  /// A block of output channels' filter for a chunk of input channels and a tap.
+  template <Filters kOf>
+  __device__ static __forceinline__ void load_unit(ptx::TensorMap const& map, Geometry const& g,
+                                                   Memory const& memory, Ring& ring, int block,
+                                                   int chunk, int tap) {
+    ptx::Barrier& full = memory.barriers->filters_full[ring.stage];
+    memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
+    full.arrive_and_expect(kUnit);
+    std::uint32_t const to = memory.filters + ring.stage * kUnit;
+    if constexpr (kOf == Filters::kKrsc) {
+      ptx::load(map, full, to, chunk * kChunk, tap, block * kBlock, 0);
+    } else {
+      ptx::load(map, full, to, block * kBlock, chunk * kChunk, tap, 0);
+    }
+    ring.advance(g.filter_stages);
+  }
+
+  /// A warpgroup's side inputs. A slot that gets none passes through here, too, so that its
+  /// barriers keep step with the ring.
+  __device__ static void load_sides(Parameters const& p, Memory const& memory, int warpgroup) {
+    Geometry const& g = p.geometry;
+    Barriers& barriers = *memory.barriers;
+    Ring ring;
+    for (int turn = 0; tile_index(turn, warpgroup) < g.tiles; ++turn) {
+      Tile const tile(g, tile_index(turn, warpgroup));
+      for (int block = 0; block < p.joint.blocks + kOutputs; ++block) {
+        bool const first = block < p.joint.blocks;
+        ptx::Barrier& full = barriers.slots_full[warpgroup][ring.stage];
+        barriers.slots_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
+        if (first ? First::kSides > 0 : Second::kSides > 0) {
+          full.arrive_and_expect(g.stores * g.side_bytes);
+          ptx::TensorMap const& map = first ? p.sides : p.second_sides;
+          int const channel = (first ? block : block - p.joint.blocks) * kBlock;
+          std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
+          for (int i = 0; i < g.stores; ++i) {
+            ptx::load(map, full, slot + i * g.store_bytes, channel, tile.col, tile.row + i,
+                      tile.image);
+          }
+        } else {
+          full.arrive();
+        }
+        ring.advance(g.store_stages);
+      }
+    }
+  }
+
+  // Consumers --------------------------------------------------------------------------------
+
+  /// Zeros after the boxes of a warpgroup's pixel stages: the padding after a tile's last row.
+  __device__ static void clear_tails(Geometry const& g, Memory const& memory, int warpgroup) {
+    for (int stage = 0; stage < g.pixel_stages; ++stage) {
+      std::uint32_t const base = memory.pixel_stage(g, warpgroup, stage);
+      for (int at = g.load_bytes + (threadIdx.x & 127) * 16; at < g.stage_bytes; at += 128 * 16) {
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(base + at), "r"(0)
+                     : "memory");
+      }
+    }
+    ptx::fence_async_proxy();
+  }
+
+  /// The per-channel values of an epilogue, for all `blocks` of its channels.
+  template <class Epilogue>
+  __device__ static void tabulate(void const* const* vectors, int channels, int blocks,
+                                  float* table) {
+    if constexpr (Epilogue::kColumns > 0) {
+      for (int at = threadIdx.x; at < blocks * kBlock; at += 128 * kWarpgroups) {
+        int const channel = min(at, channels - 1);
+        float values[array_size(Epilogue::kVectors)] = {};
+        for_each_index<Epilogue::kVectors>([&](auto index) {
+          constexpr int i = decltype(index)::value;
+          using Vector = TypeAt<i, typename Epilogue::Vectors>;
+          auto const* base = static_cast<Storage<typename Vector::Element> const*>(vectors[i]);
+          values[i] = to_float(base[Vector::kScalar ? 0 : channel]);
+        });
+        float columns[Epilogue::kColumns];
+        Epilogue::columns(values, columns);
+        for (int i = 0; i < Epilogue::kColumns; ++i) table[at * Epilogue::kColumns + i] = columns[i];
+      }
+    }
+  }
+
+  /// One warp's word that it has read a stage.
+  __device__ static __forceinline__ void release(ptx::Barrier& empty) {
+    if ((threadIdx.x & 31) == 0) empty.arrive();
+  }
+
+  /// A warpgroup that multiplies, and where it is in its rings.
+  struct Consumer {
+    Parameters const& p;
+    Memory const& memory;
+    int const warpgroup;
+    Ring pixels = {}, filters = {}, slots = {};
+    // Units of filters that products under way may read, up to the ring's next one.
+    int held = 0, oldest = 0;
+    int leaving = -1;  // the slot of the block before
+
+    /// The next unit of filters, as an operand.
+    __device__ __forceinline__ std::uint64_t next_unit() {
+      Geometry const& g = p.geometry;
+      std::uint32_t const parity = g.resident ? 0 : filters.parity;
+      memory.barriers->filters_full[filters.stage].wait(parity);
+      std::uint64_t const unit = descriptor(memory.filters + filters.stage * kUnit);
+      filters.advance(g.filter_stages);
+      ++held;
+      return unit;
+    }
+
+    /// Frees all units but the latest `kept`, whose products are under way.
+    __device__ __forceinline__ void release_units(int kept) {
+      if (p.geometry.resident) return;
+      for (; held > kept; --held) {
+        release(memory.barriers->filters_empty[oldest]);
+        if (++oldest == p.geometry.filter_stages) oldest = 0;
+      }
+    }
+
+    /// A tile's units without a tile: the other warpgroup's last one needs them alone.
+    __device__ void drain() {
+      Geometry const& g = p.geometry;
+      if (g.resident) return;
+      int const units = p.joint.blocks * (g.chunks * count_taps(g) + kOutputs);
+      for (int i = 0; i < units; ++i) {
+        next_unit();
+        release_units(0);
+      }
+    }
+
+    /// A group of the first product's blocks. Its tile's pixels come with the first group, and are
+    /// freed by the last.
+    __device__ __forceinline__ void multiply_first(bool is_first, bool is_last,
+                                                   Accumulators (&accumulators)[kGroup]) {
+      Geometry const& g = p.geometry;
+      Barriers& barriers = *memory.barriers;
+      Ring ring = pixels;
+      gmma::ScaleOut scale = gmma::ScaleOut::Zero;
+      int read = -1;  // the stage that only products under way need yet
+      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        int tap = 0;
+        for (int phase = 0; phase < g.phases; ++phase) {
+          if (is_first) barriers.pixels_full[warpgroup][ring.stage].wait(ring.parity);
+          std::uint64_t const stage = descriptor(memory.pixel_stage(g, warpgroup, ring.stage));
+          for (int left = g.phase_taps[phase]; left > 0; --left, ++tap) {
+            std::uint64_t a[kGroup];
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) a[i] = next_unit();
+            std::uint64_t const b = stage + moved(g.tap_offset[tap]);
+            cute::warpgroup_arrive();
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+              for (int i = 0; i < kGroup; ++i) {
+                implicit_gemm::wgmma<Mma<kFilters>>(a[i] + moved(k * kStep), b + moved(k * 32),
+                                                    accumulators[i], scale,
+                                                    std::make_index_sequence<kPixels / 2>{});
+              }
+              scale = gmma::ScaleOut::One;
+            }
+            cute::warpgroup_commit_batch();
+            // All but the products just issued are done, the second ones of the block before, too.
+            cute::warpgroup_wait<1>();
+            release_units(kGroup);
+            if (read >= 0) release(barriers.pixels_empty[warpgroup][read]);
+            read = -1;
+          }
+          if (is_last) read = ring.stage;
+          ring.advance(g.pixel_stages);
+        }
+      }
+      cute::warpgroup_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kGroup * kPixels / 2; ++i) {
+        cute::warpgroup_fence_operand(accumulators[i / (kPixels / 2)][i % (kPixels / 2)]);
+      }
+      release_units(0);
+      if (!is_last) return;
+      release(barriers.pixels_empty[warpgroup][read]);
+      pixels = ring;
+    }
+
+    /// Adds the second product over the channels of a slot; leaves it under way.
+    __device__ __forceinline__ void multiply_second(std::uint32_t slot,
+                                                    Accumulators (&accumulators)[kOutputs],
+                                                    gmma::ScaleOut& scale) {
+      std::uint64_t a[kOutputs];
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) a[i] = next_unit();
+      std::uint64_t const b = descriptor(slot);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < kSecondSteps; ++k) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          implicit_gemm::wgmma<Mma<kSecondFilters>>(a[i] + moved(k * kSecondStep),
+                                                    b + moved(k * 32), accumulators[i], scale,
+                                                    std::make_index_sequence<kPixels / 2>{});
+        }
+        scale = gmma::ScaleOut::One;
+      }
+      cute::warpgroup_commit_batch();
+    }
+
+    /// The next slot, once it is free and its side input is there.
+    __device__ __forceinline__ std::uint32_t next_slot() {
+      Barriers& barriers = *memory.barriers;
+      if constexpr (kAnySides) {
+        barriers.slots_full[warpgroup][slots.stage].wait(slots.parity);
+      } else {
+        barriers.slots_empty[warpgroup][slots.stage].wait(slots.parity ^ 1);
+      }
+      return memory.slot(p.geometry, warpgroup, slots.stage);
+    }
+
+    /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and into
+    /// the slot. `at` is this lane's row of a matrix there. Channels that do not exist become
+    /// zeros: the second product reads them.
+    template <class Epilogue, int kCount>
+    __device__ static __forceinline__ void finish(
+        float const* accumulators,
+        float const (&columns)[2][array_size(Epilogue::kColumns)], bool const (&exists)[2],
+        std::uint32_t at) {
+      std::uint32_t sides[kCount] = {}, results[kCount];
+      if constexpr (Epilogue::kSides > 0) ptx::load_transposed(at, sides);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        float low[1] = {}, high[1] = {};
+        if constexpr (Epilogue::kSides > 0) {
+          using Side = ptx::Pair<TypeAt<0, typename Epilogue::Sides>>;
+          low[0] = Side::low(sides[i]);
+          high[0] = Side::high(sides[i]);
+        }
+        // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
+        float const left = Epilogue::apply(accumulators[2 * i], columns[i & 1], low);
+        float const right = Epilogue::apply(accumulators[2 * i + 1], columns[i & 1], high);
+        std::uint32_t const pair = ptx::Pair<typename Epilogue::Output>::pack(left, right);
+        results[i] = exists[i & 1] ? pair : 0;
+      }
+      ptx::store_transposed(at, results);
+    }
+
+    /// A block's epilogue, into a slot: [pixel][64 channels] with the 128-byte swizzle. `table` is
+    /// of the block's channels, of which `channels` exist.
+    template <class Epilogue>
+    __device__ __forceinline__ void finish(Accumulators const& accumulators, float const* table,
+                                           int channels, std::uint32_t slot) {
+      int const lane = threadIdx.x & 31, warp = (threadIdx.x & 127) / 32;
+      int const channel = warp * 16 + lane / 4;
+      bool const exists[2] = {channel < channels, channel + 8 < channels};
+      float columns[2][array_size(Epilogue::kColumns)] = {};
+#pragma unroll
+      for (int i = 0; i < Epilogue::kColumns; ++i) {
+        columns[0][i] = table[channel * Epilogue::kColumns + i];
+        columns[1][i] = table[(channel + 8) * Epilogue::kColumns + i];
+      }
+      // Lanes 8 i to 8 i + 7 hold the addresses of matrix i's rows: pixels, 128 bytes apart.
+      int const pixel = (lane & 7) + (lane >> 4) * 8;
+      int const sixteenth = warp * 2 + (lane >> 3 & 1);
+      std::uint32_t const at = slot + pixel * 128 + ((sixteenth ^ (pixel & 7)) << 4);
+#pragma unroll
+      for (int i = 0; i < kPixels / 16; ++i) {
+        finish<Epilogue, 4>(accumulators + 8 * i, columns, exists, at + i * 2048);
+      }
+      if constexpr (kPixels % 16 != 0) {
+        // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
+        std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
+        finish<Epilogue, 2>(accumulators + kPixels / 2 - 4, columns, exists,
+                            at8 + (kPixels / 8 - 1) * 1024);
+      }
+    }
+
+    /// After `finish`: the slot is the second product's and TMA's to read, the one before is no
+    /// product's any more.
+    __device__ __forceinline__ void hand_over() {
+      ptx::fence_async_proxy();
+      cute::warpgroup_wait<0>();
+      release_units(0);
+      ptx::sync(kStore + warpgroup, 128);
+    }
+
+    __device__ __forceinline__ bool is_leader() const { return (threadIdx.x & 127) == 0; }
+
+    /// A slot to an output by TMA, which leaves out what lies beyond it; the leader does so.
+    __device__ __forceinline__ void store(ptx::TensorMap const& output, Tile const& tile,
+                                          int channel, std::uint32_t slot) {
+      Geometry const& g = p.geometry;
+      for (int i = 0; i < g.stores; ++i) {
+        ptx::store(output, slot + i * g.store_bytes, channel, tile.col, tile.row + i, tile.image);
+      }
+    }
+
+    /// Goes on to the next slot, and frees the one before this once it has been read. All warps
+    /// have seen the products that read it end: that was before `hand_over` of this one.
+    __device__ __forceinline__ void advance() {
+      if (is_leader()) {
+        ptx::wait_for_stores<1>();
+        if (leaving >= 0) memory.barriers->slots_empty[warpgroup][leaving].arrive();
+        leaving = slots.stage;
+      }
+      slots.advance(p.geometry.store_stages);
+    }
+
+    __device__ __forceinline__ void run_tile(Tile const& tile) {
+      Geometry const& g = p.geometry;
+      Accumulators outputs[kOutputs];
+      gmma::ScaleOut scale = gmma::ScaleOut::Zero;
+      if (g.resident) filters = {};  // its first round, for every tile
+      for (int first = 0; first < p.joint.blocks; first += kGroup) {
+        Accumulators accumulators[kGroup];
+        multiply_first(first == 0, first + kGroup == p.joint.blocks, accumulators);
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          int const channel = (first + i) * kBlock;
+          std::uint32_t const slot = next_slot();
+          finish<First>(accumulators[i], memory.columns + channel * First::kColumns,
+                        g.channels - channel, slot);
+          hand_over();
+          if (is_leader()) {
+            if constexpr (kStored) store(p.between, tile, channel, slot);
+            ptx::commit_stores();  // of nothing, where it is only kept
+          }
+          multiply_second(slot, outputs, scale);
+          advance();
+        }
+      }
+      cute::warpgroup_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kOutputs * kPixels / 2; ++i) {
+        cute::warpgroup_fence_operand(outputs[i / (kPixels / 2)][i % (kPixels / 2)]);
+      }
+      release_units(0);
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) {
+        int const channel = i * kBlock;
+        std::uint32_t const slot = next_slot();
+        finish<Second>(outputs[i], memory.second_columns + channel * Second::kColumns,
+                       p.joint.channels - channel, slot);
+        hand_over();
+        if (is_leader()) {
+          store(p.output, tile, channel, slot);
+          ptx::commit_stores();
+        }
+        advance();
+      }
+    }
+  };
+
+  __device__ static void consume(Parameters const& p, Memory const& memory, int warpgroup) {
+    Consumer consumer{p, memory, warpgroup};
+    for (int turn = 0; tile_index(turn, 0) < p.geometry.tiles; ++turn) {
+      int const index = tile_index(turn, warpgroup);
+      if (index < p.geometry.tiles) {
+        consumer.run_tile(Tile(p.geometry, index));
+      } else {
+        consumer.drain();
+      }
+    }
+    // Shared memory must outlive the stores that read it.
+    if (consumer.is_leader()) ptx::wait_for_stores<0>();
+  }
+
+  __device__ static void run(Parameters const& p) {
+    extern __shared__ __align__(1024) std::uint8_t shared[];
+    Geometry const& g = p.geometry;
+    Memory const memory(shared, g, p.joint);
+    int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+    if (warpgroup == kWarpgroups) {
+      if constexpr (kWarpgroups > 1) ptx::keep_registers<40>();
+      int const warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0) & 3;
+      bool const elected = ptx::elect();
+      if (elected) set_up(p, *memory.barriers, warp);
+      __syncwarp();
+      ptx::arrive(kSetUp, kThreads);
+      if (warp == 0) ptx::allow_next_kernel();
+      if (elected) {
+        ptx::wait_for_earlier_kernels();
+        if (warp == 0) {
+          load_pixels(p, memory);
+        } else if (warp == 1) {
+          load_filters(p, memory);
+        } else if (kAnySides && warp - 2 < kWarpgroups) {
+          load_sides(p, memory, warp - 2);
+        }
+      }
+    } else {
+      if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
+      if ((threadIdx.x & 127) == 0) {
+        if (kStored) ptx::prefetch(p.between);
+        ptx::prefetch(p.output);
+      }
+      clear_tails(g, memory, warpgroup);
+      ptx::sync(kSetUp, kThreads);
+      ptx::wait_for_earlier_kernels();
+      tabulate<First>(p.vectors, g.channels, p.joint.blocks, memory.columns);
+      tabulate<Second>(p.second_vectors, p.joint.channels, kOutputs, memory.second_columns);
+      ptx::sync(kColumns, 128 * kWarpgroups);
+      consume(p, memory, warpgroup);
+    }
+  }
+};
+
+}  // namespace jax_bolt::chain
+
+#endif  // JAX_BOLT_CHAIN_SM90_HPP_

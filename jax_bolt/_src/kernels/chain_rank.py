@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a chain's kernel would take: what orders its candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .. import ir
+from ..arch import GpuArch
+from . import hoist
+from .chain_tiles import UNIT, Shape, Tile, grid, steps_of, turns_of
+
+# Cycles of an SM, as in implicit_gemm_rank, not fitted to chains.
+_START = 3400  # from launch to the first product, and the last store
+_FINISH = 2.0  # of an epilogue: a pixel of a block, for every instruction
+_HAND_OVER = 250  # from a block's products to its epilogue, and on to the second ones
+_SIDE_WAIT = 2200  # from asking for a side input to it
+_LOAD_RATE = 64.0  # bytes a cycle between L2 and shared memory
+_OVERLAP = 0.3  # of SMs' and device memory's times, what the longer does not hide
+_CLOCK = 1.7e9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a launch takes, in an SM's cycles.
+
+    ``turns`` are the busiest warpgroup's tiles. Of a turn of the SM's two warpgroups
+    count their ``products``, what they move (``moves``), or what one of them does
+    alone (``alone``), whichever takes longest. ``memory`` is device memory's time, of
+    which the SMs hide a part.
+    """
+
+    turns: int
+    products: float
+    moves: float
+    alone: float
+    memory: float
+    total: float
+
+    @property
+    def text(self) -> str:
+        def us(cycles: float) -> str:
+            return f"{cycles / _CLOCK * 1e6:.1f}"
+
+        tiles = "1 tile" if self.turns == 1 else f"{self.turns} tiles"
+        return (
+            f"{us(self.total)} µs: {tiles} a warpgroup, each {us(self.products)} of "
+            f"products, {us(self.moves)} of loads and stores, {us(self.alone)} for "
+            f"itself; device memory {us(self.memory)}"
+        )
+
+
+def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estimate:
+    layout = tile.layout(shape.image)
+    boxes, units = steps_of(tile, shape)
+    rings = tile.rings
+    turns = turns_of(tile, shape, arch)
+    busy_sms = min(arch.sm_count, grid(tile, shape, arch))
+    # Warpgroups that an SM runs side by side.
+    beside = min(2, tile.warpgroups * -(-grid(tile, shape, arch) // busy_sms))
+    # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
+    one = max(tile.pixels / 2, 16 + tile.pixels / 4)
+    steps = shape.image.k_steps * shape.blocks * layout.image.chunks * len(layout.taps)
+    steps += shape.second_steps * shape.blocks * shape.outputs
+    products = steps * one
+    regions = (chain.first, shape.blocks), (chain.second, shape.outputs)
+    finish = sum(
+        blocks * (_FINISH * tile.pixels * (1 + hoist.work(region.epilogue)))
+        for region, blocks in regions
+    )
+    finish += _HAND_OVER * (shape.blocks + shape.outputs)
+    moved = boxes * layout.load_bytes
+    for region, blocks in regions:
+        stored = int(region is chain.second or chain.stored)
+        moved += blocks * layout.slot_bytes * (stored + len(region.epilogue.sides))
+    moves = beside * moved / _LOAD_RATE
+    if not rings.resident:
+        # Warpgroups of a CTA share filters.
+        moves += units * UNIT * (beside / tile.warpgroups) / _LOAD_RATE
+    alone = products + finish
+    if chain.first.epilogue.sides:
+        alone = max(alone, shape.blocks * _SIDE_WAIT / (rings.stores - 1))
+    per_turn = max(beside * products, moves, alone)
+    first = boxes * layout.load_bytes + min(rings.filters, units) * UNIT
+    memory = chain.bytes_moved / arch.bandwidth * _CLOCK
+    memory *= arch.sm_count / busy_sms if busy_sms < arch.sm_count / 2 else 1.0
+    own = turns * per_turn
+    total = _START + first / _LOAD_RATE + max(own, memory) + _OVERLAP * min(own, memory)
+    return Estimate(turns, products, moves, alone, memory, total)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two regions back to back on Hopper, in one kernel (``jax_bolt/chain/sm90.hpp``).
+
+To the launcher a chain is a call like any other. Its operands are the first region's A
+and B, then as side inputs the second one's B and what side inputs there are, then the
+vectors of both. Its result is the first region's where that is stored, and the second
+one's is then the auxiliary output.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from .. import ir
+from ..arch import GpuArch
+from . import chain_rank as rank
+from . import implicit_gemm_sm90
+from . import recipe as recipes
+from .chain_tiles import (
+    NAME,
+    Tile,
+    flat,
+    grid,
+    shape_of,
+    shared_bytes,
+    tiles_of,
+)
+from .config import CPP_TYPES, Config
+from .geometry import filters_map
+from .recipe import Recipe, TensorMap
+from .template import Artifact
+
+name = NAME
+header = "jax_bolt/chain/sm90.hpp"
+artifact: Artifact = "cubin"
+
+_CANDIDATES = 12
+_NEAR = 32  # pixels
+
+
+def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
+    """Why no config can run ``chain`` on ``arch``, or None."""
+    for region in (chain.first, chain.second):
+        problem, epilogue = flat(region.problem), region.epilogue
+        if problem.dtype not in ("bf16", "f16"):
+            return f"takes no operands of {problem.dtype}"
+        if epilogue.auxiliary:
+            return "a region with an auxiliary output"
+        for dtype in epilogue.tensors:
+            if dtype not in ("bf16", "f16"):
+                return f"takes no tensors of {dtype}"
+        if isinstance(problem, ir.GemmProblem) and problem.batch > 1:
+            return "a batched product"
+        bare = ir.Region(problem=problem, epilogue=epilogue)
+        if reason := implicit_gemm_sm90.supports(bare, arch):
+            return reason
+    if chain.first.problem.dtype != chain.second.problem.dtype:
+        return "operands of two dtypes"
+    epilogues = chain.first.epilogue, chain.second.epilogue
+    sides = sum(len(e.sides) for e in epilogues)
+    if sides + 1 > ir.MAX_SIDES:
+        return f"{sides} side inputs, more than {ir.MAX_SIDES - 1}"
+    vectors = sum(len(e.vectors) for e in epilogues)
+    if vectors > ir.MAX_VECTORS:
+        return f"{vectors} per-channel inputs, more than {ir.MAX_VECTORS}"
+    if next(tiles_of(chain, arch), None) is None:
+        return "no tile of all channels fits registers and shared memory"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
+    """The tiles with the least estimated time, best first."""
+    shape = shape_of(chain)
+    found = sorted(
+        tiles_of(chain, arch),
+        key=lambda tile: rank.estimate(tile, chain, shape, arch).total,
+    )
+    # Neighbours in size are near-ties: one of a kind.
+    kinds: dict[tuple[object, ...], Tile] = {}
+    for tile in found:
+        sizes = tile.pixels // _NEAR, tile.group, tile.warpgroups
+        kinds.setdefault((*sizes, tile.rings.resident, tile.im2col), tile)
+    return tuple(tile.config() for tile in (*kinds.values(),)[:_CANDIDATES])
+
+
+def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
+    """The C++ type that ``JAX_BOLT_DEVICE_KERNEL`` takes."""
+    del arch  # only sm_90a is supported
+    tile, shape = Tile.of(config), shape_of(chain)
+
+    def filters(k_outer: bool) -> str:
+        return f"jax_bolt::implicit_gemm::Filters::{'kKrsc' if k_outer else 'kHwio'}"
+
+    arguments = (
+        *("First", "Second", CPP_TYPES[shape.image.dtype]),
+        *(filters(shape.image.k_outer), filters(shape.k_outer)),
+        "true" if chain.stored else "false",
+        *(tile.pixels, tile.group, shape.outputs, tile.warpgroups),
+        *(shape.image.k_steps, shape.second_steps),
+    )
+    return f"jax_bolt::chain::Sm90<{', '.join(map(str, arguments))}>"
+
+
+def reasoning(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
+    """What the rank model expects of it."""
+    return rank.estimate(Tile.of(config), chain, shape_of(chain), arch).text
+
+
+def prologue(chain: ir.Chain) -> str | None:
+    """The C++ type that ``JAX_BOLT_PROLOGUE`` takes, for images of few channels."""
+    packing = shape_of(chain).image.packing
+    return None if packing is None else packing.instance
+
+
+def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
+    """How to launch it: grid, shared memory, tensor maps, the kernel's Geometry."""
+    tile, shape = Tile.of(config), shape_of(chain)
+    layout, packing = tile.layout(shape.image), shape.image.packing
+    first, second = (len(r.epilogue.vectors) for r in (chain.first, chain.second))
+    vectors = [recipes.vector(i) for i in range(first + second)]
+    return Recipe(
+        threads=128 * (tile.warpgroups + 1),
+        grid=grid(tile, shape, arch),
+        smem_bytes=shared_bytes(tile, layout, chain),
+        programmatic=True,
+        maps=_maps(chain, tile),
+        pointers=(
+            *(vectors[:first] or (recipes.NULL,)),
+            *(vectors[first:] or (recipes.NULL,)),
+        ),
+        ints=(
+            *layout.integers(shape.blocks, tile.rings),
+            *(shape.blocks, shape.channels),
+        ),
+        workspace_bytes=packing.workspace_bytes if packing else 0,
+        prologue=packing.recipe() if packing else None,
+    )
+
+
+def _maps(chain: ir.Chain, tile: Tile) -> tuple[TensorMap, ...]:
+    """In the order of the kernel's Params; what is not there is some other map."""
+    shape = shape_of(chain)
+    layout = tile.layout(shape.image)
+    pixels, filters, *_ = layout.maps(1, chain.first.epilogue)
+    second_filters = filters_map(
+        recipes.side(0),
+        recipes.DTYPES.index(shape.image.dtype),
+        taps=1,
+        inputs=shape.image.k,
+        outputs=shape.channels,
+        k_outer=shape.k_outer,
+    )
+    dtypes = [region.epilogue.out_dtype for region in (chain.first, chain.second)]
+    output = layout.tensor(
+        recipes.output(int(chain.stored)), dtypes[1], shape.channels
+    )
+    between = layout.tensor(recipes.output(0), dtypes[0]) if chain.stored else output
+    # The second one's side inputs follow the first one's; here there is one at most.
+    sides = [output, output]
+    operand = recipes.side(1)
+    for i, region in enumerate((chain.first, chain.second)):
+        channels = (shape.image.k, shape.channels)[i]
+        for dtype in region.epilogue.sides:
+            sides[i] = layout.tensor(operand, dtype, channels)
+    return (pixels, filters, second_filters, between, output, *sides)

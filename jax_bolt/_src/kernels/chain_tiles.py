@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiles of the Hopper chain: two products back to back in one kernel.
+
+A tile is a block of the first product's pixels with all channels, a warpgroup's alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+from .. import ir
+from ..arch import GpuArch
+from . import hoist
+from .config import Config
+from .geometry import MAX_PHASES, Block, Layout, Rings
+from .image import BLOCK, ROW, STEP, Image, line_of
+from .implicit_gemm_tiles import blocks_of, layout_of
+
+NAME = "chain_sm90"
+
+UNIT = BLOCK * ROW  # bytes of 64 output channels' filter for 64 input channels
+# Stages that jax_bolt/chain/sm90.hpp has barriers for: pixels, filters, slots.
+MAX_RINGS = (16, 32, 8)
+_BARRIERS = 2 * (2 * MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) * 8
+_IM2COL = "im2col-"  # in a config's text
+
+
+@dataclasses.dataclass(frozen=True)  # no slots: the properties are kept
+class Shape:
+    """What a chain is to the kernel.
+
+    ``image`` is the first product's, ``blocks`` and ``outputs`` are 64 channels each
+    of its result and of the second one's, ``channels``. ``k_outer``: the second filter
+    has its output channels outermost.
+    """
+
+    image: Image
+    blocks: int
+    outputs: int
+    channels: int
+    k_outer: bool
+
+    @staticmethod
+    def of(chain: ir.Chain) -> Shape:
+        made, read = flat(chain.first.problem), flat(chain.second.problem)
+        assert isinstance(read, ir.GemmProblem)
+        return Shape(
+            image=Image.of(made),
+            blocks=-(-made.channels // BLOCK),
+            outputs=-(-read.n // BLOCK),
+            channels=read.n,
+            k_outer=read.b_layout == "col",
+        )
+
+    @functools.cached_property
+    def second_steps(self) -> int:
+        """Products in a chunk of the channels between, those of zeros alone left out."""
+        return -(-min(ROW, self.image.k * self.image.item) // STEP)
+
+
+def flat(problem: ir.Problem) -> ir.Problem:
+    """A conv that is a product over its pixels, as that."""
+    if isinstance(problem, ir.GemmProblem) or not problem.is_gemm:
+        return problem
+    return ir.GemmProblem(
+        m=problem.rows,
+        n=problem.k,
+        k=problem.c,
+        dtype=problem.dtype,
+        b_layout="row" if problem.filter_layout == "hwio" else "col",
+    )
+
+
+shape_of = functools.lru_cache(maxsize=256)(Shape.of)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tile:
+    """One candidate: the kernel's template arguments, block of outputs and rings.
+
+    ``group`` blocks of the first result are accumulated side by side. The rings'
+    ``filters`` are units, the others a warpgroup's. With ``im2col`` the block is one of
+    ``line_of`` the image.
+    """
+
+    pixels: int
+    group: int
+    warpgroups: int
+    block: Block
+    rings: Rings = Rings()
+    im2col: bool = False
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share an SM."""
+        return 2 if self.warpgroups == 1 else 1
+
+    def layout(self, image: Image) -> Layout:
+        seen = line_of(image) if self.im2col else image
+        assert seen is not None
+        return layout_of(seen, self.block, 1, self.pixels)
+
+    def config(self) -> Config:
+        b, rings = self.block, self.rings
+        return Config.of(
+            NAME,
+            pixels=self.pixels,
+            group=self.group,
+            warpgroups=self.warpgroups,
+            resident=rings.resident,
+            block=f"{_IM2COL * self.im2col}{b.images}x{b.rows}x{b.cols}",
+            stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
+        )
+
+    @staticmethod
+    def of(config: Config) -> Tile:
+        block = str(config["block"])
+        images, rows, cols = map(int, block.removeprefix(_IM2COL).split("x"))
+        stages = map(int, str(config["stages"]).split("x"))
+        return Tile(
+            pixels=int(config["pixels"]),
+            group=int(config["group"]),
+            warpgroups=int(config["warpgroups"]),
+            block=Block(images, rows, cols),
+            rings=Rings(*stages, resident=int(config["resident"])),
+            im2col=block.startswith(_IM2COL),
+        )
+
+
+# Candidates -------------------------------------------------------------------------
+
+
+def tiles_of(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
+    shape = shape_of(chain)
+    image = shape.image
+    found = [(False, *block) for block in blocks_of(image)]
+    line = line_of(image)
+    if line is not None and image.r * image.s <= MAX_PHASES:
+        found += [(True, *block) for block in blocks_of(line)]
+    for im2col, block, pixels in found:
+        for warpgroups in (2, 1):
+            for group in range(1, min(4, shape.blocks) + 1):
+                if shape.blocks % group:
+                    continue
+                accumulators = (group + shape.outputs) * pixels // 2
+                if accumulators > _accumulators(chain, warpgroups):
+                    continue
+                base = Tile(pixels, group, warpgroups, block, im2col=im2col)
+                if base.layout(image).problem() is not None:
+                    continue
+                for resident in (1, 0):
+                    tile = _staged(base, chain, arch, resident)
+                    if tile is not None:
+                        yield tile
+
+
+def _accumulators(chain: ir.Chain, warpgroups: int) -> int:
+    """Registers of a thread for accumulators: of 232, or 128 where two CTAs share an
+    SM, what addresses and one epilogue's columns and matrices leave."""
+    columns = max(len(hoist.columns(r.epilogue)) for r in (chain.first, chain.second))
+    return (192 if warpgroups == 2 else 80) - 2 * columns
+
+
+def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile | None:
+    """``tile`` with as many stages as shared memory holds, or None."""
+    shape = shape_of(chain)
+    layout = tile.layout(shape.image)
+    boxes, units = steps_of(tile, shape)
+    turns = turns_of(tile, shape, arch)
+    several = tile.group < shape.blocks  # groups read a tile's pixels
+    least = {
+        "pixels": boxes if several else min(2, boxes),
+        "filters": max(tile.group, shape.outputs) + tile.group,
+        "stores": 2,
+    }
+    most = {
+        "pixels": min(MAX_RINGS[0], boxes * turns),
+        "filters": min(MAX_RINGS[1], units * turns),
+        "stores": min(MAX_RINGS[2], (shape.blocks + shape.outputs) * turns),
+    }
+    if resident:
+        least["filters"] = most["filters"] = units
+    if units > MAX_RINGS[1] if resident else units <= least["filters"]:
+        return None
+    if least["pixels"] > MAX_RINGS[0]:
+        return None
+    # What grows first where there is room: no ring should be short before all others
+    # are long.
+    wishes = (
+        *(("stores", 3), ("pixels", 2 * boxes), ("filters", 3 * least["filters"])),
+        *(("stores", 5), ("pixels", 3 * boxes), ("filters", 5 * least["filters"])),
+        *(("stores", 8), ("filters", MAX_RINGS[1])),
+    )
+    rings = Rings(**least, resident=resident)
+    room = smem_per_cta(tile, arch)
+    if shared_bytes(dataclasses.replace(tile, rings=rings), layout, chain) > room:
+        return None
+    for name, wanted in wishes:
+        for stages in range(getattr(rings, name) + 1, min(wanted, most[name]) + 1):
+            deeper = dataclasses.replace(rings, **{name: stages})
+            used = dataclasses.replace(tile, rings=deeper)
+            if shared_bytes(used, layout, chain) > room:
+                break
+            rings = deeper
+    return dataclasses.replace(tile, rings=rings)
+
+
+def smem_per_cta(tile: Tile, arch: GpuArch) -> int:
+    if tile.ctas == 1:
+        return arch.smem_per_block
+    return (arch.smem_per_block - 1024) // 2
+
+
+def shared_bytes(tile: Tile, layout: Layout, chain: ir.Chain) -> int:
+    rings, shape = tile.rings, shape_of(chain)
+    own = rings.pixels * layout.stage_bytes + rings.stores * layout.slot_bytes
+    first, second = (
+        len(hoist.columns(region.epilogue)) for region in (chain.first, chain.second)
+    )
+    columns = 4 * BLOCK * (shape.blocks * first + shape.outputs * second)
+    return rings.filters * UNIT + tile.warpgroups * own + columns + _BARRIERS
+
+
+def steps_of(tile: Tile, shape: Shape) -> tuple[int, int]:
+    """Boxes of pixels and units of filters that a tile reads."""
+    layout = tile.layout(shape.image)
+    boxes = layout.image.chunks * len(layout.phases)
+    taps = layout.image.chunks * len(layout.taps)
+    return boxes, shape.blocks * (taps + shape.outputs)
+
+
+def grid(tile: Tile, shape: Shape, arch: GpuArch) -> int:
+    tiles = tile.layout(shape.image).tile_count(shape.blocks)
+    return min(tiles, arch.sm_count * tile.ctas)
+
+
+def turns_of(tile: Tile, shape: Shape, arch: GpuArch) -> int:
+    """Tiles of the busiest warpgroup."""
+    tiles = tile.layout(shape.image).tile_count(shape.blocks)
+    return -(-tiles // (grid(tile, shape, arch) * tile.warpgroups))
