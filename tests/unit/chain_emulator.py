@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper chain in NumPy: what ``chain/sm90.hpp`` does with a recipe.
+
+Every role of a CTA is a coroutine: the threads that load, and the warpgroups that
+multiply. They meet at barriers as in the kernel, in a random order of turns. What the
+hardware does on its own (loads, stores, products) happens at any time that the program
+allows. A ring that is reused too early gives wrong numbers here, and roles that wait
+for each other are seen. Shared memory is NaN where nothing was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import implicit_gemm_emulator as single
+import numpy as np
+from implicit_gemm_emulator import BLOCK, ROW, Apply, Tensor
+
+from jax_bolt._src.kernels.recipe import Recipe
+
+UNIT = BLOCK * ROW
+_HEADER = Path(__file__).parents[2] / "cc/include/jax_bolt/chain/sm90.hpp"
+Role = Iterator[None]
+
+
+class Deadlock(AssertionError):
+    """All roles wait."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Sm90's template arguments, but for the epilogues and the element."""
+
+    k_outer: bool
+    second_k_outer: bool
+    stored: bool
+    pixels: int
+    group: int
+    outputs: int
+    warpgroups: int
+    steps: int
+    second_steps: int
+
+    @staticmethod
+    def of(instance: str) -> Arguments:
+        """From the C++ type that ``instantiate`` names."""
+        found = re.fullmatch(r"jax_bolt::chain::Sm90<(.*)>", instance)
+        assert found is not None, instance
+        text = _HEADER.read_text()
+        names = re.search(r"template <([^<>]*)>\s*struct Sm90 \{", text)
+        assert names is not None
+        parameters = [part.split()[-1] for part in names[1].split(",")]
+        values = [value.strip() for value in found[1].split(",")]
+        given = dict(zip(parameters, values, strict=True))
+        assert (given["First_"], given["Second_"]) == ("First", "Second")
+        outer = {
+            f"jax_bolt::implicit_gemm::Filters::{name}": name == "kKrsc"
+            for name in ("kKrsc", "kHwio")
+        }
+        return Arguments(
+            k_outer=outer[given["kFilters"]],
+            second_k_outer=outer[given["kSecondFilters"]],
+            stored={"true": True, "false": False}[given["kStored"]],
+            pixels=int(given["kPixels"]),
+            group=int(given["kGroup"]),
+            outputs=int(given["kOutputs"]),
+            warpgroups=int(given["kWarpgroups"]),
+            steps=int(given["kSteps"]),
+            second_steps=int(given["kSecondSteps"]),
+        )
+
+
+def limit(name: str) -> int:
+    """A constant of the kernel's."""
+    found = re.search(rf"constexpr int {name} = (\d+);", _HEADER.read_text())
+    assert found is not None, name
+    return int(found[1])
+
+
+class Barrier:
+    """An mbarrier."""
+
+    def __init__(self, arrivals: int):
+        self._arrivals = self._left = arrivals
+        self._bytes = self._phase = 0
+
+    def arrive(self, bytes_: int = 0) -> None:
+        assert self._left > 0, "arrived at once too often"
+        self._left -= 1
+        self.complete(-bytes_)
+
+    def complete(self, bytes_: int) -> None:
+        self._bytes -= bytes_
+        if self._left == 0 and self._bytes == 0:
+            self._left, self._phase = self._arrivals, self._phase + 1
+
+    def wait(self, parity: int) -> Role:
+        yield
+        while self._phase & 1 == parity:
+            yield
+
+
+class Ring:
+    def __init__(self) -> None:
+        self.stage = self.parity = 0
+
+    def advance(self, stages: int) -> None:
+        self.stage += 1
+        if self.stage == stages:
+            self.stage, self.parity = 0, self.parity ^ 1
+
+
+class Launch:
+    """One launch; ``outputs`` and ``writes`` are what it leaves."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        instance: str,
+        operands: dict[int, np.ndarray],
+        vectors: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+        elements: Sequence[int],
+        applies: tuple[Apply, Apply],
+        seed: int,
+        prologue: str | None = None,
+    ):
+        """``operands`` are A, B and sides by their numbers, ``vectors`` each region's,
+        ``elements`` of the outputs."""
+        self.t, self.recipe, self.applies = Arguments.of(instance), recipe, applies
+        self.g = single.geometry(recipe.ints[:-2])
+        self.blocks, self.channels = recipe.ints[-2:]
+        self.random = random.Random(seed)
+        self.outputs = [np.full(size, np.nan, np.float32) for size in elements]
+        self._written = [np.zeros(size, np.int64) for size in elements]
+        numbers = (2, 14)[: len(elements)]
+        operands = operands | dict(zip(numbers, self.outputs, strict=True))
+        if recipe.prologue is not None:
+            assert prologue is not None
+            packed = single.pack(recipe.prologue, prologue, operands[0], operands[1])
+            operands[3] = packed
+        maps = [Tensor(tensor, operands[tensor.operand]) for tensor in recipe.maps]
+        assert len(maps) == 7
+        self.pixels, self.filters, self.second_filters, self.between, self.output = maps[
+            :5
+        ]
+        self.sides = maps[5:]
+        self.vectors = vectors
+        numbers = iter(range(6, 14))
+        pointers = [[next(numbers) for _ in group] or [-1] for group in vectors]
+        assert [*recipe.pointers] == [*pointers[0], *pointers[1]]
+        self.taps = sum(self.g.phase_taps[: self.g.phases])
+        self._check()
+
+    @property
+    def writes(self) -> np.ndarray:
+        return np.concatenate(self._written)
+
+    def _check(self) -> None:
+        """What the kernel, its launch and the hardware take for granted."""
+        g, t, recipe = self.g, self.t, self.recipe
+        assert t.pixels % 8 == 0 and 8 <= t.pixels <= 256
+        assert t.warpgroups in (1, 2) and self.blocks % t.group == 0
+        assert recipe.threads == 128 * (t.warpgroups + 1)
+        assert recipe.cluster == 1 and recipe.programmatic
+        assert 1 <= recipe.grid <= g.tiles and g.channel_tiles == 1
+        assert self.blocks == -(-g.channels // BLOCK)
+        assert t.outputs == -(-self.channels // BLOCK)
+        assert (t.steps == 4 or g.chunks == 1) and g.loads == 1
+        assert t.second_steps == min(4, -(-g.channels // 16))
+        assert g.pixel_stages <= limit("kMaxPixelStages")
+        assert g.filter_stages <= limit("kMaxFilterStages")
+        assert 2 <= g.store_stages <= limit("kMaxSlots")
+        units = self.blocks * (g.chunks * self.taps + t.outputs)
+        assert not g.resident or g.filter_stages == units
+        assert g.stage_bytes % 1024 == g.slot_bytes % 1024 == 0
+        assert g.slot_bytes >= t.pixels * ROW
+        assert self.pixels.bytes == g.load_bytes
+        assert self.filters.bytes == self.second_filters.bytes == UNIT
+        assert self.output.bytes == self.between.bytes == g.side_bytes
+        assert all(side.bytes == g.side_bytes for side in self.sides)
+        barriers = 2 * limit("kMaxFilterStages")
+        barriers += 4 * (limit("kMaxPixelStages") + limit("kMaxSlots"))
+        used = g.pixel_stages * g.stage_bytes + g.store_stages * g.slot_bytes
+        used = t.warpgroups * used + g.filter_stages * UNIT + 8 * barriers
+        shared = single.SHARED_BYTES[2 if t.warpgroups == 1 else 1]
+        assert used <= recipe.smem_bytes <= shared
+
+    def run(self) -> Launch:
+        for cta in range(self.recipe.grid):
+            Cta(self, cta).run()
+        return self
+
+    def store(self, which: int, box: np.ndarray, *coordinates: int) -> None:
+        to = self.between if self.t.stored and which == 0 else self.output
+        written = to.store(box, *coordinates)
+        self._written[which if self.t.stored else 0][written] += 1
+
+
+class Cta:
+    """One CTA: its shared memory, its barriers and its roles."""
+
+    def __init__(self, launch: Launch, index: int):
+        self.launch, self.index = launch, index
+        self.g, self.t = launch.g, launch.t
+        g, wgs = self.g, range(self.t.warpgroups)
+
+        def memory(stages: int, size: int) -> list[np.ndarray]:
+            shape = size // ROW, 64
+            return [np.full(shape, np.nan, np.float32) for _ in range(stages)]
+
+        def barriers(stages: int, readers: int) -> tuple[list[Barrier], list[Barrier]]:
+            return (
+                [Barrier(1) for _ in range(stages)],
+                [Barrier(readers) for _ in range(stages)],
+            )
+
+        self.units = memory(g.filter_stages, UNIT)
+        self.unit_barriers = barriers(g.filter_stages, len(wgs))
+        self.pixels = [memory(g.pixel_stages, g.stage_bytes) for _ in wgs]
+        self.pixel_barriers = [barriers(g.pixel_stages, 1) for _ in wgs]
+        self.slots = [memory(g.store_stages, g.slot_bytes) for _ in wgs]
+        self.slot_barriers = [barriers(g.store_stages, 1) for _ in wgs]
+        for stages in self.pixels:
+            for stage in stages:
+                stage[g.load_bytes // ROW :] = 0  # clear_tails
+        self.under_way: list[Callable[[], None]] = []  # loads
+
+    def run(self) -> None:
+        chance = self.launch.random
+        roles = [self.load_pixels(), self.load_filters()]
+        roles += [self.load_sides(wg) for wg in range(self.t.warpgroups)]
+        roles += [Warpgroup(self, wg).run() for wg in range(self.t.warpgroups)]
+        idle = 0
+        while roles:
+            if self.under_way and chance.random() < 0.4:
+                self.under_way.pop(chance.randrange(len(self.under_way)))()
+                idle = 0
+            role = chance.choice(roles)
+            try:
+                next(role)
+                idle += 1
+            except StopIteration:
+                roles.remove(role)
+                idle = 0
+            if idle > 4000 and not self.under_way:
+                raise Deadlock(f"{len(roles)} roles wait for each other")
+        for load in self.under_way:
+            load()
+
+    def tile_index(self, turn: int, warpgroup: int) -> int:
+        at = turn * self.t.warpgroups + warpgroup
+        return at * self.launch.recipe.grid + self.index
+
+    def turns(self, warpgroup: int = 0) -> Iterator[int]:
+        turn = 0
+        while self.tile_index(turn, warpgroup) < self.g.tiles:
+            yield turn
+            turn += 1
+
+    def tile(self, index: int) -> tuple[int, int, int]:
+        """Image, row and column of its first output."""
+        g = self.g
+        strip, col = divmod(index, g.col_tiles)
+        group, row = divmod(strip, g.row_tiles)
+        return group * g.tile_images, row * g.tile_rows, col * g.tile_cols
+
+    def load(self, tensor: Tensor, full: Barrier, to: np.ndarray, at: int, *c: int):
+        box = tensor.load(*c)
+
+        def arrives() -> None:
+            to[at // ROW : at // ROW + len(box)] = box
+            full.complete(tensor.bytes)
+
+        self.under_way.append(arrives)
+
+    def load_pixels(self) -> Role:
+        g, ring = self.g, Ring()
+        for turn in self.turns():
+            for chunk in range(g.chunks):
+                for phase in range(g.phases):
+                    for wg in range(self.t.warpgroups):
+                        index = self.tile_index(turn, wg)
+                        if index >= g.tiles:
+                            continue
+                        full, empty = (b[ring.stage] for b in self.pixel_barriers[wg])
+                        yield from empty.wait(ring.parity ^ 1)
+                        full.arrive(g.load_bytes)
+                        where = self._box(self.tile(index), chunk, phase)
+                        to = self.pixels[wg][ring.stage]
+                        self.load(self.launch.pixels, full, to, 0, *where)
+                    ring.advance(g.pixel_stages)
+        yield
+
+    def _box(self, tile: tuple[int, int, int], chunk: int, phase: int) -> tuple:
+        g, (image, row, col) = self.g, tile
+        if g.image_cols > 0:
+            line, col = divmod(col, g.image_cols)
+            image, row = divmod(line, g.image_rows)
+            return (
+                *(chunk * 64, col * g.step_cols + g.first_col),
+                *(row * g.step_rows + g.first_row, image),
+                *(g.phase_col[phase], g.phase_row[phase]),
+            )
+        return (
+            chunk * 64 + g.phase_channel[phase],
+            col * g.step_cols + g.phase_col[phase],
+            g.phase_parity[phase],
+            row * g.step_rows + g.phase_row[phase],
+            image,
+        )
+
+    def load_filters(self) -> Role:
+        g, t, ring = self.g, self.t, Ring()
+        for _ in self.turns():
+            for first in range(0, self.launch.blocks, t.group):
+                for chunk in range(g.chunks):
+                    for tap in range(self.launch.taps):
+                        for i in range(t.group):
+                            at = (first + i, chunk, g.tap_filter[tap])
+                            yield from self._unit(ring, False, *at)
+                for i in range(t.group):
+                    for output in range(t.outputs):
+                        yield from self._unit(ring, True, output, first + i, 0)
+            if g.resident:
+                break
+        yield
+
+    def _unit(self, ring: Ring, second: bool, block: int, chunk: int, tap: int) -> Role:
+        full, empty = (b[ring.stage] for b in self.unit_barriers)
+        yield from empty.wait(ring.parity ^ 1)
+        full.arrive(UNIT)
+        tensor = self.launch.second_filters if second else self.launch.filters
+        if self.t.second_k_outer if second else self.t.k_outer:
+            where = (chunk * 64, tap, block * BLOCK, 0)
+        else:
+            where = (block * BLOCK, chunk * 64, tap, 0)
+        self.load(tensor, full, self.units[ring.stage], 0, *where)
+        ring.advance(self.g.filter_stages)
+
+    @property
+    def any_sides(self) -> bool:
+        return any(self.has_side(which) for which in (0, 1))
+
+    def has_side(self, which: int) -> bool:
+        return self.launch.recipe.maps[5 + which].operand == 5
+
+    def load_sides(self, wg: int) -> Role:
+        g, ring = self.g, Ring()
+        for turn in self.turns(wg) if self.any_sides else ():
+            image, row, col = self.tile(self.tile_index(turn, wg))
+            for block in range(self.launch.blocks + self.t.outputs):
+                second = int(block >= self.launch.blocks)
+                channel = (block - second * self.launch.blocks) * BLOCK
+                full, empty = (b[ring.stage] for b in self.slot_barriers[wg])
+                yield from empty.wait(ring.parity ^ 1)
+                if self.has_side(second):
+                    full.arrive(g.stores * g.side_bytes)
+                    side, slot = self.launch.sides[second], self.slots[wg][ring.stage]
+                    for i in range(g.stores):
+                        where = (channel, col, row + i, image)
+                        self.load(side, full, slot, i * g.store_bytes, *where)
+                else:
+                    full.arrive()
+                ring.advance(g.store_stages)
+        yield
+
+
+class Warpgroup:
+    """``Consumer``: four warps that go as one."""
+
+    def __init__(self, cta: Cta, index: int):
+        self.cta, self.index = cta, index
+        self.g, self.t, self.launch = cta.g, cta.t, cta.launch
+        self.pixels, self.filters, self.slots = Ring(), Ring(), Ring()
+        self.held = self.oldest = 0
+        self.leaving = -1
+        self.open: list[Callable[[], None]] = []  # products not committed
+        self.products: list[list[Callable[[], None]]] = []  # committed, not done
+        self.stores: list[list[Callable[[], None]]] = []
+
+    # What runs on its own.
+
+    def wait_products(self, most: int) -> None:
+        while len(self.products) > most:
+            for product in self.products.pop(0):
+                product()
+
+    def wait_stores(self, most: int) -> None:
+        while len(self.stores) > most:
+            for store in self.stores.pop(0):
+                store()
+
+    def commit(self) -> None:
+        self.products.append(self.open)
+        self.open = []
+
+    # The program.
+
+    def next_unit(self) -> Iterator[None]:
+        parity = 0 if self.g.resident else self.filters.parity
+        yield from self.cta.unit_barriers[0][self.filters.stage].wait(parity)
+        self.held += 1
+        self.unit = self.cta.units[self.filters.stage]
+        self.filters.advance(self.g.filter_stages)
+
+    def release_units(self, kept: int) -> None:
+        if self.g.resident:
+            return
+        while self.held > kept:
+            self.cta.unit_barriers[1][self.oldest].arrive()
+            self.oldest = (self.oldest + 1) % self.g.filter_stages
+            self.held -= 1
+
+    def drain(self) -> Role:
+        if self.g.resident:
+            return
+        steps = self.g.chunks * self.launch.taps
+        for _ in range(self.launch.blocks * (steps + self.t.outputs)):
+            yield from self.next_unit()
+            self.release_units(0)
+
+    def product(
+        self, unit: np.ndarray, k_outer: bool, pixels: np.ndarray, steps: int, acc
+    ) -> None:
+        def runs() -> None:
+            weights = unit if k_outer else unit.T
+            depth = steps * 16
+            acc[:] += pixels[:, :depth] @ weights[:, :depth].T
+
+        self.open.append(runs)
+
+    def multiply_first(self, is_first: bool, is_last: bool, acc: np.ndarray) -> Role:
+        g, t, barriers = self.g, self.t, self.cta.pixel_barriers[self.index]
+        ring = Ring()
+        ring.stage, ring.parity = self.pixels.stage, self.pixels.parity
+        read = -1
+        for _ in range(g.chunks):
+            tap = 0
+            for phase in range(g.phases):
+                if is_first:
+                    yield from barriers[0][ring.stage].wait(ring.parity)
+                stage = self.cta.pixels[self.index][ring.stage]
+                for _ in range(g.phase_taps[phase]):
+                    start = g.tap_offset[tap] // ROW
+                    seen = stage[start : start + t.pixels]
+                    assert len(seen) == t.pixels, "read beyond the stage"
+                    for i in range(t.group):
+                        yield from self.next_unit()
+                        self.product(self.unit, t.k_outer, seen, t.steps, acc[i])
+                    self.commit()
+                    self.wait_products(1)
+                    self.release_units(t.group)
+                    if read >= 0:
+                        barriers[1][read].arrive()
+                    read = -1
+                    tap += 1
+                if is_last:
+                    read = ring.stage
+                ring.advance(g.pixel_stages)
+        self.wait_products(0)
+        self.release_units(0)
+        if is_last:
+            barriers[1][read].arrive()
+            self.pixels = ring
+
+    def multiply_second(self, slot: np.ndarray, acc: np.ndarray) -> Role:
+        t = self.t
+        for i in range(t.outputs):
+            yield from self.next_unit()
+            seen = slot[: t.pixels]
+            self.product(self.unit, t.second_k_outer, seen, t.second_steps, acc[i])
+        self.commit()
+
+    def next_slot(self) -> Role:
+        full, empty = self.cta.slot_barriers[self.index]
+        if self.cta.any_sides:
+            yield from full[self.slots.stage].wait(self.slots.parity)
+        else:
+            yield from empty[self.slots.stage].wait(self.slots.parity ^ 1)
+
+    def finish(self, which: int, acc: np.ndarray, channel: int) -> np.ndarray:
+        slot = self.cta.slots[self.index][self.slots.stage]
+        channels = self.launch.channels if which else self.g.channels
+        at = np.minimum(channel + np.arange(BLOCK), channels - 1)
+        vectors = [v[at] for v in self.launch.vectors[which]]
+        rows = slot[: self.t.pixels]
+        sides = [rows.copy()] if self.cta.has_side(which) else []
+        (made,) = self.launch.applies[which](acc, vectors, sides)
+        rows[:] = np.where(channel + np.arange(BLOCK) < channels, made, 0)
+        return slot
+
+    def store(self, which: int, channel: int, slot: np.ndarray, index: int) -> None:
+        g, (image, row, col) = self.g, self.cta.tile(index)
+        boxes = g.side_bytes // ROW
+
+        def leave(i: int) -> Callable[[], None]:
+            at = i * g.store_bytes // ROW
+            where = (channel, col, row + i, image)
+            return lambda: self.launch.store(which, slot[at : at + boxes], *where)
+
+        self.stores.append([leave(i) for i in range(g.stores)])
+
+    def hand_over(self) -> None:
+        self.wait_products(0)
+        self.release_units(0)
+
+    def advance(self) -> None:
+        self.wait_stores(1)
+        if self.leaving >= 0:
+            self.cta.slot_barriers[self.index][1][self.leaving].arrive()
+        self.leaving = self.slots.stage
+        self.slots.advance(self.g.store_stages)
+
+    def run_tile(self, index: int) -> Role:
+        t, blocks = self.t, self.launch.blocks
+        outputs = np.zeros((t.outputs, t.pixels, BLOCK), np.float32)
+        if self.g.resident:
+            self.filters = Ring()
+        for first in range(0, blocks, t.group):
+            acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
+            yield from self.multiply_first(first == 0, first + t.group == blocks, acc)
+            for i in range(t.group):
+                channel = (first + i) * BLOCK
+                yield from self.next_slot()
+                slot = self.finish(0, acc[i], channel)
+                self.hand_over()
+                if t.stored:
+                    self.store(0, channel, slot, index)
+                else:
+                    self.stores.append([])
+                yield from self.multiply_second(slot, outputs)
+                self.advance()
+        self.wait_products(0)
+        self.release_units(0)
+        for i in range(t.outputs):
+            yield from self.next_slot()
+            slot = self.finish(1, outputs[i], i * BLOCK)
+            self.hand_over()
+            self.store(1, i * BLOCK, slot, index)
+            self.advance()
+
+    def run(self) -> Role:
+        for turn in self.cta.turns():
+            index = self.cta.tile_index(turn, self.index)
+            if index < self.g.tiles:
+                yield from self.run_tile(index)
+            else:
+                yield from self.drain()
+        self.wait_stores(0)
+        yield
+

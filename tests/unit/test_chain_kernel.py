@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper chain: its plans, run by an emulator, give the right results."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import chain_emulator as emulator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_implicit_gemm as single
+from test_implicit_gemm import HOPPER, PLAIN, SIDE, SMALL, conv, gemm, hwio
+
+from jax_bolt._src import arch, evaluate, ir
+from jax_bolt._src.jit import codegen
+from jax_bolt._src.kernels import chain_rank, chain_sm90, chain_tiles
+from jax_bolt._src.kernels.config import Config
+
+# acc * vector_0 + vector_1, and a side input added to that.
+AFFINE = ir.Epilogue(
+    (
+        ir.Op("acc"),
+        *(ir.Op("vector", attr=0), ir.Op("mul", (0, 1))),
+        *(ir.Op("vector", attr=1), ir.Op("add", (2, 3))),
+    ),
+    4,
+    "bf16",
+    vectors=(ir.Vector("f32"), ir.Vector("f32")),
+)
+RESIDUAL = dataclasses.replace(
+    AFFINE,
+    ops=(*AFFINE.ops, ir.Op("side", attr=0), ir.Op("add", (4, 5))),
+    result=6,
+    sides=("bf16",),
+)
+APPLY: dict[ir.Epilogue, emulator.Apply] = {
+    PLAIN: single.APPLY[PLAIN],
+    SIDE: single.APPLY[SIDE],
+    AFFINE: lambda acc, vectors, sides: [acc * vectors[0] + vectors[1]],
+    RESIDUAL: lambda acc, vectors, sides: [acc * vectors[0] + vectors[1] + sides[0]],
+}
+KINDS = (
+    (RESIDUAL, AFFINE, True),
+    (PLAIN, PLAIN, False),
+    (AFFINE, RESIDUAL, True),
+    (AFFINE, PLAIN, False),
+    (PLAIN, SIDE, False),
+    (SIDE, AFFINE, False),
+    (AFFINE, AFFINE, True),
+)
+
+
+def chain(
+    problem: ir.Problem,
+    channels: int,
+    first: ir.Epilogue = PLAIN,
+    second: ir.Epilogue = PLAIN,
+    stored: bool = True,
+    b_layout: ir.Layout = "row",
+) -> ir.Chain:
+    """``problem``, and a product over what it makes, of so many ``channels``."""
+    read = gemm(problem.rows, channels, problem.channels, b_layout=b_layout)
+    return ir.Chain(
+        first=ir.Region(problem=problem, epilogue=first),
+        second=ir.Region(problem=read, epilogue=second),
+        stored=stored,
+    )
+
+
+# The first problem, the second one's channels, and how its filter lies.
+PROBLEMS: list[tuple[ir.Problem, int, ir.Layout]] = [
+    (gemm(1, 8, 8), 8, "row"),
+    (gemm(300, 256, 64), 64, "row"),
+    (gemm(129, 512, 128, b_layout="col"), 128, "col"),
+    (gemm(70, 256, 256), 256, "col"),
+    (gemm(200, 64, 200), 16, "row"),
+    (gemm(333, 128, 576), 64, "row"),
+    (gemm(700, 32, 96, b_layout="col"), 96, "row"),
+    (gemm(90, 200, 72), 40, "col"),
+    (gemm(260, 136, 24), 72, "row"),
+    (conv(2, 7, 9, 64, 256, 1), 64, "row"),
+    (hwio(conv(2, 14, 14, 48, 48)), 48, "row"),
+    (conv(1, 28, 28, 64, 64), 64, "col"),
+    (hwio(conv(2, 13, 12, 48, 48, stride=(2, 2))), 48, "row"),
+    (conv(2, 14, 14, 64, 64, stride=(2, 2)), 200, "row"),
+    (conv(1, 14, 14, 64, 128), 64, "col"),
+    (hwio(conv(2, 16, 18, 3, 48, stride=(2, 2), padding=(0, 1, 0, 1))), 48, "row"),
+    (conv(2, 9, 9, 24, 72, 1, stride=(2, 2)), 24, "row"),
+    (conv(3, 7, 7, 128, 64), 256, "row"),
+]
+
+
+def operands(taken: ir.Chain) -> tuple[dict, list[np.ndarray]]:
+    """Small integers, whose sums are exact in any order, and the expected outputs."""
+    rng = np.random.default_rng(len(taken.text))
+
+    def some(count: int) -> np.ndarray:
+        return rng.integers(-2, 3, count).astype(np.float32)
+
+    a, b = map(some, taken.first.problem.operand_elements)
+    _, second_b = taken.second.problem.operand_elements
+    given = {0: a, 1: b, 4: some(second_b)}
+    vectors, sides = [], []
+    for region in (taken.first, taken.second):
+        problem, epilogue = region.problem, region.epilogue
+        sides.append([some(problem.rows * problem.channels) for _ in epilogue.sides])
+        vectors.append([some(problem.channels) for _ in epilogue.vectors])
+    given |= {5 + i: side for i, side in enumerate([*sides[0], *sides[1]])}
+    left, expected = a, []
+    for i, region in enumerate((taken.first, taken.second)):
+        weights = given[4] if i else b
+        inputs = jax.tree.map(jnp.asarray, (left, weights, sides[i], vectors[i]))
+        left = evaluate.evaluate(region, *inputs)
+        expected.append(np.asarray(left).reshape(-1))
+    kept = expected if taken.stored else expected[1:]
+    return {"operands": given, "vectors": tuple(vectors)}, kept
+
+
+def check(taken: ir.Chain, config: Config, gpu: arch.GpuArch, seed: int = 0) -> None:
+    given, expected = operands(taken)
+    launch = emulator.Launch(
+        chain_sm90.recipe(taken, config, gpu),
+        chain_sm90.instantiate(taken, config, gpu),
+        elements=[output.size for output in expected],
+        applies=(APPLY[taken.first.epilogue], APPLY[taken.second.epilogue]),
+        prologue=chain_sm90.prologue(taken),
+        seed=seed,
+        **given,
+    ).run()
+    np.testing.assert_array_equal(launch.writes, 1, config.text)
+    for got, want in zip(launch.outputs, expected, strict=True):
+        np.testing.assert_array_equal(got, want, config.text)
+
+
+def sample(taken: ir.Chain, gpu: arch.GpuArch, count: int) -> list[Config]:
+    """Some of all tiles, ranked or not."""
+    tiles = list(chain_tiles.tiles_of(taken, gpu))
+    chosen = random.Random(taken.text).sample(tiles, min(count, len(tiles)))
+    return [tile.config() for tile in chosen]
+
+
+@pytest.mark.parametrize("index", range(len(PROBLEMS)), ids=lambda i: PROBLEMS[i][0].text)
+def test_what_the_kernel_computes(index):
+    problem, channels, b_layout = PROBLEMS[index]
+    first, second, stored = KINDS[index % len(KINDS)]
+    taken = chain(problem, channels, first, second, stored, b_layout)
+    assert chain_sm90.supports(taken, HOPPER) is None
+    for seed, config in enumerate(chain_sm90.configs(taken, HOPPER)[:3]):
+        check(taken, config, HOPPER, seed)
+    for seed, config in enumerate(sample(taken, SMALL, 6)):
+        check(taken, config, SMALL, seed)
