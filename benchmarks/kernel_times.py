@@ -24,8 +24,9 @@ import numpy as np
 from jax import lax
 
 from jax_bolt._src import ir
+from jax_bolt._src.chain import AnySite
 from jax_bolt._src.errors import CompileError
-from jax_bolt._src.plan import Candidate
+from jax_bolt._src.plan import AnyCandidate, Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
 from jax_bolt._src.tune import builder, isolate, measure, search
 from jax_bolt._src.tune.target import Target, executable
@@ -54,7 +55,7 @@ class Clock:
 
 
 def build(
-    candidates: Sequence[Candidate], target: Target, clock: Clock
+    candidates: Sequence[AnyCandidate], target: Target, clock: Clock
 ) -> builder.Built:
     """Compiles all of them together; what the budget does not reach is an error."""
     count = len({c.source for c in candidates})
@@ -125,18 +126,18 @@ def measure_problem(
         with _noting(failures, "library"):
             key = f"{region.problem.text} {result['sets']}"
             if key not in libraries:
-                libraries[key] = _library(operands, target.ordinal)
+                libraries[key] = _library(problem.site, operands, target.ordinal)
             result["library"] = libraries[key]
             result["library_us"] = min(v["us"] for v in result["library"].values())
         if result["memory_bound"]:
             with _noting(failures, "copy"):
                 count = len(operands.sets)
-                result["copy_us"] = _copy(operands.site, root, count, target.ordinal)
+                result["copy_us"] = _copy(problem.site, root, count, target.ordinal)
     result["ratios"] = kernel_table.ratios(result)
     return result
 
 
-def rotating_operands(site: SiteInfo, l2_bytes: int) -> measure.Operands:
+def rotating_operands(site: AnySite, l2_bytes: int) -> measure.Operands:
     """As tuning's, but more sets where eight still fit into the L2 cache."""
     sets = list(measure.make_operands(site, l2_bytes).sets)
     wanted = min(_MAX_SETS, math.ceil(2 * l2_bytes / site.region.bytes_moved))
@@ -227,6 +228,8 @@ def _kernels(
             entry["failure"] = _first_line(error)
         else:
             groups.setdefault(key, []).append((candidate, entry))
+    site = operands.site
+    assert isinstance(site, SiteInfo)
     yardstick = measure.Yardstick(operands)
     xla_errors = yardstick.errors(xla)
     templates = result["templates"]
@@ -236,7 +239,7 @@ def _kernels(
             continue
         candidate, entry = found
         entry["hot_us"] = micros(candidate, 1)
-        entry["moves_input"] = kernel_problems.moves_input(operands.site, form)
+        entry["moves_input"] = kernel_problems.moves_input(site, form)
         entry["us"] = entry["in_program_us" if entry["moves_input"] else "rot_us"]
         if template not in templates or entry["us"] < templates[template]["us"]:
             templates[template] = entry
@@ -280,9 +283,11 @@ def _fastest_accurate(
     return None
 
 
-def _library(operands: measure.Operands, ordinal: int) -> dict[str, dict[str, Any]]:
+def _library(
+    site: SiteInfo, operands: measure.Operands, ordinal: int
+) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for name, (fun, prepare) in library_functions(operands.site).items():
+    for name, (fun, prepare) in library_functions(site).items():
         prepared = jax.jit(prepare)
         sets = tuple(
             tuple(prepared(*operands.roles(i)[:2])) for i in range(len(operands.sets))

@@ -4,6 +4,7 @@
 // The sm90 template needs -gencode=arch=compute_90a,code=sm_90a.
 
 #include "jax_bolt/cast/cast.hpp"
+#include "jax_bolt/chain/sm90.hpp"
 #include "jax_bolt/conv/sm80.hpp"
 #include "jax_bolt/depthwise/depthwise.hpp"
 #include "jax_bolt/gemm/sm80.hpp"
@@ -47,3 +48,7 @@ template struct jax_bolt::implicit_gemm::Sm90<
     1, 2, jax_bolt::implicit_gemm::Schedule::kCooperative, 3, 1, 4>;
 template struct jax_bolt::depthwise::Depthwise<all_kernels::Epilogue, all_kernels::Element, 5, 5, 2,
                                                2, 1, 1, 2, 4, 16, 8, 4, 64, 16, true, 4>;
+template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Epilogue,
+                                      all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
+                                      jax_bolt::implicit_gemm::Filters::kKrsc, true, 64, 1, 1, 2, 4,
+                                      4>;

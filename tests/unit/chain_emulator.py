@@ -144,9 +144,8 @@ class Launch:
             operands[3] = packed
         maps = [Tensor(tensor, operands[tensor.operand]) for tensor in recipe.maps]
         assert len(maps) == 7
-        self.pixels, self.filters, self.second_filters, self.between, self.output = maps[
-            :5
-        ]
+        self.pixels, self.filters, self.second_filters, *stored = maps[:5]
+        self.between, self.output = stored
         self.sides = maps[5:]
         self.vectors = vectors
         numbers = iter(range(6, 14))
@@ -552,4 +551,3 @@ class Warpgroup:
                 yield from self.drain()
         self.wait_stores(0)
         yield
-

@@ -142,7 +142,9 @@ def sample(taken: ir.Chain, gpu: arch.GpuArch, count: int) -> list[Config]:
     return [tile.config() for tile in chosen]
 
 
-@pytest.mark.parametrize("index", range(len(PROBLEMS)), ids=lambda i: PROBLEMS[i][0].text)
+@pytest.mark.parametrize(
+    "index", range(len(PROBLEMS)), ids=lambda i: PROBLEMS[i][0].text
+)
 def test_what_the_kernel_computes(index):
     problem, channels, b_layout = PROBLEMS[index]
     first, second, stored = KINDS[index % len(KINDS)]
@@ -152,3 +154,73 @@ def test_what_the_kernel_computes(index):
         check(taken, config, HOPPER, seed)
     for seed, config in enumerate(sample(taken, SMALL, 6)):
         check(taken, config, SMALL, seed)
+
+
+@pytest.mark.parametrize("ring", ["pixels", "filters", "stores"])
+def test_rings_are_as_long_as_they_must_be(ring):
+    """One stage less than the least, and warpgroups wait for ever."""
+    taken = chain(gemm(300, 512, 128), 128, RESIDUAL, AFFINE)
+    tile = next(t for t in chain_tiles.tiles_of(taken, SMALL) if not t.rings.resident)
+    boxes, _ = chain_tiles.steps_of(tile, chain_tiles.shape_of(taken))
+    least = {"pixels": boxes, "filters": 2 + tile.group, "stores": 2}
+    rings = dataclasses.replace(tile.rings, **least)
+    for seed in range(5):
+        config = dataclasses.replace(tile, rings=rings).config()
+        check(taken, config, SMALL, seed)
+    short = dataclasses.replace(rings, **{ring: least[ring] - 1})
+    with pytest.raises((emulator.Deadlock, AssertionError)):
+        check(taken, dataclasses.replace(tile, rings=short).config(), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason"),
+    [
+        (chain(gemm(64, 64, 64), 12), "TMA"),
+        (chain(gemm(64, 68, 64), 64), "TMA"),
+        (chain(gemm(64, 64, 64, batch=2), 64), "batched"),
+        (chain(gemm(64, 64, 64), 64, SIDE, SIDE), "2 side inputs"),
+        (chain(gemm(64, 64, 64), 64, single.STORED), "auxiliary"),
+        (chain(gemm(64, 64, 64), 64, PLAIN, single.WIDE), "f32"),
+        (chain(gemm(64, 64, 64), 2048), "registers"),
+    ],
+)
+def test_what_is_refused(taken, reason):
+    assert reason in str(chain_sm90.supports(taken, HOPPER))
+
+
+def test_not_on_other_architectures():
+    older = arch.from_name("sm_80")
+    assert "sm_80" in str(chain_sm90.supports(chain(gemm(64, 64, 64), 64), older))
+
+
+def test_configs_are_few_ordered_and_read_back():
+    taken = chain(gemm(100352, 256, 64), 64, RESIDUAL, AFFINE)
+    configs = chain_sm90.configs(taken, HOPPER)
+    assert 3 <= len(configs) <= 12
+    shape = chain_tiles.shape_of(taken)
+    tiles = [chain_tiles.Tile.of(config) for config in configs]
+    assert [tile.config() for tile in tiles] == list(configs)
+    totals = [chain_rank.estimate(t, taken, shape, HOPPER).total for t in tiles]
+    assert totals == sorted(totals)
+
+
+def test_the_least_bytes_bound_the_estimate():
+    taken = chain(gemm(100352, 256, 64), 64, RESIDUAL, AFFINE)
+    shape = chain_tiles.shape_of(taken)
+    for tile in chain_tiles.tiles_of(taken, HOPPER):
+        found = chain_rank.estimate(tile, taken, shape, HOPPER)
+        assert found.total > found.memory > 0
+
+
+def test_sizes_are_not_in_the_source():
+    short, long = (
+        chain(gemm(m, 256, 64), 64, RESIDUAL, AFFINE) for m in (6272, 100352)
+    )
+    config = chain_sm90.configs(long, HOPPER)[0]
+    texts = {
+        codegen.chain_source(taken, chain_sm90, config, HOPPER)
+        for taken in (short, long)
+    }
+    (text,) = texts
+    assert '#include "jax_bolt/chain/sm90.hpp"' in text
+    assert text.index("struct First") < text.index("struct Second")

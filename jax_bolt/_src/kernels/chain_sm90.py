@@ -151,16 +151,16 @@ def _maps(chain: ir.Chain, tile: Tile) -> tuple[TensorMap, ...]:
         outputs=shape.channels,
         k_outer=shape.k_outer,
     )
-    dtypes = [region.epilogue.out_dtype for region in (chain.first, chain.second)]
-    output = layout.tensor(
-        recipes.output(int(chain.stored)), dtypes[1], shape.channels
-    )
-    between = layout.tensor(recipes.output(0), dtypes[0]) if chain.stored else output
+    first, second = chain.first.epilogue, chain.second.epilogue
+    last = recipes.output(int(chain.stored))
+    output = layout.tensor(last, second.out_dtype, shape.channels)
+    between = output
+    if chain.stored:
+        between = layout.tensor(recipes.output(0), first.out_dtype)
     # The second one's side inputs follow the first one's; here there is one at most.
     sides = [output, output]
-    operand = recipes.side(1)
-    for i, region in enumerate((chain.first, chain.second)):
-        channels = (shape.image.k, shape.channels)[i]
-        for dtype in region.epilogue.sides:
-            sides[i] = layout.tensor(operand, dtype, channels)
+    channels = shape.image.k, shape.channels
+    for i, epilogue in enumerate((first, second)):
+        for dtype in epilogue.sides:
+            sides[i] = layout.tensor(recipes.side(1), dtype, channels[i])
     return (pixels, filters, second_filters, between, output, *sides)

@@ -14,7 +14,7 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config
-from .geometry import MAX_PHASES, Block, Layout, Rings
+from .geometry import MAX_PHASES, NO_RINGS, Block, Layout, Rings
 from .image import BLOCK, ROW, STEP, Image, line_of
 from .implicit_gemm_tiles import blocks_of, layout_of
 
@@ -24,6 +24,7 @@ UNIT = BLOCK * ROW  # bytes of 64 output channels' filter for 64 input channels
 # Stages that jax_bolt/chain/sm90.hpp has barriers for: pixels, filters, slots.
 MAX_RINGS = (16, 32, 8)
 _BARRIERS = 2 * (2 * MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) * 8
+_ENOUGH = 4  # slots of a warpgroup
 _IM2COL = "im2col-"  # in a config's text
 
 
@@ -56,7 +57,7 @@ class Shape:
 
     @functools.cached_property
     def second_steps(self) -> int:
-        """Products in a chunk of the channels between, those of zeros alone left out."""
+        """Products in a chunk of the channels between, but for those of zeros alone."""
         return -(-min(ROW, self.image.k * self.image.item) // STEP)
 
 
@@ -89,7 +90,7 @@ class Tile:
     group: int
     warpgroups: int
     block: Block
-    rings: Rings = Rings()
+    rings: Rings = NO_RINGS
     im2col: bool = False
 
     @property
@@ -150,17 +151,28 @@ def tiles_of(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
                 base = Tile(pixels, group, warpgroups, block, im2col=im2col)
                 if base.layout(image).problem() is not None:
                     continue
-                for resident in (1, 0):
-                    tile = _staged(base, chain, arch, resident)
-                    if tile is not None:
-                        yield tile
+                yield from _rings(base, chain, arch)
+
+
+def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
+    """``base`` with all filters resident, and with a ring of them where that leaves
+    more room for the rest."""
+    resident, streamed = (_staged(base, chain, arch, n) for n in (1, 0))
+    if resident is not None:
+        yield resident
+        pixels, stores = resident.rings.pixels, resident.rings.stores
+        boxes, _ = steps_of(base, shape_of(chain))
+        if stores >= _ENOUGH and pixels >= 2 * boxes:
+            return
+    if streamed is not None:
+        yield streamed
 
 
 def _accumulators(chain: ir.Chain, warpgroups: int) -> int:
     """Registers of a thread for accumulators: of 232, or 128 where two CTAs share an
     SM, what addresses and one epilogue's columns and matrices leave."""
     columns = max(len(hoist.columns(r.epilogue)) for r in (chain.first, chain.second))
-    return (192 if warpgroups == 2 else 80) - 2 * columns
+    return (180 if warpgroups == 2 else 72) - 2 * columns
 
 
 def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile | None:

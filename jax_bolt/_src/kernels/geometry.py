@@ -351,8 +351,8 @@ def filters_map(
     count: int = 1,
     offset: int = 0,
 ) -> TensorMap:
-    """A map of ``count`` filters. A box has ``blocks`` of 64 output channels where those
-    are outermost (``k_outer``), and else one."""
+    """A map of ``count`` filters. A box has ``blocks`` of 64 output channels where
+    those are outermost (``k_outer``), and else one."""
     chunk = ROW // recipe.ITEM_BYTES[dtype]
     if k_outer:
         sizes, box = (inputs, taps, outputs, count), (chunk, 1, BLOCK * blocks, 1)

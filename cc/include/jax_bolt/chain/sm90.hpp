@@ -88,21 +88,22 @@ struct Sm90 {
   static_assert(sizeof(Element) == 2 && sizeof(typename First::Output) == 2 &&
                     sizeof(typename Second::Output) == 2,
                 "a slot has 128 bytes for 64 channels");
-  static_assert(First::kSides <= 1 && Second::kSides <= 1, "a side input lies in its result's slot");
+  static_assert(First::kSides <= 1 && Second::kSides <= 1,
+                "a side input lies in its result's slot");
   static_assert(AuxiliaryOf<First>::kCount + AuxiliaryOf<Second>::kCount == 0);
   static_assert(kWarpgroups == 1 || kWarpgroups == 2, "a warp each loads their side inputs");
 
-  static constexpr int kBlock = 64;         // output channels
-  static constexpr int kChunk = 64;         // input channels: the widest swizzle
+  static constexpr int kBlock = 64;           // output channels
+  static constexpr int kChunk = 64;           // input channels: the widest swizzle
   static constexpr int kUnit = kBlock * 128;  // bytes of one block's filter for one chunk
   // From one K step to the next: 32 bytes along a row of a K-major filter, 16 rows down an M-major
   // one.
   static constexpr int kStep = kFilters == Filters::kKrsc ? 32 : 2048;
   static constexpr int kSecondStep = kSecondFilters == Filters::kKrsc ? 32 : 2048;
   template <Filters kOf>
-  using Mma = typename implicit_gemm::Wgmma<Element, kPixels,
-                                            kOf == Filters::kKrsc ? gmma::Major::K
-                                                                  : gmma::Major::MN>::Op;
+  using Mma =
+      typename implicit_gemm::Wgmma<Element, kPixels,
+                                    kOf == Filters::kKrsc ? gmma::Major::K : gmma::Major::MN>::Op;
   using Accumulators = float[kPixels / 2];
 
   // Named barriers; 0 is __syncthreads'.
@@ -332,7 +333,8 @@ struct Sm90 {
         });
         float columns[Epilogue::kColumns];
         Epilogue::columns(values, columns);
-        for (int i = 0; i < Epilogue::kColumns; ++i) table[at * Epilogue::kColumns + i] = columns[i];
+        for (int i = 0; i < Epilogue::kColumns; ++i)
+          table[at * Epilogue::kColumns + i] = columns[i];
       }
     }
   }
@@ -473,9 +475,8 @@ struct Sm90 {
     /// zeros: the second product reads them.
     template <class Epilogue, int kCount>
     __device__ static __forceinline__ void finish(
-        float const* accumulators,
-        float const (&columns)[2][array_size(Epilogue::kColumns)], bool const (&exists)[2],
-        std::uint32_t at) {
+        float const* accumulators, float const (&columns)[2][array_size(Epilogue::kColumns)],
+        bool const (&exists)[2], std::uint32_t at) {
       std::uint32_t sides[kCount] = {}, results[kCount];
       if constexpr (Epilogue::kSides > 0) ptx::load_transposed(at, sides);
 #pragma unroll
