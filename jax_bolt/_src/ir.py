@@ -342,8 +342,9 @@ class Chain:
     """Two regions back to back in one kernel (Bolt, section 3.1.1).
 
     The result of ``first``, rounded to its ``out_dtype``, is the left operand of
-    ``second``, a product over its channels. With ``stored`` it is an output as well:
-    it is needed elsewhere.
+    ``second``, a product over its channels; or its side input of index ``side``: a
+    shortcut's product, merged into the one it is added to. With ``stored`` it is an
+    output as well: it is needed elsewhere.
 
     Raises ValueError where ``second`` does not read what ``first`` makes.
     """
@@ -351,9 +352,17 @@ class Chain:
     first: Region
     second: Region
     stored: bool
+    side: int | None = None
 
     def __post_init__(self) -> None:
         made, read = self.first.problem, self.second.problem
+        if self.side is not None:
+            sides = self.second.epilogue.sides
+            if (made.rows, made.channels) != (read.rows, read.channels):
+                raise ValueError(f"{read.text} is not added to {made.text}")
+            if sides[self.side : self.side + 1] != (self.first.epilogue.out_dtype,):
+                raise ValueError(f"{self.second.text} has no such side {self.side}")
+            return
         if not (isinstance(read, GemmProblem) or read.is_gemm):
             raise ValueError(f"{read.text} is not a product over channels")
         k = read.k if isinstance(read, GemmProblem) else read.c
@@ -367,6 +376,8 @@ class Chain:
     @property
     def text(self) -> str:
         joint = "stored" if self.stored else "kept"
+        if self.side is not None:
+            joint += f" side{self.side}"
         return f"{self.first.text} -{joint}-> {self.second.text}"
 
     @property

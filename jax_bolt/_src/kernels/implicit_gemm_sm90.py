@@ -86,13 +86,13 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
         tiles_of(image, region.epilogue, arch),
         key=lambda tile: rank.cycles(tile, image, region, arch),
     )
-    first = _varied(found, _FIRST, _OF_A_KIND_FIRST)
+    first = varied(found, _FIRST, _OF_A_KIND_FIRST)
     rest = [tile for tile in found if tile not in first]
-    more = _varied(rest, _CANDIDATES - len(first), _OF_A_KIND)
+    more = varied(rest, _CANDIDATES - len(first), _OF_A_KIND)
     return tuple(tile.config() for tile in (*first, *more))
 
 
-def _varied(tiles: list[Tile], count: int, of_a_kind: int) -> list[Tile]:
+def varied(tiles: list[Tile], count: int, of_a_kind: int) -> list[Tile]:
     """The first ``count`` of which at most ``of_a_kind`` differ in size alone."""
     kinds: collections.Counter[tuple[object, ...]] = collections.Counter()
     chosen: list[Tile] = []

@@ -126,7 +126,7 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
     for im2col, block, pixels in found:
         for shape in _SHAPES:
             blocks, channel_blocks, warps_m, warps_n, _ = shape
-            if blocks * channel_blocks * pixels // 2 > _accumulators(shape, columns):
+            if blocks * channel_blocks * pixels // 2 > accumulators(shape, columns):
                 continue
             if (channel_blocks * warps_m - 1) * BLOCK >= image.k:
                 continue  # blocks of channels that do not exist
@@ -188,7 +188,7 @@ def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
     ]
 
 
-def _accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
+def accumulators(shape: tuple[int, int, int, int, str], columns: int) -> int:
     """Registers of a thread that accumulators may take beside ``columns`` per channel.
 
     Of 240, or 128 where two CTAs share an SM; addresses, the hoisted columns of two
@@ -255,9 +255,6 @@ def _staged(
     sides, slot_tiles = len(epilogue.sides), slot_tiles_of(epilogue)
     layout = tile.layout(image)
     steps, boxes = steps_of(tile, layout)
-    per_sm = (
-        arch.smem_per_block if tile.ctas == 1 else (arch.smem_per_block - 1024) // 2
-    )
     if tile.rings.resident:
         if steps > MAX_RINGS[1] or image.filters > 1:
             return None
@@ -265,7 +262,7 @@ def _staged(
             return None
 
     pixel_bytes, filter_bytes, store_bytes = _stage_bytes(tile, layout, slot_tiles)
-    room = per_sm - _BARRIERS - partial_bytes(tile)
+    room = smem_per_cta(tile, arch) - _BARRIERS - partial_bytes(tile)
 
     def left(pixels: int, filters: int, stores: int) -> int:
         used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
@@ -312,6 +309,12 @@ def _stage_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> tuple[int, int,
         FILTER_BLOCK * tile.filter_blocks,
         tile.warpgroups * slot_tiles * layout.slot_bytes,
     )
+
+
+def smem_per_cta(tile: Tile, arch: GpuArch) -> int:
+    if tile.ctas == 1:
+        return arch.smem_per_block
+    return (arch.smem_per_block - 1024) // 2
 
 
 def partial_bytes(tile: Tile) -> int:

@@ -254,78 +254,86 @@ struct Sm90 {
 
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
-    Barriers& barriers = *memory.barriers;
     Ring ring;
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
-      Tile const tile(g, index);
-      for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
-        for (int phase = 0; phase < g.phases; ++phase) {
-          ptx::Barrier& full = barriers.pixels_full[ring.stage];
-          barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
-          full.arrive_and_expect(g.loads * g.load_bytes);
-          std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
-          for (int i = 0; i < g.loads; ++i) {
-            if (g.image_cols > 0) {
-              gather_pixels(p, full, to + i * g.load_bytes, chunk, phase,
-                            tile.col + i * g.load_cols);
-              continue;
-            }
-            ptx::load(
-                p.pixels, full, to + i * g.load_bytes, chunk * kChunk + g.phase_channel[phase],
-                tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
-                g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase], tile.image);
+      load_pixels(p.pixels, g, memory, Tile(g, index), ring);
+    }
+  }
+
+  /// A tile's input pixels.
+  __device__ static __forceinline__ void load_pixels(ptx::TensorMap const& map, Geometry const& g,
+                                                     Memory const& memory, Tile const& tile,
+                                                     Ring& ring) {
+    Barriers& barriers = *memory.barriers;
+    for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
+      for (int phase = 0; phase < g.phases; ++phase) {
+        ptx::Barrier& full = barriers.pixels_full[ring.stage];
+        barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
+        full.arrive_and_expect(g.loads * g.load_bytes);
+        std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
+        for (int i = 0; i < g.loads; ++i) {
+          if (g.image_cols > 0) {
+            gather_pixels(map, g, full, to + i * g.load_bytes, chunk, phase,
+                          tile.col + i * g.load_cols);
+            continue;
           }
-          ring.advance(g.pixel_stages);
+          ptx::load(map, full, to + i * g.load_bytes, chunk * kChunk + g.phase_channel[phase],
+                    tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
+                    g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase], tile.image);
         }
+        ring.advance(g.pixel_stages);
       }
     }
   }
 
   /// One tap's inputs of output pixels from `pixel` on, counted over all images.
-  __device__ static __forceinline__ void gather_pixels(Parameters const& p, ptx::Barrier& full,
-                                                       std::uint32_t to, int chunk, int phase,
-                                                       int pixel) {
-    Geometry const& g = p.geometry;
+  __device__ static __forceinline__ void gather_pixels(ptx::TensorMap const& map, Geometry const& g,
+                                                       ptx::Barrier& full, std::uint32_t to,
+                                                       int chunk, int phase, int pixel) {
     int const line = pixel / g.image_cols, image = line / g.image_rows;
     int const col = pixel - line * g.image_cols, row = line - image * g.image_rows;
-    ptx::gather(p.pixels, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
+    ptx::gather(map, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
                 row * g.step_rows + g.first_row, image, g.phase_col[phase], g.phase_row[phase]);
   }
 
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
-    Barriers& barriers = *memory.barriers;
     Ring ring;
-    int const taps = count_taps(g);
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
-      Tile const tile(g, index);
-      for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
-        for (int tap = 0; tap < taps; ++tap) {
-          barriers.filters_empty[ring.stage].wait(ring.parity ^ 1);
-          // A resident filter stays as it came for the first tile.
-          if (!g.resident || index == first_tile()) {
-            load_stage(p, memory, ring.stage, tile, chunk, g.tap_filter[tap]);
-          }
-          ring.advance(g.filter_stages);
+      load_filters(p.filters, g, memory, Tile(g, index), ring, index == first_tile());
+    }
+  }
+
+  /// A tile's filters. Resident ones stay as they came for the `first` tile.
+  __device__ static __forceinline__ void load_filters(ptx::TensorMap const& map, Geometry const& g,
+                                                      Memory const& memory, Tile const& tile,
+                                                      Ring& ring, bool first) {
+    int const taps = count_taps(g);
+    for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
+      for (int tap = 0; tap < taps; ++tap) {
+        memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
+        if (!g.resident || first) {
+          load_stage(map, memory, ring.stage, tile, chunk, g.tap_filter[tap],
+                     g.filter_batch * tile.image);
         }
+        ring.advance(g.filter_stages);
       }
     }
   }
 
   /// One tap's filter for the input channels of a chunk.
-  __device__ static __forceinline__ void load_stage(Parameters const& p, Memory const& memory,
-                                                    int stage, Tile const& tile, int chunk,
-                                                    int tap) {
-    int const batch = p.geometry.filter_batch * tile.image;
+  __device__ static __forceinline__ void load_stage(ptx::TensorMap const& map, Memory const& memory,
+                                                    int stage, Tile const& tile, int chunk, int tap,
+                                                    int batch) {
     ptx::Barrier& full = memory.barriers->filters_full[stage];
     full.arrive_and_expect(kFilterStage);
     std::uint32_t const to = memory.filters + stage * kFilterStage;
     if constexpr (kFilters == Filters::kKrsc) {
-      ptx::load(p.filters, full, to, chunk * kChunk, tap, tile.channel, batch);
+      ptx::load(map, full, to, chunk * kChunk, tap, tile.channel, batch);
     } else {
       for (int i = 0; i < kFilterBlocks; ++i) {
-        ptx::load(p.filters, full, to + i * kFilterBlock, tile.channel + i * kBlock, chunk * kChunk,
-                  tap, batch);
+        ptx::load(map, full, to + i * kFilterBlock, tile.channel + i * kBlock, chunk * kChunk, tap,
+                  batch);
       }
     }
   }
@@ -457,11 +465,25 @@ struct Sm90 {
     }
   }
 
+  /// Waits for the last products of `multiply`, and gives back the stages they read.
+  __device__ static __forceinline__ void settle(Memory const& memory, Accumulators& accumulators,
+                                                int pixel_stage, int filter_stage) {
+    cute::warpgroup_wait<0>();
+    float* const flat = &accumulators[0][0][0];
+#pragma unroll
+    for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
+      cute::warpgroup_fence_operand(flat[i]);
+    }
+    release(memory.barriers->filters_empty[filter_stage]);
+    release(memory.barriers->pixels_empty[pixel_stage]);
+  }
+
   /// The per-channel values of a thread's two channels in every channel block.
   using Columns = float[kChannelBlocks][2][array_size(kColumns)];
 
-  __device__ static __forceinline__ void load_columns(Parameters const& p, Tile const& tile,
-                                                      int warpgroup, Columns& columns) {
+  __device__ static __forceinline__ void load_columns(void const* const* vectors, int channels,
+                                                      Tile const& tile, int warpgroup,
+                                                      Columns& columns) {
     if constexpr (kColumns > 0) {
       int const thread = threadIdx.x & 127;
       int const first = tile.channel + warpgroup_m(warpgroup) * kChannelBlocks * kBlock +
@@ -470,12 +492,12 @@ struct Sm90 {
       for (int mb = 0; mb < kChannelBlocks; ++mb) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          int const channel = min(first + mb * kBlock + half * 8, p.geometry.channels - 1);
+          int const channel = min(first + mb * kBlock + half * 8, channels - 1);
           float values[array_size(kVectors)] = {};
           for_each_index<kVectors>([&](auto index) {
             constexpr int i = decltype(index)::value;
             using Vector = TypeAt<i, typename Epilogue::Vectors>;
-            auto const* base = static_cast<Storage<typename Vector::Element> const*>(p.vectors[i]);
+            auto const* base = static_cast<Storage<typename Vector::Element> const*>(vectors[i]);
             values[i] = to_float(base[Vector::kScalar ? 0 : channel]);
           });
           Epilogue::columns(values, columns[mb][half]);
@@ -621,15 +643,48 @@ struct Sm90 {
     }
   }
 
-  /// One part of a block: the epilogue into a slot, [pixel][64 channels] with the 128-byte swizzle,
-  /// and the slot to the outputs.
+  /// The epilogue of one part of a block, into a slot: [pixel][64 channels] with the 128-byte
+  /// swizzle.
+  template <int kPart>
+  __device__ static __forceinline__ void fill(std::uint32_t slot, int slot_bytes,
+                                              float (&accumulators)[kPixels / 2],
+                                              float const (&columns)[2][array_size(kColumns)]) {
+    int const thread = threadIdx.x & 127, lane = threadIdx.x & 31;
+    // Lanes 8 i to 8 i + 7 hold the addresses of matrix i's rows: pixels, 128 bytes apart.
+    int const pixel = (lane & 7) + (lane >> 4) * 8;
+    int const sixteenth = thread / 32 * 2 + (lane >> 3 & 1);
+    std::uint32_t const at = slot + pixel * 128 + ((sixteenth ^ (pixel & 7)) << 4);
+    // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
+    std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
+    if constexpr (kSplits == 1) {
+#pragma unroll
+      for (int j = 0; j < kPartGroups / 2; ++j) {
+        std::uint32_t const first = 2 * j * kGroupBytes;
+        finish<4>(accumulators + 4 * (kPart * kPartGroups + 2 * j), columns, at + first,
+                  slot + first, slot_bytes);
+      }
+      if constexpr (kGroups % 2 != 0) {
+        std::uint32_t const first = (kGroups - 1) * kGroupBytes;
+        finish<2>(accumulators + 4 * (kGroups - 1), columns, at8 + first, slot + first, slot_bytes);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        if (owner(j) != rank()) continue;
+        std::uint32_t const first = j * kGroupBytes;
+        finish<2>(accumulators + 4 * j, columns, at8 + first, slot + first, slot_bytes);
+      }
+    }
+  }
+
+  /// One part of a block: the epilogue into a slot, and the slot to the outputs.
   template <int kPart>
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup, Ring& ring,
                                                int& unreleased, float (&accumulators)[kPixels / 2],
                                                float const (&columns)[2][array_size(kColumns)]) {
     Geometry const& g = p.geometry;
-    int const thread = threadIdx.x & 127, lane = threadIdx.x & 31;
+    int const thread = threadIdx.x & 127;
     if constexpr (kSides > 0) {
       memory.barriers->sides_full[warpgroup][ring.stage].wait(ring.parity);
     } else {
@@ -643,33 +698,8 @@ struct Sm90 {
       ptx::sync(kStore + warpgroup, 128);
     }
     std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
-    // Lanes 8 i to 8 i + 7 hold the addresses of matrix i's rows: pixels, 128 bytes apart.
-    int const pixel = (lane & 7) + (lane >> 4) * 8;
-    int const sixteenth = thread / 32 * 2 + (lane >> 3 & 1);
-    std::uint32_t const at = slot + pixel * 128 + ((sixteenth ^ (pixel & 7)) << 4);
-    // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
-    std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
-    if constexpr (kSplits == 1) {
-#pragma unroll
-      for (int j = 0; j < kPartGroups / 2; ++j) {
-        std::uint32_t const first = 2 * j * kGroupBytes;
-        finish<4>(accumulators + 4 * (kPart * kPartGroups + 2 * j), columns, at + first,
-                  slot + first, g.slot_bytes);
-      }
-      if constexpr (kGroups % 2 != 0) {
-        std::uint32_t const first = (kGroups - 1) * kGroupBytes;
-        finish<2>(accumulators + 4 * (kGroups - 1), columns, at8 + first, slot + first,
-                  g.slot_bytes);
-      }
-    } else {
-      combine(memory, warpgroup, accumulators);
-#pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        if (owner(j) != rank()) continue;
-        std::uint32_t const first = j * kGroupBytes;
-        finish<2>(accumulators + 4 * j, columns, at8 + first, slot + first, g.slot_bytes);
-      }
-    }
+    if constexpr (kSplits > 1) combine(memory, warpgroup, accumulators);
+    fill<kPart>(slot, g.slot_bytes, accumulators, columns);
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);
     if (thread == 0 && gather(memory, warpgroup, slot, g.slot_bytes)) {
@@ -691,7 +721,6 @@ struct Sm90 {
 
   __device__ static void consume(Parameters const& p, Memory const& memory, int warpgroup) {
     Geometry const& g = p.geometry;
-    Barriers& barriers = *memory.barriers;
     Ring pixels;
     Ring filters;
     Ring slots;
@@ -708,21 +737,14 @@ struct Sm90 {
       }
       Tile const tile(g, index);
       if (g.resident) filters = {};  // its first round, for every tile
-      if (tile.channel != channel) load_columns(p, tile, warpgroup, columns);
+      if (tile.channel != channel) load_columns(p.vectors, g.channels, tile, warpgroup, columns);
       channel = tile.channel;
       if (kPingPong) ptx::sync(kTurn + warpgroup, 256);
       Accumulators accumulators;
       int pixel_stage, filter_stage;
       multiply(g, memory, warpgroup, pixels, filters, accumulators, pixel_stage, filter_stage);
       if (kPingPong && index + tile_step() < g.tiles) ptx::arrive(kTurn + (warpgroup ^ 1), 256);
-      cute::warpgroup_wait<0>();
-      float* const flat = &accumulators[0][0][0];
-#pragma unroll
-      for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
-        cute::warpgroup_fence_operand(flat[i]);
-      }
-      release(barriers.filters_empty[filter_stage]);
-      release(barriers.pixels_empty[pixel_stage]);
+      settle(memory, accumulators, pixel_stage, filter_stage);
 #pragma unroll
       for (int nb = 0; nb < kPixelBlocks; ++nb) {
 #pragma unroll
