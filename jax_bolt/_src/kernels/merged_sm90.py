@@ -129,9 +129,7 @@ def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
         layout.maps(tile.filter_blocks, region.epilogue)
         for layout, region in zip(layouts, (chain.first, chain.second), strict=True)
     )
-    moved = (
-        dataclasses.replace(second[i], operand=recipes.side(i)) for i in (0, 1)
-    )
+    moved = (dataclasses.replace(second[i], operand=recipes.side(i)) for i in (0, 1))
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=grid(tile, lines[1], arch),
@@ -143,7 +141,9 @@ def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
             *(vectors[counts[0] :] or (recipes.NULL,)),
         ),
         ints=tuple(
-            n for layout in layouts for n in layout.integers(tile.filter_blocks, tile.rings)
+            n
+            for layout in layouts
+            for n in layout.integers(tile.filter_blocks, tile.rings)
         ),
     )
 

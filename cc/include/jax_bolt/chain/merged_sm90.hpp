@@ -83,8 +83,7 @@ struct MergedSm90 {
     namespace ptx = implicit_gemm::ptx;
     Geometry const &g = p.geometry, &first = p.first_geometry;
     int const steps = first.chunks * first.phases + g.chunks * g.phases;
-    int const taps =
-        first.chunks * Second::count_taps(first) + g.chunks * Second::count_taps(g);
+    int const taps = first.chunks * Second::count_taps(first) + g.chunks * Second::count_taps(g);
     Ring pixels, filters, slots;
     int turn = 0, channel = -1;
     typename First::Columns first_columns;
@@ -133,8 +132,7 @@ struct MergedSm90 {
 #pragma unroll
         for (int mb = 0; mb < kChannelBlocks; ++mb, slots.advance(g.store_stages)) {
           std::uint32_t const slot = memory.slot(g, warpgroup, slots.stage);
-          Second::template fill<0>(slot, g.slot_bytes, accumulators[nb][mb],
-                                   columns[mb]);
+          Second::template fill<0>(slot, g.slot_bytes, accumulators[nb][mb], columns[mb]);
           ptx::fence_async_proxy();
           ptx::sync(Second::kStore + warpgroup, 128);
           if ((threadIdx.x & 127) == 0) {
