@@ -27,7 +27,7 @@ class ChainInfo:
     """A chain in a program, described as ``SiteInfo`` describes a region.
 
     Its operands are those of the first site's call, then those of the second's without
-    the left one, which the kernel makes.
+    what is between them, which the kernel makes.
     """
 
     first: SiteInfo
@@ -43,8 +43,14 @@ class ChainInfo:
         return f"{self.first.label} to {self.second.label}"
 
     @property
+    def between(self) -> int:
+        """Which operand of the second site's call the first one makes."""
+        side = self.region.side
+        return self.second.operands[0 if side is None else 2 + side]
+
+    @property
     def in_avals(self) -> list[Any]:
-        return [*self.first.in_avals, *self._without_left(self.second.in_avals)]
+        return [*self.first.in_avals, *self._without_between(self.second.in_avals)]
 
     @property
     def out_avals(self) -> list[Any]:
@@ -54,7 +60,7 @@ class ChainInfo:
 
     @property
     def views(self) -> tuple[View | None, ...]:
-        return (*self.first.views, *self._without_left(self.second.views))
+        return (*self.first.views, *self._without_between(self.second.views))
 
     @property
     def results(self) -> tuple[View | None, ...]:
@@ -67,22 +73,21 @@ class ChainInfo:
 
         def fun(*operands: Any) -> list[Any]:
             mine, others = self.split(operands)
-            (left,) = reference_fun(self.first.reference)(*mine)
-            made = reference_fun(self.second.reference)(*self.joined(others, left))
-            return [left, *made] if self.region.stored else made
+            (value,) = reference_fun(self.first.reference)(*mine)
+            made = reference_fun(self.second.reference)(*self.joined(others, value))
+            return [value, *made] if self.region.stored else made
 
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.in_avals]
         return jax.make_jaxpr(fun)(*shapes)
 
     def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """The first site's operands, and the second's without the left one."""
+        """The first site's operands, and the second's without what is between them."""
         count = len(self.first.in_avals)
         return list(operands[:count]), list(operands[count:])
 
-    def joined(self, others: Sequence[Any], left: Any) -> list[Any]:
-        """The operands of the second site's call, from those without the left one."""
-        position = self.second.operands[0]
-        return [*others[:position], left, *others[position:]]
+    def joined(self, others: Sequence[Any], value: Any) -> list[Any]:
+        """The operands of the second site's call, ``value`` being between them."""
+        return [*others[: self.between], value, *others[self.between :]]
 
     def owner(self, position: int) -> tuple[SiteInfo, int]:
         """Whose operand it is, and its position there."""
@@ -90,11 +95,10 @@ class ChainInfo:
         if position < count:
             return self.first, position
         position -= count
-        return self.second, position + (position >= self.second.operands[0])
+        return self.second, position + (position >= self.between)
 
-    def _without_left(self, values: Sequence[Any]) -> list[Any]:
-        position = self.second.operands[0]
-        return [*values[:position], *values[position + 1 :]]
+    def _without_between(self, values: Sequence[Any]) -> list[Any]:
+        return [*values[: self.between], *values[self.between + 1 :]]
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.label}"
@@ -113,13 +117,21 @@ class Pair:
     consumer: int
     info: ChainInfo
 
+    @property
+    def place(self) -> int:
+        """Where both are launched: all that they read is made by then, and nothing that
+        they make is read before."""
+        merged = self.info.region.side is not None
+        return self.consumer if merged else self.producer
+
 
 def pairs(calls: ClosedJaxpr) -> list[Pair]:
     """Every two calls of a sequence that could be one kernel, in order.
 
     The consumer's left operand is the producer's result as it lies, and nothing else
     that it reads is made by the producer or after it: both can be launched where the
-    producer is. A result that others read, too, is stored.
+    producer is. A result that others read, too, is stored. Or a side input is, which
+    then nothing else reads: both can be launched where the consumer is.
     """
     jaxpr = calls.jaxpr
     made = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
@@ -131,24 +143,28 @@ def pairs(calls: ClosedJaxpr) -> list[Pair]:
     found: list[Pair] = []
     for consumer, eqn in enumerate(jaxpr.eqns):
         site = eqn.params["site"]
-        left = site.operands[0]
-        var = eqn.invars[left]
-        producer = made.get(var) if isinstance(var, Var) else None
-        if producer is None:
-            continue
-        others = [v for i, v in enumerate(eqn.invars) if i != left]
-        waits = any(made.get(v, -1) >= producer for v in variables(others))
-        if waits or site.operands.count(left) > 1:
-            continue
-        stored = var in leaving or readers[var] != {consumer}
-        first = jaxpr.eqns[producer].params["site"]
-        region = _region(first.region, site.region, stored)
-        if region is not None:
-            found.append(Pair(producer, consumer, ChainInfo(first, site, region)))
+        roles = [None, *range(len(site.region.epilogue.sides))]
+        for side in roles:
+            position = site.operands[0 if side is None else 2 + side]
+            var = eqn.invars[position]
+            producer = made.get(var) if isinstance(var, Var) else None
+            if producer is None or site.operands.count(position) > 1:
+                continue
+            stored = var in leaving or readers[var] != {consumer}
+            others = [v for i, v in enumerate(eqn.invars) if i != position]
+            waits = any(made.get(v, -1) >= producer for v in variables(others))
+            if stored if side is not None else waits:
+                continue
+            first = jaxpr.eqns[producer].params["site"]
+            region = _region(first.region, site.region, stored, side)
+            if region is not None:
+                found.append(Pair(producer, consumer, ChainInfo(first, site, region)))
     return found
 
 
-def _region(first: ir.Region, second: ir.Region, stored: bool) -> ir.Chain | None:
+def _region(
+    first: ir.Region, second: ir.Region, stored: bool, side: int | None
+) -> ir.Chain | None:
     """The chain, or None where the second does not read the first's rows as its own."""
     if first.epilogue.auxiliary or second.epilogue.auxiliary:
         return None
@@ -159,7 +175,7 @@ def _region(first: ir.Region, second: ir.Region, stored: bool) -> ir.Chain | Non
     if isinstance(read, ir.GemmProblem) and read.a_layout != "row":
         return None
     try:
-        return ir.Chain(first=first, second=second, stored=stored)
+        return ir.Chain(first=first, second=second, stored=stored, side=side)
     except ValueError:
         return None
 
@@ -178,27 +194,33 @@ def sequences(program: ClosedJaxpr) -> Iterator[list[Pair]]:
 def best(found: Sequence[Pair], savings: Sequence[float]) -> list[Pair]:
     """Those of ``found`` that save most together, no call in two of them.
 
-    A call has one producer, so that the pairs are the edges of a forest, in which a
-    consumer comes after its producer: from the last call to the first, the most that a
-    call and all that hang on it can save, with it left to its own producer and without.
+    Pair by pair, with and without it. What is left to choose depends on the calls that
+    are taken already and that later pairs have, of which there are few at any time.
     """
-    edges: dict[int, list[tuple[Pair, float]]] = {}
-    for pair, saving in zip(found, savings, strict=True):
-        edges.setdefault(pair.producer, []).append((pair, saving))
-    alone: dict[int, float] = {}
-    most: dict[int, float] = {}
-    choice: dict[int, Pair] = {}
-    for producer in sorted(edges, reverse=True):
-        hanging = edges[producer]
-        alone[producer] = sum(most.get(pair.consumer, 0.0) for pair, _ in hanging)
-        most[producer] = alone[producer]
-        for pair, saving in hanging:
-            freed = alone.get(pair.consumer, 0.0) - most.get(pair.consumer, 0.0)
-            if saving > 0 and alone[producer] + saving + freed > most[producer]:
-                most[producer] = alone[producer] + saving + freed
-                choice[producer] = pair
-    chosen: list[Pair] = []
-    for producer in sorted(choice):
-        if all(pair.consumer != producer for pair in chosen):
-            chosen.append(choice[producer])
-    return chosen
+    order = sorted(
+        (
+            (pair, saving)
+            for pair, saving in zip(found, savings, strict=True)
+            if saving > 0
+        ),
+        key=lambda each: (each[0].consumer, each[0].producer),
+    )
+    ends = [frozenset((pair.producer, pair.consumer)) for pair, _ in order]
+    # By the calls taken: what is saved, and the pairs.
+    states: dict[frozenset[int], tuple[float, tuple[Pair, ...]]] = {
+        frozenset(): (0.0, ())
+    }
+    for index, (pair, saving) in enumerate(order):
+        later = frozenset().union(*ends[index + 1 :])
+        reached: dict[frozenset[int], tuple[float, tuple[Pair, ...]]] = {}
+        for taken, (total, chosen) in states.items():
+            options = [(taken, total, chosen)]
+            if not taken & ends[index]:
+                options.append((taken | ends[index], total + saving, (*chosen, pair)))
+            for calls, sum_, those in options:
+                key = calls & later
+                if key not in reached or sum_ > reached[key][0]:
+                    reached[key] = (sum_, those)
+        states = reached
+    _, chosen = max(states.values(), key=lambda state: state[0])
+    return sorted(chosen, key=lambda pair: pair.place)

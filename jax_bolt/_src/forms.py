@@ -51,8 +51,8 @@ def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
     for first in forms(chain.first):
         for second in forms(chain.second):
             with contextlib.suppress(ValueError):  # padded channels are not made
-                region = ir.Chain(
-                    first=first.region, second=second.region, stored=chain.stored
+                region = dataclasses.replace(
+                    chain, first=first.region, second=second.region
                 )
                 found.append(ChainForm(first, second, region))
     return tuple(found)

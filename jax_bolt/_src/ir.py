@@ -392,7 +392,7 @@ class Chain:
     @property
     def bytes_moved(self) -> int:
         """Least bytes through device memory; the result between is never read."""
-        item = ITEM_BYTES[self.second.problem.dtype]
+        item = ITEM_BYTES[self.first.epilogue.out_dtype]
         between = self.first.problem.rows * self.first.problem.channels * item
         apart = self.first.bytes_moved + self.second.bytes_moved
         return apart - between * (1 if self.stored else 2)

@@ -73,20 +73,25 @@ class Launches:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def takes(self, kernel: AnyExecutable, lhs: Value, *filters: Value) -> bool:
+    def takes(self, kernel: AnyExecutable, *products: tuple[Value, Value]) -> bool:
         """Whether the kernel can read what is only promised.
 
         Not where its form rearranges a promised operand: XLA has to do that. A chain
-        has two ``filters``.
+        has two ``products``; a left operand that it makes itself is None.
         """
-        if any(isinstance(rhs, Promise) for rhs in filters):
-            return False
-        if not isinstance(lhs, Promise):
-            return True
-        form, problem = kernel.form, kernel.first_problem
-        name = form.first.name if isinstance(form, forms.ChainForm) else form.name
-        like = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (lhs, filters[0]))
-        return forms.only_views(name, problem, *like)
+        if isinstance(kernel, ChainExecutable):
+            forms_ = (kernel.form.first, kernel.form.second)
+            problems = kernel.problems
+        else:
+            forms_, problems = (kernel.form,), (kernel.problem,)
+        for form, problem, (lhs, rhs) in zip(forms_, problems, products, strict=True):
+            if isinstance(rhs, Promise):
+                return False
+            if isinstance(lhs, Promise):
+                like = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (lhs, rhs))
+                if not forms.only_views(form.name, problem, *like):
+                    return False
+        return True
 
     def add(
         self,
@@ -116,21 +121,27 @@ class Launches:
         """As ``add``, of two regions in one kernel.
 
         ``shapes`` are of both results; the first one's promise is among those returned
-        where the kernel stores it. The second left operand is not looked at.
+        where the kernel stores it. What is between them is not looked at.
         """
-        form = kernel.form
+        form, side = kernel.form, kernel.form.region.side
         a, b = _prepared(form.first.name, kernel.problems[0], *first[:2])
-        made = Promise(-1, tuple(shapes[0]), JAX_DTYPES[form.region.dtype])
-        _, then = _prepared(form.second.name, kernel.problems[1], made, second[1])
+        lhs, rhs, sides, vectors = second
+        if side is None:
+            lhs = Promise(-1, tuple(shapes[0]), JAX_DTYPES[form.region.dtype])
+        product = _prepared(form.second.name, kernel.problems[1], lhs, rhs)
+        if side is None:
+            product = product[1:]
+        else:
+            sides = [*sides[:side], *sides[side + 1 :]]
         regions = (form.region.first, form.region.second)
         promises = [
             self._promise(shape, region.epilogue.out_dtype)
             for shape, region in zip(shapes, regions, strict=True)
         ]
-        # The second filter comes ahead of all side inputs.
-        sides = [then, *first[2], *second[2]]
+        # The second product's operands come ahead of all side inputs.
+        sides = [*product, *first[2], *sides]
         kept = promises if form.region.stored else promises[1:]
-        self._steps.append(_Step(kernel, a, b, sides, [*first[3], *second[3]], kept))
+        self._steps.append(_Step(kernel, a, b, sides, [*first[3], *vectors], kept))
         return kept
 
     def _promise(self, shape: Sequence[int], dtype: str) -> Promise:

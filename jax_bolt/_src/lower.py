@@ -122,10 +122,9 @@ class _Step:
             for eqn in self.eqns
         ]
 
-    def products(self, values: Mapping[Any, Any]) -> list[Any]:
-        """The first left operand and all right ones."""
-        found = self.roles(values)
-        return [found[0][0], *(rhs for _, rhs, *_ in found)]
+    def products(self, values: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+        """The left and the right operand of each call."""
+        return [(lhs, rhs) for lhs, rhs, *_ in self.roles(values)]
 
     def run(
         self, launches: Launches, values: Mapping[Any, Any]
@@ -149,20 +148,20 @@ class _Step:
 def _steps(
     ctx: mlir.LoweringRuleContext, calls: ClosedJaxpr, family: Family, options: Options
 ) -> list[_Step]:
-    """The calls in order, and what runs each; a chain where its producer is."""
+    """The calls in order, and what runs each; a chain at its place."""
     eqns = calls.jaxpr.eqns
     kernels = [
         _kernel_or_none(ctx, eqn.params["site"], family, options) for eqn in eqns
     ]
     chains = _chains(ctx, calls, family, options)
-    consumers = {pair.consumer: pair for pair, _ in chains}
-    producers = {pair.producer: (pair, kernel) for pair, kernel in chains}
+    places = {pair.place: (pair, kernel) for pair, kernel in chains}
+    inside = {i for pair, _ in chains for i in (pair.producer, pair.consumer)}
     steps: list[_Step] = []
     for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
-        if index in producers:
-            pair, both = producers[index]
-            steps.append(_Step((eqn, eqns[pair.consumer]), both))
-        elif index not in consumers:
+        if index in places:
+            pair, both = places[index]
+            steps.append(_Step((eqns[pair.producer], eqns[pair.consumer]), both))
+        elif index not in inside:
             steps.append(_Step((eqn,), kernel))
     return steps
 

@@ -28,7 +28,7 @@ _CONV = re.compile(
     r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?: g(?P<groups>\d+))?"
     r"(?P<hwio> hwio)?\]"
 )
-_JOINT = re.compile(r" -(stored|kept)-> ")
+_JOINT = re.compile(r" -(stored|kept)(?: side(\d+))?-> ")
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
 _VECTOR = re.compile(r"(\w+)\[(n?)\]")
 _OUTPUT = re.compile(r"(\w+):%(\d+)")
@@ -47,9 +47,12 @@ def parse(text: str) -> ir.Work:
 
 
 def _chain(text: str) -> ir.Chain:
-    first, joint, second = _JOINT.split(text)
+    first, joint, side, second = _JOINT.split(text)
     return ir.Chain(
-        first=_region(first), second=_region(second), stored=joint == "stored"
+        first=_region(first),
+        second=_region(second),
+        stored=joint == "stored",
+        side=None if side is None else int(side),
     )
 
 

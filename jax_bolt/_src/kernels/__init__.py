@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import conv_sm80, depthwise, gemm_sm80, implicit_gemm_sm90
+from . import (
+    chain_sm90,
+    conv_sm80,
+    depthwise,
+    gemm_sm80,
+    implicit_gemm_sm90,
+    merged_sm90,
+)
 from .template import ChainTemplate, Template
 
 TEMPLATES: tuple[Template, ...] = (
@@ -16,7 +23,7 @@ TEMPLATES: tuple[Template, ...] = (
 )
 HEADERS = tuple(template.header for template in TEMPLATES)
 # Those that run two regions in one kernel.
-CHAIN_TEMPLATES: tuple[ChainTemplate, ...] = ()
+CHAIN_TEMPLATES: tuple[ChainTemplate, ...] = (chain_sm90, merged_sm90)
 # Where the named template takes a region, these were not faster at any site of the
 # benchmark's models; they serve what it refuses.
 SUPERSEDED: Mapping[str, tuple[str, ...]] = {

@@ -40,6 +40,8 @@ _NEAR = 32  # pixels
 
 def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     """Why no config can run ``chain`` on ``arch``, or None."""
+    if chain.side is not None:
+        return "the second region adds the first one's result"
     for region in (chain.first, chain.second):
         problem, epilogue = flat(region.problem), region.epilogue
         if problem.dtype not in ("bf16", "f16"):

@@ -357,13 +357,17 @@ def _operands(region: ir.Region) -> dict[str, list]:
 
 
 def _chain_operands(chain: ir.Chain) -> dict[str, list]:
-    """As ``launches.add_chain`` binds them: the second filter ahead of side inputs."""
+    """As ``launches.add_chain`` binds them: the second product ahead of side inputs."""
     first, second = _operands(chain.first), _operands(chain.second)
-    _, then = second["ab"]
     between = first["output_bytes"] if chain.stored else []
+    if chain.side is None:
+        product = second["ab"][1:]
+    else:
+        product = second["ab"]
+        del second["sides"][chain.side]
     return {
         "ab": first["ab"],
-        "sides": [then, *first["sides"], *second["sides"]],
+        "sides": [*product, *first["sides"], *second["sides"]],
         "vectors": first["vectors"] + second["vectors"],
         "output_bytes": between + second["output_bytes"],
     }

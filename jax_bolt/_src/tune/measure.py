@@ -61,12 +61,10 @@ def split(site: SiteInfo, operands: Sequence[Any]) -> tuple[Any, Any, list, list
     return lhs, rhs, rest[:count], rest[count:]
 
 
-def split_chain(
-    site: ChainInfo, operands: Sequence[Any], left: Any = None
-) -> tuple[Roles, Roles]:
-    """As ``split``, of both calls; ``left`` is the second one's left operand."""
+def split_chain(site: ChainInfo, operands: Sequence[Any]) -> tuple[Roles, Roles]:
+    """As ``split``, of both calls; what is between them is None."""
     mine, others = site.split(operands)
-    return split(site.first, mine), split(site.second, site.joined(others, left))
+    return split(site.first, mine), split(site.second, site.joined(others, None))
 
 
 def sets_for(region: ir.Work, l2_bytes: int) -> int:
@@ -201,13 +199,13 @@ def truth(
 ) -> tuple[jax.Array, ...]:
     """The region's outputs from its IR; see ``evaluate.outputs``.
 
-    Of a chain the result between is rounded, as both its product and others read it.
+    Of a chain the result between is rounded, as both regions and others read it.
     """
     if isinstance(site, ChainInfo):
         mine, others = site.split(operands)
         first = truth(site.first, mine, dtype)
-        left = first[0].astype(JAX_DTYPES[site.region.dtype])
-        second = truth(site.second, site.joined(others, left), dtype)
+        between = first[0].astype(JAX_DTYPES[site.region.first.epilogue.out_dtype])
+        second = truth(site.second, site.joined(others, between), dtype)
         return (*first, *second) if site.region.stored else second
     lhs, rhs, sides, vectors = split(site, operands)
     region = site.region
@@ -266,9 +264,9 @@ def time_apart(
 
     def add(launches: Launches, values: Sequence[Any]) -> list[Promise]:
         mine, others = site.split(values)
-        (left,) = _add(launches, site.first, first, mine)
-        made = _add(launches, site.second, second, site.joined(others, left))
-        return [left, *made] if site.region.stored else made
+        (between,) = _add(launches, site.first, first, mine)
+        made = _add(launches, site.second, second, site.joined(others, between))
+        return [between, *made] if site.region.stored else made
 
     return _time_launches(add, operands, ordinal)
 
