@@ -223,4 +223,4 @@ def best(found: Sequence[Pair], savings: Sequence[float]) -> list[Pair]:
                     reached[key] = (sum_, those)
         states = reached
     _, chosen = max(states.values(), key=lambda state: state[0])
-    return sorted(chosen, key=lambda pair: pair.place)
+    return sorted(chosen, key=lambda pair: pair.producer)

@@ -41,16 +41,20 @@ def relu_product(x: Any, w: Any) -> Any:
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_pairs_of_resnet50() -> None:
-    """Every 3x3 with its expansion, and every expansion with the next reduction."""
+    """Every 3x3 with its expansion, every expansion with the next reduction, and every
+    projected shortcut with what it is added to."""
     pytest.importorskip("flax")
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     from benchmarks.models import models
 
     apply, *args = models.shapes("resnet50")
     found = pairs(apply, *args)
-    kept = [pair.info for pair in found if not pair.info.region.stored]
+    merged = [p.info for p in found if p.info.region.side is not None]
+    kept = [p.info for p in found if not p.info.region.stored and p.info not in merged]
     stored = [pair.info for pair in found if pair.info.region.stored]
-    assert len(kept) == 16 and len(stored) == 15
+    assert len(kept) == 16 and len(stored) == 15 and len(merged) == 4
+    assert {info.first.label for info in merged} == {"conv1x1+bn"}
+    assert {info.second.label for info in merged} == {"conv1x1+bn+add+relu"}
     assert {info.first.label for info in kept} == {"conv3x3+bn+relu"}
     # The sum goes to the next block's first conv, and is its residual or is projected.
     assert {info.first.label for info in stored} == {"conv1x1+bn+add+relu"}
@@ -61,9 +65,9 @@ def test_pairs_of_resnet50() -> None:
     # What the largest 3x3 convs would save is not worth a look.
     texts = {p.info.region.text: p.info.region for p in found}
     worth = {t for t, r in texts.items() if plan.saving(r, HOPPER) >= 0.1}
-    assert len(texts) == 19 and len(worth) == 16
+    assert len(texts) == 23 and len(worth) == 20
     assert all("c512 k512r3s3" in text for text in texts.keys() - worth)
-    for info in kept + stored:
+    for info in kept + stored + merged:
         assert region_text.parse(info.region.text) == info.region
 
 
@@ -166,17 +170,20 @@ def test_what_is_no_chain(fun: Any, args: Any) -> None:
 def test_what_is_made_between_is_not_waited_for() -> None:
     """z is made after y, so the launch of y cannot read it; the other way round it can.
 
-    The second pair is that of z, whose product is the side input's.
+    And z, which is added, can be made where the sum is.
     """
     assert len(traced(between, X, W, W).family.sites) == 3
-    assert regions(between, X, W, W) == []
+    (merged,) = pairs(between, X, W, W)
+    assert merged.info.region.side == 0 and merged.place == merged.consumer
 
     def other(x, w, v):
         z = relu_product(x, v)
         y = relu_product(x, w)
         return jnp.tanh(y @ w + z)
 
-    assert regions(other, X, W, W) == [("kept", "dot+add+tanh")]
+    apart, merged = pairs(other, X, W, W)
+    assert apart.info.region.side is None and apart.place == apart.producer
+    assert merged.info.region.side == 0 and apart.consumer == merged.consumer
 
 
 def test_a_filter_is_no_left_operand() -> None:
@@ -518,9 +525,9 @@ def test_promises_on_all_sides(host, monkeypatch) -> None:
         calls = Launches()
         (left,) = calls.add(product(7, 5, 5), x, x[:5], [], [], (7, 5))
         (side,) = calls.add(product(7, 6, 5), left, w, [], [], (7, 6))
-        assert calls.takes(both, left, w, v)
-        assert not calls.takes(both, left, side, v)
-        assert not calls.takes(both, x, w, side)
+        assert calls.takes(both, (left, w), (None, v))
+        assert not calls.takes(both, (left, side), (None, v))
+        assert not calls.takes(both, (x, w), (None, side))
         first = (left, w, [side], [bias])
         y, z = calls.add_chain(both, first, (None, v, [], [other]), ((7, 6), (7, 3)))
         (last,) = calls.add(product(7, 6, 6), y, w.T @ w, [], [], (7, 6))
