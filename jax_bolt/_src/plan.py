@@ -134,10 +134,12 @@ class Origin:
     """What kernels are made from here (headers), and with which compiler.
 
     ``compiler`` is None where there is none: kernels of any may then be loaded.
+    ``sources`` are regions' headers, ``chains`` those of chains.
     """
 
     sources: str
     compiler: str | None
+    chains: str = ""
 
     def holds(self, entry: db.Entry) -> bool:
         """Whether the kernels of a tuning result were made from the same.
@@ -147,7 +149,13 @@ class Origin:
         """
         same_compiler = self.compiler in (None, entry.compiler)
         same = same_compiler or entry.choice != "kernel"
-        return entry.sources == self.sources and same
+        names = [template.name for template in kernels.CHAIN_TEMPLATES]
+        is_chain = entry.choice == "apart" or entry.template in names
+        return entry.sources == (self.chains if is_chain else self.sources) and same
+
+    def sources_of(self, work: ir.Work) -> str:
+        """What the kernels of a region or a chain are made from."""
+        return self.chains if isinstance(work, ir.Chain) else self.sources
 
 
 def candidates(

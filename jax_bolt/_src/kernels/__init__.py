@@ -24,6 +24,7 @@ TEMPLATES: tuple[Template, ...] = (
 HEADERS = tuple(template.header for template in TEMPLATES)
 # Those that run two regions in one kernel.
 CHAIN_TEMPLATES: tuple[ChainTemplate, ...] = (chain_sm90, merged_sm90)
+CHAIN_HEADERS = tuple(template.header for template in CHAIN_TEMPLATES)
 # Where the named template takes a region, these were not faster at any site of the
 # benchmark's models; they serve what it refuses.
 SUPERSEDED: Mapping[str, tuple[str, ...]] = {

@@ -101,7 +101,7 @@ def _checked(
     return dataclasses.replace(
         old.entry,
         digest=digest,
-        sources=target.origin.sources,
+        sources=target.origin.sources_of(site.region),
         compiler=target.origin.compiler or "",
         error=errors.kernel,
         xla_error=errors.xla,

@@ -336,7 +336,7 @@ class _Run:
             operands = measure.make_operands(site, target.arch.l2_bytes)
         entry = db.Entry(
             choice="xla",
-            sources=target.origin.sources,
+            sources=target.origin.sources_of(site.region),
             compiler=target.origin.compiler or "",
             candidates=sum(map(len, groups)),
             versions=db.versions(),

@@ -45,7 +45,8 @@ class Target:
 def origin(tools: toolchain.Toolchain | CompileError) -> plan.Origin:
     """Raises CompileError where our headers or CUTLASS's are missing."""
     compiler = None if isinstance(tools, CompileError) else f"nvcc {tools.version}"
-    return plan.Origin(toolchain.sources(kernels.HEADERS), compiler)
+    regions, chains = kernels.HEADERS, kernels.CHAIN_HEADERS
+    return plan.Origin(toolchain.sources(regions), compiler, toolchain.sources(chains))
 
 
 def executable(

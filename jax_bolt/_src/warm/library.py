@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .. import base, kernels, paths, plan, region_text
+from .. import base, paths, plan, region_text
 from ..arch import GpuArch
 from ..errors import CacheError, CompileError, UnsupportedError
 from ..jit import codegen, compiler, directories, store
-from ..jit import toolchain as toolchains
 from ..jit.store import Store
 from ..jit.toolchain import Toolchain
 from ..options import Options
 from ..tune import db
+from ..tune import target as targets
 from . import usage
 
 _CASTS = ("bfloat16", "float16")
@@ -90,7 +90,7 @@ def build(
 
 def _stale(arch: GpuArch, active: Options, tools: Toolchain) -> Iterator[str]:
     """Of tuning results of other versions, the kernels that were lately in use."""
-    origin = plan.Origin(toolchains.sources(kernels.HEADERS), f"nvcc {tools.version}")
+    origin = targets.origin(tools)
     used = {entry.path.name for entry in usage.recent(active)}
     for file in db.Database(paths.tuning_root(active)).all():
         try:
