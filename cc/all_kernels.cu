@@ -4,6 +4,7 @@
 // The sm90 template needs -gencode=arch=compute_90a,code=sm_90a.
 
 #include "jax_bolt/cast/cast.hpp"
+#include "jax_bolt/chain/merged_sm90.hpp"
 #include "jax_bolt/chain/sm90.hpp"
 #include "jax_bolt/conv/sm80.hpp"
 #include "jax_bolt/depthwise/depthwise.hpp"
@@ -30,6 +31,23 @@ struct Epilogue {
   }
 };
 
+/// acc * scale + shift.
+struct Affine {
+  using Output = cutlass::bfloat16_t;
+  static constexpr int kVectors = 2;
+  static constexpr int kColumns = 2;
+  static constexpr int kSides = 0;
+  using Vectors = jax_bolt::Types<jax_bolt::Column<float>, jax_bolt::Column<float>>;
+  using Sides = jax_bolt::Types<>;
+  JAX_BOLT_HOST_DEVICE static void columns(float const (&v)[2], float (&c)[2]) {
+    c[0] = v[0];
+    c[1] = v[1];
+  }
+  JAX_BOLT_HOST_DEVICE static float apply(float acc, float const (&c)[2], float const (&)[1]) {
+    return acc * c[0] + c[1];
+  }
+};
+
 using Element = cutlass::bfloat16_t;
 using RowMajor = cutlass::layout::RowMajor;
 
@@ -52,3 +70,7 @@ template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Epilog
                                       all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
                                       jax_bolt::implicit_gemm::Filters::kKrsc, true, 64, 1, 1, 2, 4,
                                       4>;
+template struct jax_bolt::chain::MergedSm90<
+    all_kernels::Affine, all_kernels::Epilogue, all_kernels::Element,
+    jax_bolt::implicit_gemm::Filters::kHwio, 128, 1, 1, 1, 2,
+    jax_bolt::implicit_gemm::Schedule::kCooperative>;

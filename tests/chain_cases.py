@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,12 @@ def pair(x: Any, first: Any, second: Any, *biases: Any, stride: int = 1) -> Any:
     return jax.nn.relu(z + over_channels(biases[1], z).astype(z.dtype))
 
 
+def shortcut(a: Any, b: Any, wa: Any, wb: Any, *stats: Any, stride: int = 1) -> Any:
+    """A ResNet's first block of a stage: both convs are projections."""
+    y = batch_norm(conv(a, wa), *stats[:4])
+    return jax.nn.relu(y + batch_norm(conv(b, wb, stride=stride), *stats[4:]))
+
+
 def bare(x: Any, first: Any, second: Any) -> Any:
     return (x @ first) @ second
 
@@ -74,6 +81,17 @@ def _perceptron(m: int, c: int, k: int, then: int, dtype: Any = BF16):
     name = f"perceptron-{jnp.dtype(dtype).name}-{m}-{c}-{k}-{then}"
     args.insert(2, shape(k, dtype=F32))
     return Case(name, perceptron, tuple(args))
+
+
+def _shortcut(
+    n: int, side: int, ca: int, cb: int, k: int, stride: int = 1, dtype: Any = BF16
+):
+    a = shape(n, side, side, ca, dtype=dtype)
+    b = shape(n, side * stride, side * stride, cb, dtype=dtype)
+    filters = (shape(1, 1, c, k, dtype=dtype) for c in (ca, cb))
+    name = f"shortcut-{jnp.dtype(dtype).name}-{n}x{side}x{side}-{ca}-{cb}-{k}s{stride}"
+    fun = functools.partial(shortcut, stride=stride)
+    return Case(name, fun, (a, b, *filters, *(shape(k, dtype=F32),) * 8))
 
 
 def _bare(m: int, c: int, k: int, then: int, transposed: bool = False):
@@ -114,4 +132,11 @@ CASES = [
     _pair(2, 32, 3, 48, 48, 3, stride=2),
     _pair(5, 7, 128, 64, 256, 3),
     _pair(2, 14, 24, 72, 24, 5),
+]
+MERGED = [
+    _shortcut(3, 14, 64, 64, 256),
+    _shortcut(5, 7, 128, 256, 512, stride=2),
+    _shortcut(2, 9, 200, 72, 136, stride=2, dtype=F16),
+    _shortcut(1, 3, 8, 24, 8),
+    _shortcut(33, 8, 64, 320, 72, stride=3),
 ]

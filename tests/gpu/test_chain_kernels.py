@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from test_kernels import errors, target, truth
 
-from jax_bolt._src import forms
+from jax_bolt._src import forms, plan
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.invoke import ChainExecutable
 from jax_bolt._src.jit import loader
-from jax_bolt._src.kernels import chain_sm90, chain_tiles
+from jax_bolt._src.kernels import chain_sm90, chain_tiles, merged_sm90
 from jax_bolt._src.launches import Launches
 from jax_bolt._src.plan import ChainCandidate
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import isolate, measure
 from jax_bolt._src.tune.target import executable
+
+ALL = [*cases.CASES, *cases.MERGED]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,6 +34,8 @@ def hopper():
 def candidates(case) -> list[ChainCandidate]:
     """The first by rank, and one of each kind of tile; the largest of these."""
     arch = target().arch
+    if case in cases.MERGED:
+        return merged(case)
     form = next(
         form
         for form in forms.chain_forms(case.site().region)
@@ -46,10 +50,23 @@ def candidates(case) -> list[ChainCandidate]:
     return [ChainCandidate(form, chain_sm90, config, arch) for config in configs]
 
 
+def merged(case) -> list[ChainCandidate]:
+    """The first by rank, and one of each kind that the tuner may take."""
+    found, _ = plan.chain_candidates(case.site().region, target().arch)
+    if not found:  # not worth a look, on so little data
+        form = forms.chain_forms(case.site().region)[0]
+        configs = merged_sm90.configs(form.region, target().arch)
+        found = [ChainCandidate(form, merged_sm90, c, target().arch) for c in configs]
+    kinds = {}
+    for candidate in found:
+        kinds.setdefault((candidate.kind, candidate.config["stages"]), candidate)
+    return list(kinds.values())
+
+
 @functools.cache
 def all_candidates():
     """case name -> its candidates; everything is compiled together, in parallel."""
-    found = {case.name: candidates(case) for case in cases.CASES}
+    found = {case.name: candidates(case) for case in ALL}
     sources = {c.source for group in found.values() for c in group}
     built = target().kernels.build(target().toolchain, sorted(sources), target().arch)
     return found, built
@@ -65,7 +82,7 @@ def load(site, candidate):
     return executable(site.region, candidate, *built(candidate), target())
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_output_element_is_written(case):
     """In a process of its own, which a launch that never ends does not outlive."""
     with isolate.worker(target().ordinal) as worker:
@@ -76,7 +93,7 @@ def test_every_output_element_is_written(case):
             assert worker.time(request).micros > 0, candidate.text
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_error_is_at_most_1_25_of_xla(case):
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1).sets[0]
@@ -92,7 +109,7 @@ def test_error_is_at_most_1_25_of_xla(case):
             assert error <= 1.25 * of_xla + 1e-7, (candidate.text, found, xla)
 
 
-@pytest.mark.parametrize("case", cases.CASES[::3], ids=str)
+@pytest.mark.parametrize("case", ALL[::3], ids=str)
 def test_results_are_bitwise_equal_over_runs(case):
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1).sets[0]

@@ -175,7 +175,7 @@ def entry_of(time_us: float = 5.0, **changes: Any) -> db.Entry:
         form="pixels+pixels",
         template=chain_stub.name,
         config="pixels=128",
-        sources=toolchain.sources(),
+        sources=toolchain.sources(kernels.CHAIN_HEADERS),
         compiler="nvcc 13.0.88",
         time_us=time_us,
         xla_time_us=20.0,
