@@ -133,7 +133,7 @@ def _ls(args: argparse.Namespace) -> None:
             (
                 len(file.entries),
                 len(_winners([file])),
-                len(file.entries) - len(_winners([file])),
+                sum(entry.choice == "xla" for entry in file.entries.values()),
                 file.date[:10],
                 file.device,
             )

@@ -165,7 +165,7 @@ def test_size(cache, run):
     total = sum(kept.size for kept in cache.kernels.entries())
     assert re.search(rf"kernels +3  {total / 1024:.1f} KiB  of 4.0 GiB", printed)
     size = cache.results.path(H200).stat().st_size
-    assert re.search(rf"tuning results +2  {size} B", printed)
+    assert re.search(rf"tuning results +2  {size / 1024:.1f} KiB", printed)
 
 
 def test_prune(cache, run):
