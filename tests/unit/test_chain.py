@@ -22,7 +22,18 @@ from test_lower import TARGET, cuda_text, fresh_warnings, kernel  # noqa: F401
 
 import jax_bolt
 from jax_bolt import _native
-from jax_bolt._src import arch, chain, invoke, ir, kernels, plan, region_text, resolve
+from jax_bolt._src import (
+    arch,
+    chain,
+    compat,
+    invoke,
+    ir,
+    kernels,
+    lower,
+    plan,
+    region_text,
+    resolve,
+)
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.invoke import ChainExecutable
 from jax_bolt._src.jit import loader
@@ -195,6 +206,26 @@ def test_a_filter_is_no_left_operand() -> None:
     assert all(p.info.second.region.problem.a_layout == "row" for p in found)  # pyright: ignore
 
 
+def test_models_in_another_layout_have_chains() -> None:
+    """The transposes between two calls cancel."""
+    layout = ("NCHW", "OIHW", "NCHW")
+
+    def nchw(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=layout
+        )
+
+    def fun(x, residual, w, v):
+        y = jax.nn.relu(nchw(x, w) + residual)
+        return jax.nn.relu(nchw(y, v)), y
+
+    args = shape(2, 16, 8, 8), shape(2, 32, 8, 8), shape(32, 16, 1, 1)
+    (pair,) = pairs(fun, *args, shape(16, 32, 1, 1))
+    assert pair.info.region.stored
+    first, second = pair.info.region.first, pair.info.region.second
+    assert (first.problem.channels, second.problem.channels) == (32, 16)
+
+
 def test_disabled() -> None:
     (found,) = chain.sequences(traced(bottleneck, *BOTTLENECK).program)
     assert len(found) == 1
@@ -236,6 +267,83 @@ def test_no_other_choice_saves_more(seed: int) -> None:
     most = max(t for subset in subsets if (t := total(subset)) is not None)
     got = total([found.index(pair) for pair in chain.best(found, savings)])
     assert got is not None and got == pytest.approx(most)
+
+
+# --- In which order
+
+
+def random_program(draw: random.Random) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+    """Products of earlier values, some with a side input, and some of them results."""
+    widths = [draw.choice((8, 16)) for _ in range(9)]
+    plan_: list[tuple[int, int | None]] = []
+    for index in range(1, len(widths)):
+        same = [i for i in range(index) if widths[i] == widths[index]]
+        side = draw.choice([None, *same])
+        plan_.append((draw.choice([index - 1, draw.randrange(index)]), side))
+    leaving = [i for i in range(1, len(widths)) if draw.random() < 0.3]
+
+    def fun(x, *filters):
+        values = [x]
+        for w, (left, side) in zip(filters, plan_, strict=True):
+            y = values[left] @ w
+            values.append(jax.nn.relu(y if side is None else y + values[side]))
+        return [values[i] for i in (*leaving, len(values) - 1)]
+
+    shapes = [shape(4, widths[0], dtype=jnp.float32)]
+    for width, (left, _) in zip(widths[1:], plan_, strict=True):
+        shapes.append(shape(widths[left], width, dtype=jnp.float32))
+    return fun, shapes
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_all_is_there_when_it_is_launched(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whichever pairs run: the steps in order, with what chains keep nowhere."""
+    draw = random.Random(seed)
+    fun, shapes = random_program(draw)
+    eqns = traced(fun, *shapes).program.jaxpr.eqns
+    sequences = [e for e in eqns if e.primitive.name == "bolt_sequence"]
+    for eqn in sequences:
+        calls = eqn.params["calls"]
+        found = chain.pairs(calls)
+        chosen = chain.best(found, [draw.uniform(-0.3, 1) for _ in found])
+        given = [(pair, "chain") for pair in chosen]
+        monkeypatch.setattr(lower, "_chains", lambda *_, given=given: given)
+        monkeypatch.setattr(lower, "_kernel_or_none", lambda *_: "kernel")
+        steps = lower._steps(None, calls, None, None)  # type: ignore[arg-type]
+        assert sum(len(step.eqns) for step in steps) == len(calls.jaxpr.eqns)
+        assert sum(step.kernel == "chain" for step in steps) == len(chosen)
+        kept = {
+            calls.jaxpr.eqns[pair.producer].outvars[0]
+            for pair in chosen
+            if not pair.info.region.stored
+        }
+        rng = np.random.default_rng(seed)
+        inputs = [
+            rng.standard_normal(aval.shape, np.float32) / 4 for aval in calls.in_avals
+        ]
+        want = compat.jaxpr_as_fun(calls)(*inputs)
+        env = dict(zip(calls.jaxpr.invars, inputs, strict=True))
+        for step in steps:
+            for call in step.eqns:
+                site = call.params["site"]
+                made = chain.reference_fun(site.reference)(
+                    *(env[v] for v in call.invars)
+                )
+                env.update(zip(call.outvars, made, strict=True))
+            env = {v: value for v, value in env.items() if v not in kept}
+        for var, expected in zip(calls.jaxpr.outvars, want, strict=True):
+            np.testing.assert_array_equal(env[var], expected)
+
+
+def test_random_programs_have_chains() -> None:
+    """Or the test above would not say much."""
+    stored: list[bool] = []
+    for seed in range(30):
+        fun, shapes = random_program(random.Random(seed))
+        stored += [pair.info.region.stored for pair in pairs(fun, *shapes)]
+    assert stored.count(True) > 20 and stored.count(False) > 20
 
 
 # --- Candidates
@@ -488,12 +596,48 @@ def test_a_chain_finds_its_buffers(host, monkeypatch, stored, side) -> None:
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         *(list(want), got),
     )
+    operands = measure.make_operands(site, l2_bytes=0)
+    errors = measure.errors(operands, made)
+    assert errors.kernel < 1e-5 and measure.is_accurate(errors, site.region)
     # Its reference says the same, and so does the yardstick.
     reference = chain.reference_fun(site.reference)(*order)
     truth = measure.truth(site, order)
     for a, b, c in zip(want, reference, truth, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(a, c.reshape(a.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [0, 1])
+def test_both_ways_are_timed_with_the_same_results(host, monkeypatch, stored) -> None:
+    """One kernel, two kernels and XLA; without a stopwatch."""
+    monkeypatch.setattr(loader, "ffi_target", lambda: host)
+    monkeypatch.setattr(
+        measure, "_time", lambda fun, sets, _: (1.0, jax.jit(fun)(sets)[0])
+    )
+    fun, args = model_of(bool(stored), True)
+    site = info(fun, args)
+    problems = site.region.first.problem, site.region.second.problem
+    form = plan.forms.chain_forms(site.region)[0]
+    both = ChainExecutable("chain1", problems, form, 0, ())
+    first, second = (
+        invoke.Executable(
+            "kernel", each.region.problem, plan.forms.Form("direct", each.region), 0
+        )
+        for each in (site.first, site.second)
+    )
+    operands = measure.make_operands(site, l2_bytes=0)
+    runs = [
+        measure.time_in_sequence(both, operands, 0),
+        measure.time_apart((first, second), operands, 0),
+        measure.time_region(chain.reference_fun(site.reference), operands, 0),
+    ]
+    want = measure.truth(site, operands.sets[0])
+    for run in runs:
+        assert len(run.outputs) == len(want) == 1 + stored
+        for got, expected in zip(run.outputs, want, strict=True):
+            np.testing.assert_allclose(
+                np.reshape(got, expected.shape), expected, rtol=1e-4, atol=1e-5
+            )
 
 
 def operands_of(site: chain.ChainInfo, fun: Any, args: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from benchmarks import ship_results
 from jax_bolt._src import (
     arch,
     chain,
+    cli,
     forms,
     ir,
     kernels,
@@ -462,6 +463,35 @@ def test_of_two_that_share_a_call_the_one_that_saves_more(
             if not link.chosen
         }
         assert reason == "another chain of one of both saves more"
+
+
+def test_a_full_cache_needs_no_compiler(
+    machine: resolve.Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither here nor where it was exported to."""
+    known(machine, entry_of())
+    assert count(text_of()) == 1
+    # As tuning would have left them.
+    site = info()
+    for region in (site.first.region, site.second.region, site.region):
+        entry = machine.results.get(machine.arch, region)
+        candidate = plan.chosen(region, machine.arch, entry) if entry else None
+        assert entry is not None and candidate is not None
+        digest = machine.digest(candidate.source)
+        assert machine.kernels.find(digest) is not None
+        saved = dataclasses.replace(entry, digest=digest)
+        machine.results.put(machine.arch, {region: saved})
+    archive = str(tmp_path / "cache.zip")
+    assert cli.main(["cache", "export", archive]) == 0
+
+    def none(_: Any) -> Any:
+        raise CompileError("no compiler")
+
+    monkeypatch.setattr(toolchain, "find", none)
+    assert count(text_of()) == 1
+    with options.options(cache_dir=tmp_path / "other"):
+        assert cli.main(["cache", "import", archive]) == 0
+        assert count(text_of()) == 1
 
 
 # --- Several processes
