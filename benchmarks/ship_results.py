@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from jax_bolt._src import kernels, paths, plan, region_text
+from jax_bolt._src import ir, kernels, paths, plan, region_text
 from jax_bolt._src.jit import toolchain
 from jax_bolt._src.tune import db
 
@@ -29,7 +29,9 @@ def problem(device: str, text: str, entry: db.Entry) -> str | None:
         arch, region = db.arch_of(device), region_text.parse(text)
     except ValueError as error:
         return str(error)
-    if entry.sources != toolchain.sources(kernels.HEADERS):
+    chain = isinstance(region, ir.Chain)
+    headers = kernels.CHAIN_HEADERS if chain else kernels.HEADERS
+    if entry.sources != toolchain.sources(headers):
         return "it was made from other headers"
     if not db.is_verified(entry):
         return "it is not verified"

@@ -115,7 +115,9 @@ def test_a_chain_that_is_faster_than_both_kernels_and_than_xla(tuner: World) -> 
     assert (entry.time_us, entry.apart_time_us) == (50.0, 60.0)
     assert (entry.xla_time_us, entry.candidates) == (120.0, 2)
     assert len(tuner.compiled) == 2
-    made = plan.tuned(info().region, HOPPER, entry, plan.Origin("sources", "nvcc 1"))
+    made = plan.tuned(
+        info().region, HOPPER, entry, plan.Origin("-", "nvcc 1", "sources")
+    )
     assert isinstance(made, plan.Plan)
     assert made.saved_us == 10.0 and made.candidate.config.text == "pixels=64"
 
@@ -146,7 +148,7 @@ def test_what_was_chosen_stays_unless_clearly_beaten(tuner: World) -> None:
     tuner.tune_chain()
     assert tuner.found().choice == "kernel"
     made = plan.tuned(
-        info().region, HOPPER, tuner.found(), plan.Origin("sources", "nvcc 1")
+        info().region, HOPPER, tuner.found(), plan.Origin("-", "nvcc 1", "sources")
     )
     assert isinstance(made, plan.Plan) and made.saved_us > 0  # or it would not run
     tuner.apart_us = 48.0
@@ -192,9 +194,10 @@ def site_entry(site: SiteInfo, **changes: Any) -> db.Entry:
     made = plan.heuristic(site.region, HOPPER)
     assert isinstance(made, plan.Plan)
     names = made.candidate.form.name, made.candidate.template.name
-    found = entry_of(4.0, apart_time_us=None, xla_time_us=9.0, **changes)
+    found = entry_of(4.0, apart_time_us=None, xla_time_us=9.0)
+    changes = {"sources": toolchain.sources(kernels.HEADERS)} | changes
     return dataclasses.replace(
-        found,
+        dataclasses.replace(found, **changes),
         form=names[0],
         template=names[1],
         config=made.candidate.config.text,
@@ -225,8 +228,8 @@ def test_entries_of_chains_are_read_and_merged(tmp_path: Path) -> None:
     damaged = {region.text: entry_of(1.0, apart_time_us=-1.0)}
     assert db.parse(db.text(key, damaged).encode()).entries == {}
     # A choice against a kernel outlives the compiler, and not the headers.
-    assert plan.Origin(apart.sources, "nvcc 14").holds(apart)
-    assert not plan.Origin("others", apart.compiler).holds(apart)
+    assert plan.Origin("others", "nvcc 14", apart.sources).holds(apart)
+    assert not plan.Origin(apart.sources, apart.compiler, "others").holds(apart)
 
 
 @pytest.mark.parametrize("stored", [True, False])

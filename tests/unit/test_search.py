@@ -101,7 +101,7 @@ class World:
             kernels=self,  # type: ignore[arg-type]
             results=self.results,
             tools=object(),  # type: ignore[arg-type]
-            origin=plan.Origin("sources", "nvcc 1"),
+            origin=plan.Origin("sources", "nvcc 1", "sources"),
             jobs=None,
             disable=(),
         )
