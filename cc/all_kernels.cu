@@ -70,7 +70,7 @@ template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Epilog
                                       all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
                                       jax_bolt::implicit_gemm::Filters::kKrsc, true, 64, 1, 1, 2, 4,
                                       4>;
-template struct jax_bolt::chain::MergedSm90<
-    all_kernels::Affine, all_kernels::Epilogue, all_kernels::Element,
-    jax_bolt::implicit_gemm::Filters::kHwio, 128, 1, 1, 1, 2,
-    jax_bolt::implicit_gemm::Schedule::kCooperative>;
+template struct jax_bolt::chain::MergedSm90<all_kernels::Affine, all_kernels::Epilogue,
+                                            all_kernels::Element,
+                                            jax_bolt::implicit_gemm::Filters::kHwio, 128, 1, 1, 1,
+                                            2, jax_bolt::implicit_gemm::Schedule::kCooperative>;

@@ -117,14 +117,16 @@ def _find(
     return toolchain
 
 
-def sources(headers: tuple[str, ...]) -> str:
+def sources(headers: tuple[str, ...] | None = None) -> str:
     """What kernels are made from besides their own text, as one digest.
 
-    That is, ``headers`` (of our own), what they include, and CUTLASS's. Raises
-    CompileError where those are missing; needs no compiler.
+    That is, ``headers`` and what they include (all of our own by default), and
+    CUTLASS's. Raises CompileError where those are missing; needs no compiler.
     """
     own, cutlass = _headers()
     version = _cutlass_version(cutlass / "include")
+    if headers is None:
+        headers = tuple(p.relative_to(own).as_posix() for p in own.rglob("*.h*"))
     return f"{_included_digest(own, headers)} cutlass {version}"
 
 

@@ -11,9 +11,9 @@ import json
 import time
 from pathlib import Path
 
-from .. import kernels, paths
+from .. import paths
 from ..arch import GpuArch
-from ..jit import codegen, compiler, store
+from ..jit import compiler, store
 from ..jit import toolchain as toolchains
 from ..jit.toolchain import Toolchain
 from ..options import Options
@@ -54,7 +54,7 @@ def _version(arch: GpuArch, tools: Toolchain) -> str:
         code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     parts = [
         *(arch.name, tools.version, code.hexdigest()),
-        toolchains.sources((*kernels.HEADERS, codegen.CAST_HEADER)),
+        toolchains.sources(),
         compiler.flags(arch),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
