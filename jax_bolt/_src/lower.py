@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA lowering rules: custom calls, or XLA's own path.
+"""The CUDA lowering rules: custom calls, pools in two passes, or XLA's own path.
 
 Nothing that fails here breaks the user's program: a site is lowered through its
 reference jaxpr, casts as themselves, and one warning says why, unless
@@ -17,9 +17,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import agree, cast, compat, invoke, resolve
+from . import agree, cast, compat, invoke, passes, resolve
+from . import pool as pools
 from .chain import Chain, Promise
 from .compat import ClosedJaxpr, mlir
+from .errors import UnsupportedError
 from .options import Options
 from .plan import Rejection
 from .primitive import (
@@ -195,6 +197,33 @@ def _lower_cast_cuda(
     return mlir.lower_fun(casts, multiple_results=True)(ctx, *args)
 
 
+def _lower_pool_cuda(
+    ctx: mlir.LoweringRuleContext,
+    operand: Any,
+    *,
+    pool: pools.PoolInfo,
+    reference: ClosedJaxpr,
+) -> Any:
+    if not _pays_in_two(ctx, pool):
+        return lower_reference(ctx, operand, reference=reference)
+
+    def passes_(x: Any) -> list[Any]:
+        return pools.in_two_passes(reference, pool, x)
+
+    return mlir.lower_fun(passes_, multiple_results=True)(ctx, operand)
+
+
+def _pays_in_two(ctx: mlir.LoweringRuleContext, pool: pools.PoolInfo) -> bool:
+    device = compat.cuda_device()
+    # XLA partitions the one it was given; two would exchange their edges twice.
+    if device is None or compat.device_count(ctx) > 1:
+        return False
+    try:
+        return passes.two_pay(pool.window, resolve.board_of(device))
+    except UnsupportedError:
+        return False
+
+
 def _warn(what: str, error: Exception) -> None:
     """Once per reason: one missing compiler is one warning, not fifty."""
     reason = resolve.explain_failure(error)
@@ -208,3 +237,4 @@ def _warn(what: str, error: Exception) -> None:
 mlir.register_lowering(bolt_call_p, _lower_cuda, platform="cuda")
 mlir.register_lowering(bolt_sequence_p, _lower_sequence_cuda, platform="cuda")
 mlir.register_lowering(cast.bolt_cast_p, _lower_cast_cuda, platform="cuda")
+mlir.register_lowering(pools.bolt_pool_p, _lower_pool_cuda, platform="cuda")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation.
 
-The casts of arguments that regions read become one ``bolt_cast`` equation, and calls
-that follow each other one ``bolt_sequence``.
+The casts of arguments that regions read become one ``bolt_cast`` equation, calls that
+follow each other one ``bolt_sequence``, and each max-pooling a ``bolt_pool``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from . import cast, ir, layout, sequence
+from . import cast, ir, layout, pool, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -32,21 +32,24 @@ from .compat import (
 )
 from .match import AUXILIARY, Match, Refusal, find_regions
 from .options import Options
+from .pool import PoolInfo
 from .primitive import Family, SiteInfo, bolt_call_p
 from .views import View
 
 
 @dataclasses.dataclass(slots=True)
 class Rewritten:
-    """A rewritten program, its regions, and all its roots.
+    """A rewritten program, its regions, all its roots, and its pools.
 
     ``roots`` are in program order, a body's after those of the program around it; those
-    of optimized functions that it calls are among them, and not in ``family``.
+    of optimized functions that it calls are among them, and not in ``family``. Of the
+    ``pools`` a body's come first.
     """
 
     program: ClosedJaxpr
     family: Family
     roots: list[SiteInfo | Refusal]
+    pools: list[PoolInfo]
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -66,7 +69,7 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     if cast.NAME not in options.disable:
         done = cast.gather(done, pass_.family, options)
     done = pass_.gathered(done)
-    return Rewritten(done, pass_.family, pass_.roots)
+    return Rewritten(done, pass_.family, pass_.roots, pass_.pools)
 
 
 class _Pass:
@@ -76,6 +79,7 @@ class _Pass:
         self.options = options
         self.family = Family()
         self.roots: list[SiteInfo | Refusal] = []
+        self.pools: list[PoolInfo] = []
 
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
@@ -109,7 +113,11 @@ class _Pass:
         return done
 
     def gathered(self, program: ClosedJaxpr) -> ClosedJaxpr:
-        """``program`` with consecutive calls as sequences."""
+        """``program`` with its pools, and with consecutive calls as sequences."""
+        # Once transposes are gone: a model in NCHW pools in NHWC.
+        if pool.NAME not in self.options.disable:
+            program, pools = pool.gather(program)
+            self.pools += pools
         if sequence.NAME in self.options.disable:
             return program
         return sequence.gather(program, self.family, self.options)
@@ -163,8 +171,9 @@ class _Pass:
         found = len(self.family.sites)
         # A body has no binder for a constant of a call inside it.
         new = self.program(inline_calls(closed(body), lift_constants=False))
-        new = self.gathered(new)
-        return body if len(self.family.sites) == found else like_body(new, body)
+        if len(self.family.sites) == found:
+            return body
+        return like_body(self.gathered(new), body)
 
 
 def _in_order(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:

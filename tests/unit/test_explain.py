@@ -63,6 +63,7 @@ def test_golden_conv_norm_relu():
 _OUTSIDE = {
     "bolt_call",
     "bolt_cast",
+    "bolt_pool",
     "bolt_sequence",
     "convert_element_type",
     "reduce_window_max",

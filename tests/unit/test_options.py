@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_bolt._src import cast, kernels, options, sequence
+from jax_bolt._src import cast, kernels, options, pool, sequence
 from jax_bolt._src.match import AUXILIARY
 from jax_bolt._src.options import Options
 
@@ -99,7 +99,9 @@ def test_options_nest_and_are_put_back():
 def test_what_can_be_disabled():
     templates = [template.name for template in kernels.TEMPLATES]
     assert list(options.DISABLE[: len(templates)]) == templates
-    assert options.DISABLE[len(templates) :] == (cast.NAME, sequence.NAME, AUXILIARY)
+    assert options.DISABLE[len(templates) :] == (
+        *(cast.NAME, sequence.NAME, AUXILIARY, pool.NAME),
+    )
 
 
 def test_warm_counts_at_import_alone():
