@@ -7,6 +7,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from . import arch
+from .errors import UnsupportedError
+
 
 class UsageError(Exception):
     """The command cannot be run as it was given."""
@@ -33,6 +36,14 @@ def add_parser(
     if run is not None:
         parser.set_defaults(run=run)
     return parser
+
+
+def architecture(text: str) -> arch.GpuArch:
+    """What ``--arch`` names, as a ``type`` of argparse's."""
+    try:
+        return arch.from_name(text)
+    except UnsupportedError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def printable(text: str) -> str:

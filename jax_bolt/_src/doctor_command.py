@@ -27,7 +27,7 @@ import numpy as np
 from . import api, base, compat, options, paths
 from . import arch as arch_
 from .arch import GpuArch
-from .command import add_parser, printable
+from .command import add_parser, architecture, printable
 from .errors import CacheError, CompileError, UnsupportedError
 from .jit import codegen, compiler, directories, loader, store, toolchain
 from .jit.store import Store
@@ -71,16 +71,16 @@ def add_to(commands: Any) -> None:
     parser = add_parser(commands, "doctor", text, _DOCTOR, _doctor)
     parser.add_argument(
         "--arch",
+        type=architecture,
         metavar="NAME",
         help="build for this, such as sm_90a, and ask for no GPU",
     )
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    asked = arch_.from_name(args.arch) if args.arch else None
     print(f"{db.versions()}, Python {platform.python_version()}")
     wrong = 0
-    for finding in _findings(options.current(), asked):
+    for finding in _findings(options.current(), args.arch):
         wrong += finding.state == "wrong"
         lines = finding.text.splitlines() or [""]
         lines += [f"fix: {finding.fix}"] if finding.fix else []

@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 
-from . import api, arch
-from .command import UsageError, UserCodeError, add_parser
+from . import api
+from .command import UsageError, UserCodeError, add_parser, architecture
 from .report import Report
 
 _ARGUMENTS = "example_args"
@@ -62,7 +62,10 @@ def add_to(commands: Any) -> None:
     explain = add_parser(commands, "explain", text, _EXPLAIN, _explain)
     _add_naming(explain)
     explain.add_argument(
-        "--arch", metavar="NAME", help="such as sm_90a (default: that of the GPU here)"
+        "--arch",
+        type=architecture,
+        metavar="NAME",
+        help="such as sm_90a (default: that of the GPU here)",
     )
     _add_output(explain)
     text = "tunes and compiles all that a function needs, ahead of time"
@@ -95,12 +98,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    if args.arch is not None:
-        arch.from_name(args.arch)  # before the user's module, which may take long
     fun, given = _named(args)
+    name = None if args.arch is None else args.arch.name
     with contextlib.redirect_stdout(sys.stderr):
-        report = api.explain(fun, *given, arch=args.arch)
+        report = api.explain(fun, *given, arch=name)
     _show(report, args)
+    if not report.arch:
+        print(
+            "JAX sees no GPU here; add --arch sm_90a to plan for one", file=sys.stderr
+        )
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -167,8 +173,8 @@ def _arguments(
         given = maker()
     if not isinstance(given, tuple):
         raise UsageError(
-            f"{label} returned {_short(given)}; it is to return a tuple, of one "
-            "element where there is one argument"
+            f"{label} returned {_short(given)}; it is to return the arguments as a "
+            "tuple, a single one as (x,)"
         )
     return given
 
@@ -261,7 +267,10 @@ def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
     ]
 
 
-def _short(value: object) -> str:
+def _short(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        sizes = ", ".join(map(str, value.shape))
+        return f"an array, {value.dtype}[{sizes}]"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) < 60 else text[:60] + '...'}"
 

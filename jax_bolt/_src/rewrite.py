@@ -7,10 +7,11 @@ follow each other one ``bolt_sequence``, and each max-pooling a ``bolt_pool``.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from . import cast, ir, layout, pool, sequence
 from .canonicalize import inline_calls
@@ -35,6 +36,8 @@ from .options import Options
 from .pool import PoolInfo
 from .primitive import Family, SiteInfo, bolt_call_p
 from .views import View
+
+_Named = TypeVar("_Named", bound=Match | Refusal | SiteInfo)
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,6 +83,7 @@ class _Pass:
         self.family = Family()
         self.roots: list[SiteInfo | Refusal] = []
         self.pools: list[PoolInfo] = []
+        self._names: collections.Counter[str] = collections.Counter()
 
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
@@ -88,6 +92,7 @@ class _Pass:
         calls: dict[int, list[JaxprEqn]] = {}
         replaced: set[int] = set()
         for root in sorted([*matches, *refusals], key=lambda found: found.root):
+            root = self._named(root)
             if isinstance(root, Refusal):
                 self.roots.append(root)
                 continue
@@ -100,7 +105,7 @@ class _Pass:
                 eqns += calls[index]
             elif index not in replaced:
                 # Of an optimized function that this one calls.
-                self.roots += sequence.sites_of(eqn)
+                self.roots += map(self._named, sequence.sites_of(eqn))
                 eqns.append(self._with_bodies(eqn))
         if any(len(match.outputs) > 1 for match in matches):
             eqns = _in_order(eqns)
@@ -121,6 +126,14 @@ class _Pass:
         if sequence.NAME in self.options.disable:
             return program
         return sequence.gather(program, self.family, self.options)
+
+    def _named(self, root: _Named) -> _Named:
+        """``root``, with a number where another has its name: in a loop, say."""
+        self._names[root.name] += 1
+        count = self._names[root.name]
+        if count == 1:
+            return root
+        return dataclasses.replace(root, name=f"{root.name} #{count}")
 
     def _call(self, jaxpr: Any, match: Match) -> list[JaxprEqn]:
         """The call, between views where the root is not as kernels take it."""

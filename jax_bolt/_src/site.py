@@ -14,7 +14,8 @@ from .floor import Floor
 class Site:
     """One root of the program.
 
-    name: the module path or source line; line: the user's source line.
+    name: the module path or source line, and "#2" and so on where it is another's, too;
+        line: the user's source line.
     root: ``"conv_general_dilated"`` or ``"dot_general"``.
     problem: sizes and dtypes, "" where the root was refused.
     epilogue: short, as "conv3x3+bn+relu"; ``region`` has all of it.

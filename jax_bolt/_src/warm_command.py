@@ -9,7 +9,7 @@ from typing import Any
 from . import arch as arch_
 from . import base, options, paths
 from .arch import GpuArch
-from .command import UsageError, add_parser
+from .command import UsageError, add_parser, architecture
 from .errors import CompileError, UnsupportedError
 from .jit import toolchain
 from .tune.progress import Progress
@@ -31,6 +31,7 @@ def add_to(commands: Any) -> None:
     parser = add_parser(commands, "warm", text, _WARM, _warm)
     parser.add_argument(
         "--arch",
+        type=architecture,
         metavar="NAME",
         help="such as sm_90a (default: those of the GPUs here)",
     )
@@ -44,7 +45,7 @@ def add_to(commands: Any) -> None:
 
 def _warm(args: argparse.Namespace) -> None:
     active = options.current()
-    found = [arch_.from_name(args.arch)] if args.arch else _here()
+    found = [args.arch] if args.arch else _here()
     for arch in found:
         if not base.sources(arch):
             raise UnsupportedError(f"jax_bolt has no kernels for {arch.name}")
