@@ -38,12 +38,12 @@ def add_parser(
     return parser
 
 
-def architecture(text: str) -> arch.GpuArch:
-    """What ``--arch`` names, as a ``type`` of argparse's."""
+def architecture(name: str | None) -> arch.GpuArch | None:
+    """What ``--arch`` names, if it was given; UsageError where it is unknown."""
     try:
-        return arch.from_name(text)
+        return None if name is None else arch.from_name(name)
     except UnsupportedError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise UsageError(error) from error
 
 
 def printable(text: str) -> str:

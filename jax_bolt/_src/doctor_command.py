@@ -71,16 +71,16 @@ def add_to(commands: Any) -> None:
     parser = add_parser(commands, "doctor", text, _DOCTOR, _doctor)
     parser.add_argument(
         "--arch",
-        type=architecture,
         metavar="NAME",
         help="build for this, such as sm_90a, and ask for no GPU",
     )
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    asked = architecture(args.arch)
     print(f"{db.versions()}, Python {platform.python_version()}")
     wrong = 0
-    for finding in _findings(options.current(), args.arch):
+    for finding in _findings(options.current(), asked):
         wrong += finding.state == "wrong"
         lines = finding.text.splitlines() or [""]
         lines += [f"fix: {finding.fix}"] if finding.fix else []

@@ -62,10 +62,7 @@ def add_to(commands: Any) -> None:
     explain = add_parser(commands, "explain", text, _EXPLAIN, _explain)
     _add_naming(explain)
     explain.add_argument(
-        "--arch",
-        type=architecture,
-        metavar="NAME",
-        help="such as sm_90a (default: that of the GPU here)",
+        "--arch", metavar="NAME", help="such as sm_90a (default: that of the GPU here)"
     )
     _add_output(explain)
     text = "tunes and compiles all that a function needs, ahead of time"
@@ -98,10 +95,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    architecture(args.arch)  # before the user's module, which may take long
     fun, given = _named(args)
-    name = None if args.arch is None else args.arch.name
     with contextlib.redirect_stdout(sys.stderr):
-        report = api.explain(fun, *given, arch=name)
+        report = api.explain(fun, *given, arch=args.arch)
     _show(report, args)
     if not report.arch:
         print(

@@ -31,7 +31,6 @@ def add_to(commands: Any) -> None:
     parser = add_parser(commands, "warm", text, _WARM, _warm)
     parser.add_argument(
         "--arch",
-        type=architecture,
         metavar="NAME",
         help="such as sm_90a (default: those of the GPUs here)",
     )
@@ -45,7 +44,8 @@ def add_to(commands: Any) -> None:
 
 def _warm(args: argparse.Namespace) -> None:
     active = options.current()
-    found = [args.arch] if args.arch else _here()
+    asked = architecture(args.arch)
+    found = _here() if asked is None else [asked]
     for arch in found:
         if not base.sources(arch):
             raise UnsupportedError(f"jax_bolt has no kernels for {arch.name}")
