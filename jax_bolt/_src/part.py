@@ -40,10 +40,7 @@ class Part:
 
 
 def of(epilogue: ir.Epilogue) -> Part | None:
-    """None without an auxiliary output, and where the result needs more than that one.
-
-    Such as the accumulator.
-    """
+    """None without an auxiliary output, and where the rest reads the accumulator."""
     if len(epilogue.auxiliary) != 1:
         return None
     (output,) = epilogue.auxiliary

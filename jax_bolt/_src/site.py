@@ -75,7 +75,7 @@ class Site:
 class Pool:
     """Max-pooling (or min) that XLA can run in two passes, of one axis each.
 
-    name, line: as of a site. problem: as "max3x3/2[bf16 32x112x112x64]", the window
+    name, line: as of a site. problem: as "max3x3/2[bfloat16 32x112x112x64]", the window
     over its stride. passes: 1 or 2; None without an architecture.
     """
 
