@@ -22,8 +22,12 @@ _MARGIN = 0.9  # these are estimates; what is about as fast stays as it was writ
 
 
 def two_pay(window: Window, arch: GpuArch) -> bool:
-    """Whether two passes, in the window's ``order``, can be expected to be faster."""
-    if window.order is None:
+    """Whether two passes, in the window's ``order``, can be expected to be faster.
+
+    Never where a window lies along the innermost axis (NCHW): only windows of which
+    threads beside each other read elements beside each other were measured.
+    """
+    if window.order is None or len(window.shape) - 1 in window.order:
         return False
     elements = math.prod(window.shape) + math.prod(window.out_shape)
     between = window.between(window.order[0]) * window.item_bytes

@@ -369,6 +369,16 @@ def test_where_two_passes_pay(kind, capability, batch, pays):
     assert passes.two_pay(stem(batch), arch.of_device(capability, kind)) is pays
 
 
+def test_windows_along_the_innermost_axis_stay():
+    def fun(x):
+        sizes = (1, 1, 3, 3), (1, 1, 2, 2)
+        return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, *sizes, "SAME")
+
+    (info,) = rewritten(fun, shape(32, 64, 112, 112)).pools
+    assert info.window.order == (2, 3) and not passes.two_pay(info.window, H200)
+    assert passes.two_pay(stem(32), H200)
+
+
 def test_more_overlap_pays_on_more_gpus():
     wide = stem(32, (5, 5), (1, 1))
     for name in ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"):
