@@ -140,12 +140,13 @@ def drawn_problems(count: int) -> list[Any]:
 
 def listed(site: Any, arch: Any) -> list[Any]:
     """The tuner's candidates. Kernels are timed alone here, so that forms which
-    rearrange activations first are left out."""
+    rearrange activations first, or leave a part of the region, are left out."""
     from benchmarks.kernel_problems import moves_input
     from jax_bolt._src import plan
 
     found, _ = plan.candidates(site.region, arch)
-    return [c for c in found if not moves_input(site, c.form.name)]
+    whole = [c for c in found if c.form.part is None]
+    return [c for c in whole if not moves_input(site, c.form.name)]
 
 
 def whole_space(site: Any, arch: Any) -> list[Any]:

@@ -96,9 +96,11 @@ def candidates(
 ) -> list[plan.Candidate]:
     """The likeliest of ``plan.candidates``, superseded ones included.
 
+    Those for a part of the region are left out, since kernels are timed alone here.
     ``quick`` takes two of each template and form.
     """
     found, _ = plan.candidates(problem.region, arch, disable, superseded=True)
+    found = [candidate for candidate in found if candidate.form.part is None]
     if not quick:
         return plan.likeliest(found)
     groups: dict[tuple[str, str], list[plan.Candidate]] = {}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -174,6 +174,26 @@ def positions(fun: Callable[..., Any]) -> dict[str, int]:
     return {p.name: i for i, p in enumerate(parameters) if p.kind == both}
 
 
+def stand_for(
+    traced: Any, fun: Callable[..., Any], rest: Optimized, static: Collection[str]
+) -> None:
+    """Has what JAX says of ``traced`` name ``fun`` and its arguments.
+
+    ``traced`` takes an argument of ours and then those of ``rest``, which is ``fun``
+    without its first ones; those named ``static`` are set.
+    """
+    first = inspect.Parameter("_frozen", inspect.Parameter.POSITIONAL_ONLY)
+    try:
+        others = inspect.signature(rest).parameters.values()
+        named = [first, *(p for p in others if p.name not in static)]
+        signature = inspect.Signature(named)
+    except (TypeError, ValueError):  # a function of C's may have none
+        return
+    while isinstance(fun, functools.partial):
+        fun = fun.func
+    traced.__wrapped__, traced.__signature__ = fun, signature
+
+
 def within(positions: Sequence[int], args: Sequence[Any]) -> list[int]:
     """Those of ``positions`` that ``args`` reach, counted from the start."""
     return [i % len(args) for i in positions if -len(args) <= i < len(args)]
@@ -194,7 +214,9 @@ def check_leaves(
             continue
         if abstract and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             continue
-        if path:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            fix = "call .lower, .explain or jax.eval_shape, for which a shape will do"
+        elif path:
             fix = "pass it apart, as a static argument"
         text = repr(leaf)
         text = text if len(text) < 100 else f"{text[:100]}..."

@@ -7,6 +7,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from . import arch
+from .errors import UnsupportedError
+
 
 class UsageError(Exception):
     """The command cannot be run as it was given."""
@@ -33,6 +36,14 @@ def add_parser(
     if run is not None:
         parser.set_defaults(run=run)
     return parser
+
+
+def architecture(name: str | None) -> arch.GpuArch | None:
+    """What ``--arch`` names, if it was given; UsageError where it is unknown."""
+    try:
+        return None if name is None else arch.from_name(name)
+    except UnsupportedError as error:
+        raise UsageError(error) from error
 
 
 def printable(text: str) -> str:

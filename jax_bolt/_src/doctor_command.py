@@ -27,7 +27,7 @@ import numpy as np
 from . import api, base, compat, options, paths
 from . import arch as arch_
 from .arch import GpuArch
-from .command import add_parser, printable
+from .command import add_parser, architecture, printable
 from .errors import CacheError, CompileError, UnsupportedError
 from .jit import codegen, compiler, directories, loader, store, toolchain
 from .jit.store import Store
@@ -77,7 +77,7 @@ def add_to(commands: Any) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    asked = arch_.from_name(args.arch) if args.arch else None
+    asked = architecture(args.arch)
     print(f"{db.versions()}, Python {platform.python_version()}")
     wrong = 0
     for finding in _findings(options.current(), asked):

@@ -3,11 +3,12 @@
 
 Kernels are verified against this in tuning and in tests. It shares no code with the
 matcher's reference jaxpr nor with the printed C++, so that a mistake in either shows.
+What XLA does after a kernel for a part of a region (``part``) is evaluated here, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import ir
+from .part import Part
 
 _RENAMED: dict[str, Callable] = {
     "neg": jnp.negative,
@@ -92,25 +94,52 @@ def outputs(
     problem = region.problem
     acc = _product(problem, a.astype(dtype), b.astype(dtype))
     full = (problem.rows, problem.channels)
-    sides = [_wide(s, dtype).reshape(full) for s in sides]
-    vectors = [_wide(v, dtype).reshape(1, -1) for v in vectors]
-    values: list[Any] = []
-    for op in region.epilogue.ops:
-        if op.name == "acc":
-            value = acc
-        elif op.name == "side":
-            value = sides[int(op.attr or 0)]
-        elif op.name == "vector":
-            value = vectors[int(op.attr or 0)]
-        elif op.name == "const":
-            value = jnp.asarray(op.attr, dtype)
-        else:
-            value = _apply(op, [values[i] for i in op.args], dtype)
-        values.append(value)
+    values: dict[int, Any] = {}
+    _values(values, enumerate(region.epilogue.ops), acc, sides, vectors)
     return tuple(
         jnp.broadcast_to(values[output.value], full).astype(dtype)
         for output in region.epilogue.outputs
     )
+
+
+def rest(
+    part: Part,
+    stored: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+) -> jax.Array:
+    """The whole's result, unrounded float32, from what the part stored.
+
+    Args:
+      stored: ``[rows, channels]``.
+      sides, vectors: as of ``outputs``, those of the whole.
+    """
+    values: dict[int, Any] = {part.stored.value: stored.astype(jnp.float32)}
+    _values(values, part.rest, values[part.stored.value], sides, vectors)
+    return jnp.broadcast_to(values[part.whole.result], stored.shape)
+
+
+def _values(
+    values: dict[int, Any],
+    ops: Iterable[tuple[int, ir.Op]],
+    acc: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+) -> None:
+    """Adds those of ``ops``, by position, in the shape and dtype of ``acc``."""
+    dtype = acc.dtype
+    for position, op in ops:
+        if op.name == "acc":
+            value = acc
+        elif op.name == "side":
+            value = _wide(sides[int(op.attr or 0)], dtype).reshape(acc.shape)
+        elif op.name == "vector":
+            value = _wide(vectors[int(op.attr or 0)], dtype).reshape(1, -1)
+        elif op.name == "const":
+            value = jnp.asarray(op.attr, dtype)
+        else:
+            value = _apply(op, [values[i] for i in op.args], dtype)
+        values[position] = value
 
 
 def _apply(op: ir.Op, args: list[Any], dtype: Any) -> Any:

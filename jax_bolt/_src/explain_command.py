@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 
-from . import api, arch
-from .command import UsageError, UserCodeError, add_parser
+from . import api
+from .command import UsageError, UserCodeError, add_parser, architecture
 from .report import Report
 
 _ARGUMENTS = "example_args"
@@ -95,12 +95,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    if args.arch is not None:
-        arch.from_name(args.arch)  # before the user's module, which may take long
+    architecture(args.arch)  # before the user's module, which may take long
     fun, given = _named(args)
     with contextlib.redirect_stdout(sys.stderr):
         report = api.explain(fun, *given, arch=args.arch)
     _show(report, args)
+    if not report.arch:
+        print(
+            "JAX sees no GPU here; add --arch sm_90a to plan for one", file=sys.stderr
+        )
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -167,8 +170,8 @@ def _arguments(
         given = maker()
     if not isinstance(given, tuple):
         raise UsageError(
-            f"{label} returned {_short(given)}; it is to return a tuple, of one "
-            "element where there is one argument"
+            f"{label} returned {_short(given)}; it is to return the arguments as a "
+            "tuple, a single one as (x,)"
         )
     return given
 
@@ -261,7 +264,10 @@ def _users_frames(error: BaseException) -> list[traceback.FrameSummary]:
     ]
 
 
-def _short(value: object) -> str:
+def _short(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        sizes = ", ".join(map(str, value.shape))
+        return f"an array, {value.dtype}[{sizes}]"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) < 60 else text[:60] + '...'}"
 

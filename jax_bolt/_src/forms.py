@@ -4,7 +4,8 @@
 A *form* is a region equal to the user's, with its operands rearranged by a few XLA
 operations: filters packed from HWIO to KRSC, channels padded to what tensor cores
 load at once (Bolt, section 3.2.3), a 1x1 conv as a matrix product, an RGB stem in
-its exact space-to-depth form. Their cost is part of what tuning measures.
+its exact space-to-depth form. Their cost is part of what tuning measures; so is that of
+what XLA does after a kernel for only a ``part`` of a region with two outputs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import ir
+from . import ir, part
+from .part import Part
+
+_THEN_XLA = "+xla"  # at the end of the name of a form with a part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """A name, and the region a kernel runs in this form."""
+    """A name, and the region a kernel runs in this form.
+
+    With a ``part``, that ends at the auxiliary output, and XLA computes the rest.
+    """
 
     name: str
     region: ir.Region
+    part: Part | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +48,10 @@ class ChainForm:
     @property
     def name(self) -> str:
         return f"{self.first.name}+{self.second.name}"
+
+    @property
+    def part(self) -> None:
+        """A chain's kernel computes all of it."""
 
 
 def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
@@ -59,7 +71,7 @@ def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
 
 
 def forms(region: ir.Region) -> tuple[Form, ...]:
-    """Every form of ``region``, the plainest first."""
+    """Every form of ``region``, the plainest first, and those with a part last."""
     problem = region.problem
     names: list[str] = []
     if isinstance(problem, ir.GemmProblem):
@@ -80,10 +92,21 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
         if (problem.r, problem.s, *problem.padding) == (1, 1, 0, 0, 0, 0):
             names.append("strided_pixels")
         names.append("krsc")
-    return tuple(
+    made = [
         Form(name, dataclasses.replace(region, problem=_FORMS[name][0](problem)))
         for name in names
-    )
+    ]
+    leading = part.of(region.epilogue)
+    if leading is not None:
+        made += [
+            Form(
+                whole.name + _THEN_XLA,
+                dataclasses.replace(whole.region, epilogue=leading.epilogue),
+                leading,
+            )
+            for whole in made
+        ]
+    return tuple(made)
 
 
 def form(region: ir.Region, name: str) -> Form | None:
@@ -101,7 +124,7 @@ def prepare(
       problem: the user's problem (not the form's).
       lhs, rhs: the root's operands, in the user's shapes.
     """
-    return _FORMS[name][1](problem, lhs, rhs)
+    return _FORMS[name.removesuffix(_THEN_XLA)][1](problem, lhs, rhs)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -161,6 +161,7 @@ class Frozen(Optimized):
             return fun(*jax.tree.unflatten(tree, leaves), *args, **static, **kwargs)
 
         whole.__name__ = self.__name__
+        api.stand_for(whole, fun, self, static)
         positions = [i + 1 for i in api.within(self._static, args)]
         active = dataclasses.replace(options.current(), **self._changes)
         made = program.parted(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import forms, ir
+from . import evaluate, forms, ir
 from .forms import ChainForm, Form
 from .jit import loader
 
@@ -88,9 +88,19 @@ def call(
     vectors: Sequence[jax.Array],
     shape: Sequence[int],
 ) -> list[jax.Array]:
-    """Runs the region on its operands as the user has them; outputs of ``shape``."""
+    """Runs the region on its operands as the user has them; outputs of ``shape``.
+
+    What the kernel leaves to XLA is part of it.
+    """
     a, b = forms.prepare(kernel.form.name, kernel.problem, lhs, rhs)
-    outputs = launch(kernel, a, b, sides, vectors)
+    part = kernel.form.part
+    if part is None:
+        outputs = launch(kernel, a, b, sides, vectors)
+    else:
+        read = [sides[i] for i in part.sides], [vectors[i] for i in part.vectors]
+        (stored,) = launch(kernel, a, b, *read)
+        result = evaluate.rest(part, stored, sides, vectors)
+        outputs = [result.astype(JAX_DTYPES[part.whole.out_dtype]), stored]
     return [output.reshape(tuple(shape)) for output in outputs]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA lowering rules: custom calls, or XLA's own path.
+"""The CUDA lowering rules: custom calls, pools in two passes, or XLA's own path.
 
 Nothing that fails here breaks the user's program: a site is lowered through its
 reference jaxpr, casts as themselves, and one warning says why, unless
@@ -18,8 +18,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import agree, cast, chain, compat, invoke, resolve
+from . import agree, cast, chain, compat, invoke, passes, resolve
+from . import pool as pools
 from .compat import ClosedJaxpr, JaxprEqn, mlir
+from .errors import UnsupportedError
 from .launches import Launches, Promise, Roles
 from .options import Options
 from .plan import Plan, Rejection
@@ -92,9 +94,8 @@ def _lower_sequence_cuda(
             values.update({v: made.get(p) for v, p in promises.items()})
 
         for index, step in enumerate(steps):
-            if step.kernel is None or not launches.takes(
-                step.kernel, *step.products(values)
-            ):
+            kernel = step.kernel if step.joins else None
+            if kernel is None or not launches.takes(kernel, *step.products(values)):
                 flush(index)
             with jax.named_scope(step.label):
                 values.update(step.run(launches, values))
@@ -110,6 +111,14 @@ class _Step:
 
     eqns: tuple[JaxprEqn, ...]
     kernel: invoke.AnyExecutable | None
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is one of the launches of a custom call.
+
+        Of a part XLA computes the rest, which ends the custom call anyway.
+        """
+        return self.kernel is not None and self.kernel.form.part is None
 
     @property
     def label(self) -> str:
@@ -141,7 +150,8 @@ class _Step:
             made = launches.add_chain(self.kernel, first, second, shapes)
             outvars = outvars if self.kernel.form.region.stored else outvars[1:]
         else:
-            made = launches.add(self.kernel, *self.roles(values)[0], shapes[0])
+            call = launches.add if self.joins else invoke.call
+            made = call(self.kernel, *self.roles(values)[0], shapes[0])
         return list(zip(outvars, made, strict=True))
 
 
@@ -302,6 +312,33 @@ def _lower_cast_cuda(
     return mlir.lower_fun(casts, multiple_results=True)(ctx, *args)
 
 
+def _lower_pool_cuda(
+    ctx: mlir.LoweringRuleContext,
+    operand: Any,
+    *,
+    pool: pools.PoolInfo,
+    reference: ClosedJaxpr,
+) -> Any:
+    if not _pays_in_two(ctx, pool):
+        return lower_reference(ctx, operand, reference=reference)
+
+    def passes_(x: Any) -> list[Any]:
+        return pools.in_two_passes(reference, pool, x)
+
+    return mlir.lower_fun(passes_, multiple_results=True)(ctx, operand)
+
+
+def _pays_in_two(ctx: mlir.LoweringRuleContext, pool: pools.PoolInfo) -> bool:
+    device = compat.cuda_device()
+    # XLA partitions the one it was given; two would exchange their edges twice.
+    if device is None or compat.device_count(ctx) > 1:
+        return False
+    try:
+        return passes.two_pay(pool.window, resolve.board_of(device))
+    except UnsupportedError:
+        return False
+
+
 def _warn(what: str, error: Exception, on: str = "XLA") -> None:
     """Once per reason: one missing compiler is one warning, not fifty."""
     reason = resolve.explain_failure(error)
@@ -315,3 +352,4 @@ def _warn(what: str, error: Exception, on: str = "XLA") -> None:
 mlir.register_lowering(bolt_call_p, _lower_cuda, platform="cuda")
 mlir.register_lowering(bolt_sequence_p, _lower_sequence_cuda, platform="cuda")
 mlir.register_lowering(cast.bolt_cast_p, _lower_cast_cuda, platform="cuda")
+mlir.register_lowering(pools.bolt_pool_p, _lower_pool_cuda, platform="cuda")

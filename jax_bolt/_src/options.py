@@ -40,7 +40,8 @@ class Options:
         container, may use.
     disable: names of kernel templates that are never used. "cast" keeps the casts of
         parameters apart, and "sequence" the launches of consecutive kernels;
-        "auxiliary" leaves each kernel one output, and "chain" each site its own kernel.
+        "auxiliary" leaves each kernel one output, "chain" each site its own kernel, and
+        "pool" max-pooling as it is.
     dump_dir: where every traced program is written, as it came, as it was rewritten,
         and its regions; None writes nothing.
     """
@@ -137,7 +138,8 @@ def _count(value: Any) -> int | None:
 # What ``disable`` may name: the kernel templates, and what a program is rewritten by.
 DISABLE = (
     *("implicit_gemm_sm90", "depthwise", "gemm_sm80", "conv_sm80"),
-    *("cast", "sequence", "auxiliary", "chain"),
+    *("chain_sm90", "merged_sm90"),
+    *("cast", "sequence", "auxiliary", "chain", "pool"),
 )
 
 

@@ -181,7 +181,8 @@ def candidates(
             if reason is not None:
                 reasons.append(f"{template.name} ({form.name}): {reason}")
                 continue
-            if form.name == "krsc" and ("hwio", template.name) in taken:
+            same = form.name.replace("krsc", "hwio")
+            if same != form.name and (same, template.name) in taken:
                 continue  # the same kernels, and a filter to transpose
             taken.add((form.name, template.name))
             for config in template.configs(form.region, arch):

@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from . import arch as arch_
-from . import chain, compat, floor, options, paths, plan, resolve, results, rewrite
+from . import (
+    chain,
+    compat,
+    floor,
+    options,
+    passes,
+    paths,
+    plan,
+    resolve,
+    results,
+    rewrite,
+)
 from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from . import split as split_
 from .arch import GpuArch
@@ -23,10 +34,11 @@ from .jit import store
 from .match import Refusal
 from .options import Options
 from .plan import Rejection
+from .pool import PoolInfo
 from .primitive import SiteInfo
 from .report import Report
 from .rewrite import Rewritten
-from .site import Link, Site
+from .site import Link, Pool, Site
 from .split import Split
 from .tune import db
 from .tune import target as targets
@@ -147,7 +159,15 @@ def report(rewritten: Rewritten, name: str | None) -> Report:
         for root in rewritten.roots
     ]
     name, kind = (arch.name, arch.gpu or "") if arch else ("", "")
-    return Report(tuple(sites), name, store.stats(), kind)
+    pools = tuple(_pool(info, arch) for info in rewritten.pools)
+    return Report(tuple(sites), name, store.stats(), kind, pools)
+
+
+def _pool(info: PoolInfo, arch: GpuArch | None) -> Pool:
+    known = None
+    if arch is not None:
+        known = 2 if passes.two_pay(info.window, arch) else 1
+    return Pool(name=info.name, line=info.line, problem=info.window.text, passes=known)
 
 
 def _refused(root: Refusal) -> Site:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .site import Site, Totals, micros, totals
+from .site import Pool, Site, Totals, micros, totals
 
 _WIDTH = 160
 
@@ -28,12 +28,14 @@ class Report:
     where only an architecture was named.
     ``counters`` are of the whole process: kernels found, compiled and loaded, regions
     tuned, candidates timed in either stage, restarts of the process that times them.
+    ``pools`` are those that may take two passes; they are no roots.
     """
 
     sites: tuple[Site, ...]
     arch: str
     counters: Mapping[str, int]
     device: str = ""
+    pools: tuple[Pool, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -61,6 +63,7 @@ class Report:
             "counters": dict(self.counters),
             "totals": dataclasses.asdict(self.totals),
             "sites": sites,
+            "pools": [dataclasses.asdict(pool) for pool in self.pools],
         }
         return json.dumps(document, indent=1)
 
@@ -81,7 +84,7 @@ class Report:
     def _page(self) -> str:
         from . import report_page
 
-        return report_page.page(self._title(), self.device, self.sites)
+        return report_page.page(self._title(), self.device, self.sites, self.pools)
 
     def _title(self) -> str:
         fused = sum(site.fused for site in self.sites)
@@ -123,6 +126,10 @@ class Report:
             )
             # Text, since rich would read the brackets of a problem as markup.
             table.add_row(*map(Text, map(_printable, row)), style=_style(site))
+        for pool in self.pools:
+            label, _, _ = pool.problem.partition("[")
+            row = (pool.name, label, pool.problem, pool.what_runs)
+            table.add_row(*map(Text, map(_printable, row)))
         return table
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import ir
-from .site import Link, Site, micros, totals
+from .site import Link, Pool, Site, micros, totals
 
 _STYLE = Path(__file__).with_name("report_page.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -27,7 +27,9 @@ class _Markup(str):
     __slots__ = ()
 
 
-def page(title: str, device: str, sites: Sequence[Site]) -> str:
+def page(
+    title: str, device: str, sites: Sequence[Site], pools: Sequence[Pool] = ()
+) -> str:
     """The whole document. ``device`` is the kind of GPU, or ""."""
     head = _tag(
         "head",
@@ -44,6 +46,7 @@ def page(title: str, device: str, sites: Sequence[Site]) -> str:
         _times(sites),
         _tag("h2", "Sites"),
         _table(sites),
+        _pools(pools),
     )
     return f"<!doctype html>\n{_tag('html', head, body, lang='en')}\n"
 
@@ -346,6 +349,16 @@ def _floor_us(site: Site) -> float:
 
 def _time(value: float) -> str:
     return f"{value / 1000:.3f} ms" if value >= 1000 else f"{micros(value)} µs"
+
+
+def _pools(pools: Sequence[Pool]) -> _Markup:
+    if not pools:
+        return _Markup("")
+    items: list[_Markup] = []
+    for pool in pools:
+        runs = f"{pool.problem}: {pool.what_runs or 'no GPU to plan for'}"
+        items += [_tag("dt", pool.name), _tag("dd", runs, _tag("small", pool.line))]
+    return _tag("section", _tag("h2", "Max-pooling"), _tag("dl", *items))
 
 
 # --- Markup

@@ -201,6 +201,11 @@ def arch_of(device: Any) -> GpuArch:
     )
 
 
+def board_of(device: Any) -> GpuArch:
+    """The same for every device of one kind, in whichever process; else ``arch_of``."""
+    return arch_.of_device(str(device.compute_capability), device.device_kind)
+
+
 def _plan(
     site: SiteInfo, family: Family, options: Options, target: Target
 ) -> Plan | Rejection:

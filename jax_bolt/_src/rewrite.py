@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """jaxpr → jaxpr with every region replaced by one ``bolt_call`` equation.
 
-The casts of arguments that regions read become one ``bolt_cast`` equation, and calls
-that follow each other one ``bolt_sequence``.
+The casts of arguments that regions read become one ``bolt_cast`` equation, calls that
+follow each other one ``bolt_sequence``, and each max-pooling a ``bolt_pool``.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from . import cast, ir, layout, sequence
+from . import cast, ir, layout, pool, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
@@ -32,21 +33,26 @@ from .compat import (
 )
 from .match import AUXILIARY, Match, Refusal, find_regions
 from .options import Options
+from .pool import PoolInfo
 from .primitive import Family, SiteInfo, bolt_call_p
 from .views import View
+
+_Named = TypeVar("_Named", bound=Match | Refusal | SiteInfo)
 
 
 @dataclasses.dataclass(slots=True)
 class Rewritten:
-    """A rewritten program, its regions, and all its roots.
+    """A rewritten program, its regions, all its roots, and its pools.
 
     ``roots`` are in program order, a body's after those of the program around it; those
-    of optimized functions that it calls are among them, and not in ``family``.
+    of optimized functions that it calls are among them, and not in ``family``. Of the
+    ``pools`` a body's come first.
     """
 
     program: ClosedJaxpr
     family: Family
     roots: list[SiteInfo | Refusal]
+    pools: list[PoolInfo]
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -66,7 +72,7 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
     if cast.NAME not in options.disable:
         done = cast.gather(done, pass_.family, options)
     done = pass_.gathered(done)
-    return Rewritten(done, pass_.family, pass_.roots)
+    return Rewritten(done, pass_.family, pass_.roots, pass_.pools)
 
 
 class _Pass:
@@ -76,6 +82,8 @@ class _Pass:
         self.options = options
         self.family = Family()
         self.roots: list[SiteInfo | Refusal] = []
+        self.pools: list[PoolInfo] = []
+        self._names: collections.Counter[str] = collections.Counter()
 
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
@@ -84,6 +92,7 @@ class _Pass:
         calls: dict[int, list[JaxprEqn]] = {}
         replaced: set[int] = set()
         for root in sorted([*matches, *refusals], key=lambda found: found.root):
+            root = self._named(root)
             if isinstance(root, Refusal):
                 self.roots.append(root)
                 continue
@@ -96,7 +105,7 @@ class _Pass:
                 eqns += calls[index]
             elif index not in replaced:
                 # Of an optimized function that this one calls.
-                self.roots += sequence.sites_of(eqn)
+                self.roots += map(self._named, sequence.sites_of(eqn))
                 eqns.append(self._with_bodies(eqn))
         if any(len(match.outputs) > 1 for match in matches):
             eqns = _in_order(eqns)
@@ -109,10 +118,22 @@ class _Pass:
         return done
 
     def gathered(self, program: ClosedJaxpr) -> ClosedJaxpr:
-        """``program`` with consecutive calls as sequences."""
+        """``program`` with its pools, and with consecutive calls as sequences."""
+        # Once transposes are gone: a model in NCHW pools in NHWC.
+        if pool.NAME not in self.options.disable:
+            program, pools = pool.gather(program)
+            self.pools += pools
         if sequence.NAME in self.options.disable:
             return program
         return sequence.gather(program, self.family, self.options)
+
+    def _named(self, root: _Named) -> _Named:
+        """``root``, with a number where another has its name: in a loop, say."""
+        self._names[root.name] += 1
+        count = self._names[root.name]
+        if count == 1:
+            return root
+        return dataclasses.replace(root, name=f"{root.name} #{count}")
 
     def _call(self, jaxpr: Any, match: Match) -> list[JaxprEqn]:
         """The call, between views where the root is not as kernels take it."""
@@ -163,8 +184,9 @@ class _Pass:
         found = len(self.family.sites)
         # A body has no binder for a constant of a call inside it.
         new = self.program(inline_calls(closed(body), lift_constants=False))
-        new = self.gathered(new)
-        return body if len(self.family.sites) == found else like_body(new, body)
+        if len(self.family.sites) == found:
+            return body
+        return like_body(self.gathered(new), body)
 
 
 def _in_order(eqns: Sequence[JaxprEqn]) -> list[JaxprEqn]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One root of a program: what runs it and why, its chains; and sums over several."""
+"""One root of a program: what runs it and why, its chains; sums over several; pools."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Link:
 class Site:
     """One root of the program.
 
-    name: the module path or source line; line: the user's source line.
+    name: the module path or source line, and "#2" and so on where it is another's, too;
+        line: the user's source line.
     root: ``"conv_general_dilated"`` or ``"dot_general"``.
     problem: sizes and dtypes, "" where the root was refused.
     epilogue: short, as "conv3x3+bn+relu"; ``region`` has all of it.
@@ -120,6 +121,26 @@ class Site:
         if self.reason:
             return f"xla: {self.reason}"
         return f"{self.kernel} [{self.provenance}]" if self.provenance else self.kernel
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Max-pooling (or min) that XLA can run in two passes, of one axis each.
+
+    name, line: as of a site. problem: as "max3x3/2[bfloat16 32x112x112x64]", the window
+    over its stride. passes: 1 or 2; None without an architecture.
+    """
+
+    name: str
+    line: str
+    problem: str
+    passes: int | None = None
+
+    @property
+    def what_runs(self) -> str:
+        """As of a site."""
+        texts = {None: "", 1: "xla", 2: "xla, one axis after the other"}
+        return texts[self.passes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from . import arch as arch_
 from . import base, options, paths
 from .arch import GpuArch
-from .command import UsageError, add_parser
+from .command import UsageError, add_parser, architecture
 from .errors import CompileError, UnsupportedError
 from .jit import toolchain
 from .tune.progress import Progress
@@ -44,7 +44,8 @@ def add_to(commands: Any) -> None:
 
 def _warm(args: argparse.Namespace) -> None:
     active = options.current()
-    found = [arch_.from_name(args.arch)] if args.arch else _here()
+    asked = architecture(args.arch)
+    found = _here() if asked is None else [asked]
     for arch in found:
         if not base.sources(arch):
             raise UnsupportedError(f"jax_bolt has no kernels for {arch.name}")

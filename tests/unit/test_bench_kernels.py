@@ -334,7 +334,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     worker = Worker()
 
     def executable(region: Any, candidate: Any, digest: str, *_: Any) -> Any:
-        return types.SimpleNamespace(position=worker.positions[digest])
+        position = worker.positions[digest]
+        return types.SimpleNamespace(position=position, form=candidate.form)
 
     def time_region(fun: Any, operands: measure.Operands, ordinal: int) -> measure.Run:
         found = [jax.jit(fun)(*values) for values in operands.sets]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import shlex
@@ -214,6 +215,16 @@ def test_the_api_page_has_every_public_name():
     documented = set(re.findall(r"^::: jax_bolt\.(\w+)$", page, re.M))
     public = {n for n in vars(jax_bolt) if not n.startswith("_")}
     assert documented == public - {"Path"}
+
+
+def test_the_readme_names_what_jit_has_and_optimize_has_not():
+    text = (ROOT / "README.md").read_text()
+    ours = inspect.signature(jax_bolt.optimize).parameters
+    for name in inspect.signature(jax.jit).parameters.keys() - ours.keys():
+        assert f"`{name}`" in text, name
+    jitted = {n for n in dir(jax.jit(abs)) if not n.startswith("_")}
+    for name in jitted - set(dir(jax_bolt.optimize(abs))) - {"fun"}:
+        assert f"`{name}`" in text, name
 
 
 def test_the_options_table_has_every_option():

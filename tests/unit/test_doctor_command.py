@@ -261,7 +261,7 @@ def test_a_bad_variable_is_told(monkeypatch, capsys):
 
 
 def test_an_unknown_architecture(capsys):
-    assert cli.main(["doctor", "--arch", "sm_1"]) == 1
+    assert cli.main(["doctor", "--arch", "sm_1"]) == 2
     assert "unknown architecture 'sm_1'" in capsys.readouterr().err
 
 

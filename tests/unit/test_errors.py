@@ -333,6 +333,49 @@ def test_an_argument_that_is_no_array(call):
         call()
 
 
+def abstract_call(fun, *others):
+    return lambda: fun(*others, jax.ShapeDtypeStruct((4, 4), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        abstract_call(jax_bolt.optimize(jnp.tanh)),
+        abstract_call(jax_bolt.optimize(jnp.matmul), X),
+        abstract_call(jax_bolt.freeze(jnp.matmul, X)),
+        lambda: jax_bolt.optimize(sum)([jax.ShapeDtypeStruct((), jnp.float32)]),
+    ],
+)
+def test_a_shape_is_no_array_but_will_do_elsewhere(call):
+    with pytest.raises(TypeError, match=r"call \.lower, \.explain or") as caught:
+        call()
+    assert "static" not in str(caught.value)
+
+
+def branching(w, v, x, flip, *, half=False):
+    y = x @ w @ v
+    return -y if flip else y / 2 if half else y
+
+
+@pytest.mark.parametrize("frozen", [(X,), (X, X)])
+def test_errors_of_a_frozen_function_name_the_users(frozen):
+    fun = jax_bolt.freeze(branching, *frozen)
+    rest = (X,) * (3 - len(frozen))
+    place = rf"branching at {__file__}:{branching.__code__.co_firstlineno} "
+    for call in (fun, fun.lower, fun.explain):
+        with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+            call(*rest, True)
+        assert re.search(place, str(caught.value))
+        assert "the argument flip." in str(caught.value)
+    with pytest.raises(jax.errors.TracerBoolConversionError, match="argument half"):
+        jax_bolt.freeze(branching, *frozen, static_argnums=len(rest))(
+            *rest, flip=False, half=True
+        )
+    partial = functools.partial(branching, half=True)
+    with pytest.raises(jax.errors.TracerBoolConversionError, match=place):
+        jax_bolt.freeze(partial, *frozen)(*rest, True)
+
+
 def test_a_keyword_that_is_no_array():
     message = "argument 'how' is 'tanh' of type str.* static_argnums=1"
     with pytest.raises(TypeError, match=message):

@@ -45,6 +45,35 @@ def conv_norm_relu():
     return Block().apply, variables, x
 
 
+def test_sites_of_one_name_are_numbered():
+    inner = jax_bolt.optimize(lambda x, w: x @ w)
+
+    def model(x, w):
+        def step(x, _):
+            return product(x, w), None
+
+        def product(x, w):
+            return x @ w
+
+        for _ in range(2):
+            x = jax.nn.relu(product(x, w))
+        refused = x.astype(jnp.complex64)
+        for _ in range(2):
+            refused = product(refused, w.astype(jnp.complex64))
+        x = jax.lax.scan(step, inner(inner(x, w), w), None, length=2)[0]
+        with jax.named_scope("Head"):
+            return x @ w, refused
+
+    square = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
+    report = jax_bolt.explain(model, square, square)
+    names = [site.name for site in report.sites]
+    assert len(names) == len(set(names)) == 8
+    ends = ["product)", "#2", "#3", "#4", "Head", "<lambda>)", "#2", "#5"]
+    assert all(name.endswith(end) for name, end in zip(names, ends, strict=True))
+    # Names are for people: what is computed there does not depend on them.
+    assert len({site.region for site in report.sites if site.region is not None}) == 2
+
+
 def test_golden_conv_norm_relu():
     fun, *args = conv_norm_relu()
     done = rewrite.rewrite(jax.make_jaxpr(fun)(*args), options.Options())
@@ -63,6 +92,7 @@ def test_golden_conv_norm_relu():
 _OUTSIDE = {
     "bolt_call",
     "bolt_cast",
+    "bolt_pool",
     "bolt_sequence",
     "convert_element_type",
     "reduce_window_max",

@@ -51,6 +51,10 @@ def one():
     return (jnp.ones((32, 64), jnp.bfloat16),)
 
 
+def an_array():
+    return one()[0]
+
+
 def a_list():
     return [1]
 
@@ -156,7 +160,15 @@ def test_a_file_whose_name_is_taken_is_still_that_file(model, run, tmp_path):
         (["a_model:number"], "int 7, which is no function"),
         (["a_model:predict", "--args", "number"], "int 7, which is no function"),
         (["a_model:predict", "--args", "nothing"], "a_model has no 'nothing'"),
-        (["a_model:predict", "--args", "a_list"], "list [1]; it is to return a tuple"),
+        (
+            ["a_model:predict", "--args", "a_list"],
+            "list [1]; it is to return the arguments as a tuple",
+        ),
+        (
+            ["a_model:predict", "--args", "an_array"],
+            "a_model:an_array returned an array, bfloat16[32, 64]; it is to return the "
+            "arguments as a tuple, a single one as (x,)",
+        ),
         (["a_model:predict", "--args", "gone:f"], "there is no module 'gone'"),
         (["a_model:predict", "--html", "no/r.html"], "there is no directory"),
         (["math:sqrt"], "math has no function example_args: add one"),
@@ -195,12 +207,23 @@ def test_errors_of_the_users_code_say_where(model, run, tmp_path, arguments, mes
 
 
 def test_other_mistakes(model, run):
-    _, said = run("explain", "a_model:predict", "--arch", "sm_1", status=1)
+    _, said = run("explain", "a_model:predict", "--arch", "sm_1", status=2)
     assert "unknown architecture 'sm_1'" in said
     assert "the module was imported" not in said
     for value in ("soon", "-1", "nan", "inf"):
         _, said = run("tune", "a_model:predict", "--budget", value, status=2)
         assert "is no number of seconds" in said
+
+
+def test_without_a_gpu_it_says_how_to_plan(model, run):
+    hint = "add --arch sm_90a"
+    if jax.default_backend() != "gpu":
+        printed, said = run("explain", f"{model}:predict")
+        assert "no GPU to plan for" in printed and hint in said
+        printed, said = run("explain", f"{model}:predict", "--json")
+        assert json.loads(printed)["arch"] == "" and hint in said
+    _, said = run("explain", f"{model}:predict", "--arch", "sm_80")
+    assert hint not in said
 
 
 def test_tuning_without_a_gpu(model, run):

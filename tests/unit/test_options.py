@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_bolt._src import cast, chain, kernels, options, sequence
+from jax_bolt._src import cast, chain, kernels, options, pool, sequence
 from jax_bolt._src.match import AUXILIARY
 from jax_bolt._src.options import Options
 
@@ -97,10 +97,11 @@ def test_options_nest_and_are_put_back():
 
 
 def test_what_can_be_disabled():
-    templates = [template.name for template in kernels.TEMPLATES]
+    made = (*kernels.TEMPLATES, *kernels.CHAIN_TEMPLATES)
+    templates = [template.name for template in made]
     assert list(options.DISABLE[: len(templates)]) == templates
     assert options.DISABLE[len(templates) :] == (
-        *(cast.NAME, sequence.NAME, AUXILIARY, chain.NAME),
+        *(cast.NAME, sequence.NAME, AUXILIARY, chain.NAME, pool.NAME),
     )
 
 

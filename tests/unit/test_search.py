@@ -69,11 +69,13 @@ class World:
         monkeypatch.setattr(isolate, "worker", lambda ordinal: self)
         clock = types.SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(search, "time", clock)
+        made = types.SimpleNamespace
         for module, name, fake in (
             (search, "executable", self.executable),
-            (measure, "make_operands", lambda site, l2_bytes: site),
+            (measure, "make_operands", lambda site, l2_bytes: made(site=site)),
             (measure, "Yardstick", lambda operands: self),
-            (measure, "time_region", self.time_xla),
+            (measure, "time_region", self.time_region),
+            (measure, "kernel_function", lambda site, kernel: kernel),
             (measure, "time_in_sequence", self.time_in_sequence),
             (measure, "release", lambda: None),
         ):
@@ -176,13 +178,17 @@ class World:
     ) -> Any:
         assert digest in self.ran, "never launched here before it ran in the worker"
         micros = self.micros(candidate, False)
-        return types.SimpleNamespace(digest=digest, micros=micros, candidate=candidate)
+        return types.SimpleNamespace(
+            digest=digest, micros=micros, candidate=candidate, form=candidate.form
+        )
 
     def errors(self, result: Any) -> list[float]:
         good = result == "xla" or self.accurate(result)
         return [1e-3 if good else 1e-2]
 
-    def time_xla(self, fun: Any, operands: Any, ordinal: int) -> measure.Run:
+    def time_region(self, fun: Any, operands: Any, ordinal: int) -> measure.Run:
+        if hasattr(fun, "candidate"):  # a kernel by itself
+            return self.time_in_sequence(fun, operands, ordinal)
         return measure.Run(self.xla_us, "xla")  # type: ignore[arg-type]
 
     def time_in_sequence(self, kernel: Any, operands: Any, ordinal: int) -> measure.Run:
@@ -339,6 +345,66 @@ def test_what_is_wrong_does_not_win(world: World) -> None:
     other = site_of(8)
     (reason,) = world.tune(other).values()
     assert "error 1.00e-02" in reason
+
+
+def site_of_two() -> SiteInfo:
+    """As ``site_of``, with the sum that a residual is added to as a second output."""
+
+    def fun(x: Any, w: Any, r: Any) -> Any:
+        total = cases.conv(x, w) + r
+        return jax.nn.relu(total), total
+
+    image, filters = cases.shape(32, 14, 14, 256), cases.shape(3, 3, 256, 256)
+    return cases.Case("conv", fun, (image, filters, image)).site()
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "choice", "form"),
+    [
+        (50.0, 20.0, "kernel", "hwio"),  # a part is not tried
+        (120.0, 80.0, "kernel", "hwio+xla"),
+        (120.0, 110.0, "xla", "hwio"),
+        (120.0, Failed("it crashed"), "xla", "hwio"),
+    ],
+)
+def test_a_part_is_tried_where_the_whole_loses(
+    world: World, whole: float, part: Any, choice: str, form: str
+) -> None:
+    site = site_of_two()
+
+    def micros(candidate: Candidate, is_base: bool) -> Any:
+        return whole if is_base or candidate.form.part is None else part
+
+    world.micros = micros
+    assert world.tune(site) == {}
+    entry = world.entry(site)
+    assert (entry.choice, entry.form) == (choice, form)
+    assert entry.time_us == (80.0 if form == "hwio+xla" else whole)
+    compiled = {c.source: c.form.part is not None for c in candidates(site)}
+    assert any(compiled[source] for source in world.compiled) == (whole > XLA_US)
+    assert not all(compiled[source] for source in world.compiled)
+    made = plan.tuned(site.region, HOPPER, entry, plan.Origin("sources", "nvcc 1"))
+    assert isinstance(made, plan.Plan if choice == "kernel" else plan.Rejection)
+    if form == "hwio+xla":
+        assert isinstance(made, plan.Plan) and made.candidate.form.part is not None
+        # What was chosen stays: it is among the candidates when all is timed again.
+        world.tune(site)
+        assert world.entry(site).form == form
+
+
+def test_a_part_that_there_is_no_time_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = site_of_two()
+    world.tune(site)
+    kernels = len(world.compiled)
+    other = World(tmp_path / "other", monkeypatch)
+    other.micros = lambda candidate, is_base: 120.0
+    other.compile_s = 1.0
+    assert other.tune(site, budget_s=kernels + 0.5) == {}
+    entry = other.entry(site)
+    assert (entry.choice, entry.form, entry.time_us) == ("xla", "hwio", 120.0)
+    assert other.now > kernels
 
 
 def test_no_worker(world: World) -> None:
@@ -642,7 +708,9 @@ def test_the_real_worker(
         region: Any, candidate: Candidate, digest: str, path: Path, target: Any
     ) -> Any:
         assert path == good
-        return types.SimpleNamespace(digest=digest, micros=96.0, candidate=candidate)
+        return types.SimpleNamespace(
+            digest=digest, micros=96.0, candidate=candidate, form=candidate.form
+        )
 
     monkeypatch.setattr(world, "build", compile_all)
     monkeypatch.setattr(search, "executable", executable)

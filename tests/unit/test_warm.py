@@ -335,7 +335,6 @@ def test_it_is_nobodys_child(machine):
     "changes",
     [
         {"JAX_BOLT_WARM": "off"},
-        {"JAX_BOLT_WARM": "sometimes"},
         {"JAX_PLATFORMS": "cpu"},
         {"CUDA_VISIBLE_DEVICES": ""},
         {"CUDA_VISIBLE_DEVICES": "-1"},
@@ -345,6 +344,18 @@ def test_it_is_nobodys_child(machine):
 def test_where_nothing_is_started(machine, changes):
     assert machine.run(**changes) == ""
     assert not machine.cache.exists()
+
+
+@pytest.mark.parametrize("name, text", [("WARM", "sometimes"), ("JOBS", "many")])
+def test_a_bad_variable_is_a_warning_at_import(machine, name, text):
+    said = machine.run(**{f"JAX_BOLT_{name}": text})
+    assert said.count("UserWarning") == 1
+    assert f"jax_bolt: JAX_BOLT_{name}={text!r} must be" in said
+    # Where warnings are errors the import still goes on.
+    said = machine.run(
+        **{f"JAX_BOLT_{name}": text, "PYTHONWARNINGS": "error::UserWarning"}
+    )
+    assert said == "" and not machine.cache.exists()
 
 
 def test_nor_is_it_where_others_can_write(machine):

@@ -93,7 +93,7 @@ def test_no_gpu_and_no_name(nvcc, run):
 
 
 def test_unknown_names(nvcc, run):
-    _, said = run("--arch", "hopper", status=1)
+    _, said = run("--arch", "hopper", status=2)
     assert "unknown architecture 'hopper'; known: sm_75, " in said
     _, said = run("--arch", "sm_75", status=1)
     assert "no kernels for sm_75" in said

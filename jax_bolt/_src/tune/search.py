@@ -113,7 +113,9 @@ class _Job:
     """A region that is being tuned.
 
     ``before`` is an earlier result for it. ``problems`` are for the log, ``notes`` for
-    the entry: candidates that crashed or did not end. ``rival`` is a chain's.
+    the entry: candidates that crashed or did not end. ``parts`` are candidates for a
+    part of the region, which are tried where XLA is faster than ``found``. ``rival`` is
+    a chain's.
     """
 
     site: AnySite
@@ -121,6 +123,7 @@ class _Job:
     before: db.Entry | None
     sets: int
     rival: Rival | None
+    parts: list[AnyCandidate]
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -207,7 +210,11 @@ class _Run:
             return None
         before = target.results.get(target.arch, site.region)
         sets = measure.sets_for(site.region, target.arch.l2_bytes)
-        return _Job(site, list(found), before, sets, self._rivals.get(site.region.text))
+        whole = [c for c in found if c.form.part is None]
+        parts = [c for c in found if c.form.part is not None]
+        rival = self._rivals.get(site.region.text)
+        # Where there are none for the whole, those for a part at once.
+        return _Job(site, whole or parts, before, sets, rival, parts if whole else [])
 
     @contextlib.contextmanager
     def _giving_a_reason(self, job: _Job) -> Iterator[None]:
@@ -289,12 +296,38 @@ class _Run:
             start = time.monotonic()
             entry = self._finish(job, groups, built)
             self._finish_s = max(self._finish_s, time.monotonic() - start)
+            if entry.choice == "xla" and job.parts:
+                entry = self._with_parts(job, entry)
             store.count("tuned")
             self.target.results.put(self.target.arch, {site.region: entry})
             self.progress.result(entry)
             self._jobs.remove(job)
         for problem in job.problems:
             logger.info("%s: %s", site, problem)
+
+    def _with_parts(self, job: _Job, whole: db.Entry) -> db.Entry:
+        """What a kernel for a part of the region gives, if it beats XLA, or ``whole``.
+
+        Kernels that end early are compiled only here: mostly they are not needed.
+        """
+        job.found, job.parts = job.parts, []
+        try:
+            with _spending_on("stage 1"):
+                self._first_stage(job)
+            self._builder.add(job.sources)
+            with _spending_on("compilers"):
+                built = self._builder.wait(job.sources, self._check_for_finish)
+            with _spending_on("stage 2"):
+                groups = self._time_all(job, built)
+            entry = self._finish(job, groups, built)
+        except (Stopped, Untunable) as error:
+            if self.stop.is_set():
+                raise
+            job.problems.append(str(error))
+            return whole
+        tried = whole.candidates + entry.candidates
+        better = entry if entry.choice == "kernel" else whole
+        return dataclasses.replace(better, candidates=tried)
 
     def _check_for_finish(self) -> None:
         """As ``check``, keeping the time that verifying what was found takes."""
@@ -489,7 +522,7 @@ def time_in_program(
     kernel: AnyExecutable, operands: measure.Operands, target: Target
 ) -> measure.Run:
     """The region on ``kernel``, as programs for ``target`` run it."""
-    if "sequence" not in target.disable:
+    if "sequence" not in target.disable and kernel.form.part is None:
         return measure.time_in_sequence(kernel, operands, target.ordinal)
     fun = measure.kernel_function(operands.site, kernel)
     return measure.time_region(fun, operands, target.ordinal)

@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from .. import options
@@ -56,10 +57,18 @@ _users: int | None = None  # the descriptor of the lock, to be held for ever
 
 
 def start() -> None:
-    """Starts what ``warm`` asks for; never raises, waits or prints."""
+    """Starts what ``warm`` asks for; never raises or waits.
+
+    Prints nothing but a warning where a variable of the environment is no option.
+    """
     try:
         # Not options.current(), after which later changes of os.environ would be lost.
-        active = options.from_environment(os.environ)
+        try:
+            active = options.from_environment(os.environ)
+        except ValueError as error:  # which the first call raises; a command says it
+            if not _is_command():
+                warnings.warn(f"jax_bolt: {error}", stacklevel=3)
+            return
         if active.warm != "off" and _sees_gpu() and not _is_command():
             _start(active)
     except Exception as error:  # an import must not fail for the sake of a cache
