@@ -7,6 +7,7 @@ it does not try again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,18 @@ def tune_missing(
             failures.pop((device, site.region.text), None)
         failed = search.tune(missing, target, options.budget_s, show_progress)
         failures.update({(device, text): reason for text, reason in failed.items()})
+
+
+@contextlib.contextmanager
+def remembering_no_failures() -> Iterator[None]:
+    """What fails to be tuned inside is tried again after it, by whoever needs it."""
+    with lock:
+        before = dict(failures)
+        try:
+            yield
+        finally:
+            failures.clear()
+            failures.update(before)
 
 
 def forget() -> None:

@@ -132,6 +132,12 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return rank.estimate(Tile.of(config), image, region, arch).text
 
 
+def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
+    """What the rank model expects of it, in µs."""
+    image = Image.of(region.problem)
+    return rank.estimate(Tile.of(config), image, region, arch).micros
+
+
 def prologue(region: ir.Region) -> str | None:
     """The C++ type that ``JAX_BOLT_PROLOGUE`` takes, for images of few channels."""
     packing = Image.of(region.problem).packing
