@@ -2,7 +2,8 @@
 """The activation in an epilogue, and the epilogue with another one in its place.
 
 An activation is known by its form, not by its name: a value that depends on one
-earlier value and constants alone, and not linearly.
+earlier value and constants alone, and not linearly. A constant factor ahead of it is
+none of its own; one after it is, as the sixth of a hard_swish.
 """
 
 from __future__ import annotations

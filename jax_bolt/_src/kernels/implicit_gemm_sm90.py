@@ -133,9 +133,11 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
 
 
 def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
-    """What the rank model expects of it, in µs."""
+    """What the rank model expects of it, in µs, and what its prologue moves."""
     image = Image.of(region.problem)
-    return rank.estimate(Tile.of(config), image, region, arch).micros
+    packed = image.packing.workspace_bytes if image.packing else 0
+    own = rank.estimate(Tile.of(config), image, region, arch).micros
+    return own + 2 * packed / arch.bandwidth * 1e6  # written, and read again
 
 
 def prologue(region: ir.Region) -> str | None:
