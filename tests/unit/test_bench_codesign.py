@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-nn = pytest.importorskip("flax.linen")
+pytest.importorskip("flax")
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+import flax.linen as nn
 
 import jax_bolt
 from benchmarks import bench_models, codesign, floor
 from benchmarks.models import models
 from benchmarks.models.repvgg import RepVGG
+from jax_bolt._src import ir
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -56,7 +59,8 @@ def test_the_convs_of_a_variant(variant):
     for one in ones:
         # As wide as what it comes after.
         assert one.region is not None
-        assert one.region.problem.c == one.region.problem.k
+        problem = one.region.problem
+        assert isinstance(problem, ir.ConvProblem) and problem.c == problem.k
 
 
 def test_parameters_of_the_plain_models():

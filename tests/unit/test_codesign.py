@@ -140,6 +140,7 @@ def test_what_is_linear_ahead_of_an_activation_is_no_part_of_it():
         two, ir.Op("mul", (0, 1)), ir.Op("max", (1, 2)), six, ir.Op("min", (3, 4))
     )
     found = activation.find(scaled)
+    assert found is not None
     assert found == activation.Segment(2, 5, frozenset({3, 5}))
     relu = activation.replaced(scaled, found, activation.named("relu", "bf16"))
     assert (
@@ -194,7 +195,8 @@ def test_a_region_as_a_site_computes_what_the_region_says(case):
 
 def conv_problem(**changes: Any) -> ir.ConvProblem:
     sizes: dict[str, Any] = dict(n=2, h=8, w=8, c=64, k=64, r=3, s=3, dtype="bf16")
-    return ir.ConvProblem(**(sizes | {"padding": (1, 1, 1, 1)} | changes))
+    sizes |= {"padding": (1, 1, 1, 1)}
+    return ir.ConvProblem(**(sizes | changes))
 
 
 def relu_region(problem: ir.Problem) -> ir.Region:
@@ -285,12 +287,10 @@ def test_an_estimate_is_above_the_floor_and_grows_with_the_epilogue(name, proble
     found = activation.find(plain.epilogue)
     assert found is not None
     mish = activation.replaced(plain.epilogue, found, activation.named("mish", "bf16"))
-    times = [
-        plan.estimate(dataclasses.replace(plain, epilogue=e), arch)
-        for e in (plain.epilogue, mish)
-    ]
-    assert None not in times
-    assert floor.floor(plain, arch).time_us < times[0] < times[1] < 2000
+    light = plan.estimate(plain, arch)
+    heavy = plan.estimate(dataclasses.replace(plain, epilogue=mish), arch)
+    assert light is not None and heavy is not None
+    assert floor.floor(plain, arch).time_us < light < heavy < 2000
 
 
 def test_an_estimate_counts_what_is_gathered_first():
@@ -342,7 +342,9 @@ def test_estimates_for_a_model():
         assert (pad.operand, pad.channels, pad.to) == ("output", 96, 128)
     assert linear.activations == {} and linear.pointwise is None
     sums = advice.totals()
-    expected = 2 * twice.now.estimate_us + first.now.estimate_us
+    one, other = twice.now.estimate_us, first.now.estimate_us
+    assert one is not None and other is not None
+    expected = 2 * one + other
     assert sums["now"] == sums["relu"] == pytest.approx(expected)
     assert sums["mish"] > sums["relu"]
 
