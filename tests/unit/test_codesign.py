@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +20,23 @@ from scipy import special
 
 import jax_bolt
 from jax_bolt._src import arch as arch_
-from jax_bolt._src import compat, evaluate, floor, ir, options, plan, resolve, results
+from jax_bolt._src import (
+    compat,
+    evaluate,
+    floor,
+    ir,
+    options,
+    plan,
+    region_text,
+    resolve,
+    results,
+)
 from jax_bolt._src.codesign import activation, advise, variants
 from jax_bolt._src.codesign.advice import Advice, SiteAdvice, Time
 from jax_bolt._src.tune import db, measure
 
 HOPPER = arch_.from_name("sm_90a")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = arch_.of_device("9.0", "NVIDIA H200", 132)
 ORIGIN = plan.Origin("sources", "nvcc 1")
 F32 = jnp.float32
@@ -300,6 +312,21 @@ def test_an_estimate_counts_what_is_gathered_first():
     assert of_ragged is not None and of_even is not None
     written_and_read = 2 * 2 * 32 * 56 * 56 * 64 / HOPPER.bandwidth * 1e6
     assert of_ragged > of_even + 0.9 * written_and_read
+
+
+def test_estimates_beside_what_was_measured():
+    """The best kernels of all kinds of regions, as the benchmark had them."""
+    ratios = []
+    for path in sorted(RESULTS.glob("kernels-nvidia-h200-*.json")):
+        document = json.loads(path.read_text())
+        for problem in document["problems"][::3]:
+            if problem.get("ours_us"):
+                estimate = plan.estimate(region_text.parse(problem["region"]), H200)
+                assert estimate is not None
+                ratios.append(estimate / problem["ours_us"])
+    assert len(ratios) > 20
+    assert 0.5 < min(ratios) and max(ratios) < 1.4
+    assert 0.85 < statistics.geometric_mean(ratios) < 1.1
 
 
 def test_no_estimate_where_no_kernel_takes_it():
