@@ -539,6 +539,20 @@ def test_what_the_budget_did_not_reach_is_estimated(gpu):
     assert first.now.text == "7.0" and times[-1].text.startswith("~")
 
 
+def test_what_xla_rearranges_is_estimated(gpu):
+    def fun(x, w):
+        return jax.nn.relu(jax.lax.conv_transpose(x, w, (2, 2), "SAME"))
+
+    args = cases.shape(2, 8, 8, 16), cases.shape(3, 3, 16, 24)
+    (site,) = gpu.advise(fun, *args).sites
+    assert [tuned.label for tuned in gpu.tuned] == ["conv_transpose3x3+relu"]
+    assert site.now.measured_us == 7.0
+    for time in site.activations.values():
+        assert time.estimate_us
+    # The kernel's channels are four times the model's.
+    assert site.channels == () and site.pointwise is None
+
+
 def test_an_architecture_by_name_is_not_measured(gpu):
     advice = gpu.advise(model, *MODEL, arch="sm_80")
     assert gpu.tuned == [] and (advice.arch, advice.device) == ("sm_80", "")

@@ -20,6 +20,7 @@ from ..options import Options
 from ..primitive import SiteInfo
 from ..rewrite import Rewritten
 from ..tune import target as targets
+from ..tune.progress import Progress
 from . import activation, variants
 from .advice import Advice, Padding, Pointwise, SiteAdvice, Time
 
@@ -109,8 +110,14 @@ def advise(
         origin = targets.origin(target.tools)
         _measure(subjects, target, active, progress)
     clock = _Clock(arch, active, origin)
+    sites: list[SiteAdvice] = []
+    with Progress(progress) as bar:
+        bar.start("estimating", len(subjects))
+        for subject in subjects:
+            sites.append(_advice(subject, clock, arch))
+            bar.step(subject.site.label)
     return Advice(
-        sites=tuple(_advice(subject, clock, arch) for subject in subjects),
+        sites=tuple(sites),
         activations=tuple(activations),
         arch=arch.name,
         device="" if device is None else arch.gpu or "",
@@ -138,8 +145,9 @@ def _subject(site: SiteInfo, count: int, activations: Sequence[str]) -> _Subject
         site=site,
         count=count,
         activations=others,
-        padded=tuple(variants.padded(region)),
-        chain=variants.chained(region),
+        # Of a transposed conv the kernel's channels are not the model's.
+        padded=tuple(variants.padded(region)) if site.result is None else (),
+        chain=variants.chained(region) if site.result is None else None,
     )
 
 
@@ -160,12 +168,21 @@ def _measure(
     wanted += [
         variants.site(region, subject.site.name)
         for subject in subjects
+        if not _is_rearranged(subject.site)
         for region in subject.regions
     ]
     unique = {site.region.text: site for site in reversed(wanted)}
     sites = [unique[text] for text in dict.fromkeys(s.region.text for s in wanted)]
     with results.remembering_no_failures():
         results.tune_missing(sites, target, active, retry=True, show_progress=progress)
+
+
+def _is_rearranged(site: SiteInfo) -> bool:
+    """Whether XLA puts its operands or result in order, which ``variants.site`` lacks.
+
+    What it could be is only estimated: a time without that would not compare.
+    """
+    return site.result is not None or any(view is not None for view in site.views)
 
 
 def _advice(subject: _Subject, clock: _Clock, arch: GpuArch) -> SiteAdvice:
