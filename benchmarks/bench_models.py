@@ -83,22 +83,22 @@ def bench_model(
         FROZEN: lambda _, x: frozen(x),
     }
     found = {
-        variant: _attempt(_first_call, fun, variables, x, expected)
+        variant: attempt(first_call, fun, variables, x, expected)
         for variant, fun in callables.items()
     }
     # Every variant in turn, so that a clock that drifts drifts for all of them; all
     # wall times before the first trace, which may leave the driver slower.
     # One round of traces: kernel times hardly vary, and a trace takes seconds.
     for step, key, prefix, count in (
-        (_wall, "wall_ms", "", settings.rounds),
-        (_queued, "queued_ms", "", settings.rounds),
+        (wall, "wall_ms", "", settings.rounds),
+        (queued, "queued_ms", "", settings.rounds),
         (_kernels, "kernels_ms", "trace_", 1),
     ):
         rounds: dict[str, list[dict[str, Any]]] = {v: [] for v in callables}
         for _ in range(count):
             for variant, fun in callables.items():
                 if "error" not in found[variant]:
-                    timed = _attempt(step, fun, variables, x, settings, prefix=prefix)
+                    timed = attempt(step, fun, variables, x, settings, prefix=prefix)
                     rounds[variant].append(timed)
         for variant, timed in rounds.items():
             found[variant] |= _middle(timed, key, f"{prefix}error")
@@ -110,7 +110,7 @@ def bench_model(
         "variants": found,
     }
     if "error" not in found[BOLT]:
-        result |= _attempt(_report, optimized, variables, x, prefix="report_")
+        result |= attempt(_report, optimized, variables, x, prefix="report_")
     result["ratios"] = ratios(result)
     return result
 
@@ -178,15 +178,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         times = [variants[v].get(which) for v in (PLAIN, CONV_FUSION, BOLT, FROZEN)]
         rows.append(
             f"{result['title']:22}{result['floor_ms']:8.3f}"
-            + "".join(_cell(t, 9, 3) for t in times)
-            + _cell(ratio.get(f"jit_over_bolt_{which}"), 10, 2)
-            + _cell(ratio.get(f"best_xla_over_bolt_{which}"), 10, 2)
-            + _cell(ratio.get(f"best_xla_over_frozen_{which}"), 12, 2)
-            + _cell(ratio.get(f"frozen_over_floor_{which}"), 14, 2)
-            + _cell(variants[PLAIN].get("wall_ms"), 10, 3)
-            + _cell(variants[BOLT].get("wall_ms"), 11, 3)
-            + _cell(ratio.get("gaps"), 7, 3)
-            + _cell(ratio.get("error"), 7, 2)
+            + "".join(cell(t, 9, 3) for t in times)
+            + cell(ratio.get(f"jit_over_bolt_{which}"), 10, 2)
+            + cell(ratio.get(f"best_xla_over_bolt_{which}"), 10, 2)
+            + cell(ratio.get(f"best_xla_over_frozen_{which}"), 12, 2)
+            + cell(ratio.get(f"frozen_over_floor_{which}"), 14, 2)
+            + cell(variants[PLAIN].get("wall_ms"), 10, 3)
+            + cell(variants[BOLT].get("wall_ms"), 11, 3)
+            + cell(ratio.get("gaps"), 7, 3)
+            + cell(ratio.get("error"), 7, 2)
         )
     for ours in ("bolt", "frozen"):
         for xla, key in (("jit", "jit"), ("XLA", "best_xla")):
@@ -228,9 +228,7 @@ def main(
     results: dict[str, dict[str, Any]] = {}
     for name in args.models:
         print(f"{name} ...", flush=True)
-        results[name] = _attempt(
-            bench_model, name, optimize, freeze, settings, ceilings
-        )
+        results[name] = attempt(bench_model, name, optimize, freeze, settings, ceilings)
         # One model's programs and constants must not crowd the next one's memory.
         jax.clear_caches()
         for problem in problems(results[name]):
@@ -267,9 +265,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _first_call(
+def first_call(
     fun: Callable[..., Any], variables: Any, x: jax.Array, expected: np.ndarray
 ) -> dict[str, Any]:
+    """How long it takes, and how far it is from what is ``expected``."""
     start = time.perf_counter()
     logits = jax.block_until_ready(fun(variables, x))
     first_call_s = time.perf_counter() - start
@@ -281,14 +280,15 @@ def _first_call(
     }
 
 
-def _wall(
+def wall(
     fun: Callable[..., Any], variables: Any, x: jax.Array, settings: Settings
 ) -> dict[str, Any]:
+    """The time of a call, the host's work included."""
     wall = timing.wall(fun, variables, x, runs=settings.runs)
     return {"wall_ms": wall.median * 1e3, "wall_lowest_ms": wall.lowest * 1e3}
 
 
-def _queued(
+def queued(
     fun: Callable[..., Any], variables: Any, x: jax.Array, settings: Settings
 ) -> dict[str, Any]:
     """The device's time per call while the host is ahead of it."""
@@ -330,7 +330,7 @@ def _report(optimized: Any, variables: Any, x: jax.Array) -> dict[str, Any]:
     return {"report": json.loads(optimized.explain(variables, x).to_json())}
 
 
-def _attempt(
+def attempt(
     step: Callable[..., dict[str, Any]], *args: Any, prefix: str = ""
 ) -> dict[str, Any]:
     """``step(*args)``, or its failure as data: a failing part must not end the run."""
@@ -348,7 +348,7 @@ def _timed_by(ratio: dict[str, float]) -> str:
     return "queued_ms" if "jit_over_bolt_queued_ms" in ratio else "wall_ms"
 
 
-def _cell(value: float | None, width: int, digits: int) -> str:
+def cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
 

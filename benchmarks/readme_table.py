@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes committed benchmark results into the README's table.
+"""Writes committed benchmark results into the README: its table, and its plot.
 
 python benchmarks/readme_table.py benchmarks/results/models-....json
+
+The README names the files that were used, so that a test can compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_README = Path(__file__).resolve().parents[1] / "README.md"
-_BEGIN, _END = "<!-- results -->", "<!-- /results -->"
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import readme_plot
+
+_ROOT = Path(__file__).resolve().parents[1]
+_RESULTS = _ROOT / "benchmarks" / "results"
+README, PLOT = _ROOT / "README.md", _ROOT / "docs" / "speedups.svg"
+_BEGIN, _END = re.compile(r"<!-- results:([^>]*) -->"), "<!-- /results -->"
 _COLUMNS = (
     *("model", "`jax.jit`", "best of XLA", "jax_bolt", "`jax.jit` / jax_bolt"),
     *("best of XLA / jax_bolt", "floor", "error ratio"),
@@ -74,13 +85,40 @@ def text(document: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def written(readme: str, names: Sequence[str], document: dict[str, Any]) -> str:
+    """``readme`` with the table of ``document``, made of the files ``names``.
+
+    Raises ValueError where it has no place for it.
+    """
+    found = _BEGIN.search(readme)
+    if found is None or _END not in readme[found.end() :]:
+        raise ValueError("the README has no <!-- results: ... --> and its end")
+    _, _, after = readme[found.end() :].partition(_END)
+    begin = f"<!-- results: {' '.join(names)} -->"
+    before = readme[: found.start()]
+    return f"{before}{begin}\n\n{text(document)}\n\n{_END}{after}"
+
+
+def names_in(readme: str) -> list[str]:
+    """The results files that the README's table says it is made of."""
+    found = _BEGIN.search(readme)
+    return [] if found is None else found[1].split()
+
+
+def read(names: Sequence[str]) -> dict[str, Any]:
+    """The committed results of these names, as one; raises as ``merged`` does."""
+    return merged([json.loads((_RESULTS / name).read_text()) for name in names])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("results", type=Path, nargs="+")
-    document = merged([json.loads(p.read_text()) for p in parser.parse_args().results])
-    before, _, rest = _README.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _README.write_text(f"{before}{_BEGIN}\n\n{text(document)}\n\n{_END}{after}")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="files of benchmarks/results"
+    )
+    names = [path.name for path in parser.parse_args(argv).results]
+    document = read(names)
+    README.write_text(written(README.read_text(), names, document))
+    PLOT.write_text(readme_plot.svg(document))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ def predict(params, images):
 
 import importlib.metadata as _metadata
 
+from ._src.api import advise as advise
 from ._src.api import clear_cache as clear_cache
 from ._src.api import explain as explain
 from ._src.api import optimize as optimize
 from ._src.api import tune as tune
+from ._src.codesign.advice import Advice as Advice
 from ._src.errors import CacheError as CacheError
 from ._src.errors import CompileError as CompileError
 from ._src.errors import UnsupportedError as UnsupportedError

@@ -156,30 +156,41 @@ MODELS: dict[str, Model] = {
 MEASURED = ("resnet18", "resnet50", "vgg16", "repvgg_a0", "repvgg_a0_hard_swish")
 
 
-def make(name: str, dtype: Any = jnp.bfloat16, small: bool = False) -> nn.Module:
-    """The Flax module called ``name``, computing in ``dtype``; KeyError if unknown."""
-    if name not in MODELS:
-        raise KeyError(f"unknown model {name!r}; one of {', '.join(MODELS)}")
-    model = MODELS[name]
+def _known(model: str | Model) -> Model:
+    if isinstance(model, Model):
+        return model
+    if model not in MODELS:
+        raise KeyError(f"unknown model {model!r}; one of {', '.join(MODELS)}")
+    return MODELS[model]
+
+
+def make(
+    model: str | Model, dtype: Any = jnp.bfloat16, small: bool = False
+) -> nn.Module:
+    """The Flax module of a model, given by its name or as one, computing in ``dtype``.
+
+    Raises KeyError on an unknown name.
+    """
+    model = _known(model)
     return model.make(dtype=dtype, **(model.small if small else {}))
 
 
 def shapes(
-    name: str,
+    model: str | Model,
     batch: int = 32,
     image: int = 224,
     dtype: Any = jnp.bfloat16,
     small: bool = False,
 ) -> tuple[Apply, Any, jax.ShapeDtypeStruct]:
     """As ``build``, with ``jax.ShapeDtypeStruct`` in place of every array."""
-    module = make(name, dtype, small)
+    module = make(model, dtype, small)
     x = jax.ShapeDtypeStruct((batch, image, image, 3), dtype)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     return _apply(module), variables, x
 
 
 def build(
-    name: str,
+    model: str | Model,
     batch: int = 32,
     image: int = 224,
     dtype: Any = jnp.bfloat16,
@@ -190,10 +201,10 @@ def build(
 
     ``variables`` are float32, as Flax keeps them; ``x`` is [batch, image, image, 3].
     """
-    apply, like, x_like = shapes(name, batch, image, dtype, small)
+    apply, like, x_like = shapes(model, batch, image, dtype, small)
     # NumPy's generator: JAX's would be compiled anew for every parameter's shape.
     rng = np.random.default_rng(key)
-    gain = MODELS[name].gain
+    gain = _known(model).gain
     variables = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(_leaf(path[-1].key, leaf, gain, rng)), like
     )
@@ -201,12 +212,14 @@ def build(
     return apply, variables, x
 
 
-def reference(name: str, dtype: Any = jnp.float32, small: bool = False) -> Apply:
+def reference(
+    model: str | Model, dtype: Any = jnp.float32, small: bool = False
+) -> Apply:
     """The same model in ``dtype`` at the highest matmul precision.
 
     Takes the variables and the ``x`` of ``build``. float64 needs JAX's x64 mode.
     """
-    module = make(name, dtype, small)
+    module = make(model, dtype, small)
 
     def apply(variables: Any, x: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):

@@ -21,6 +21,7 @@ from . import options
 from .options import OnError, OnMiss, Options
 
 if TYPE_CHECKING:
+    from .codesign.advice import Advice
     from .report import Report
     from .rewrite import Rewritten
 
@@ -82,6 +83,23 @@ class Optimized:
 
         with options.options(**self._changes):
             return program.tune(self._rewritten(args, kwargs), budget_s, progress)
+
+    def advise(
+        self,
+        *args: Any,
+        arch: str | None = None,
+        activations: Sequence[str] | None = None,
+        budget_s: float | None = None,
+        progress: bool = True,
+        **kwargs: Any,
+    ) -> Advice:
+        """See ``jax_bolt.advise``."""
+        from .codesign import advise
+
+        names = advise.ACTIVATIONS if activations is None else tuple(activations)
+        with options.options(**self._changes):
+            rewritten = self._rewritten(args, kwargs)
+            return advise.advise(rewritten, arch, names, budget_s, progress)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -310,6 +328,49 @@ def tune(
     if not isinstance(fun, Optimized):
         fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
     return fun.tune(*args, budget_s=budget_s, progress=progress, **kwargs)
+
+
+def advise(
+    fun: Callable[..., Any],
+    *args: Any,
+    arch: str | None = None,
+    activations: Sequence[str] | None = None,
+    budget_s: float | None = None,
+    progress: bool = True,
+    static_argnums: int | Sequence[int] = (),
+    **kwargs: Any,
+) -> Advice:
+    """What ``fun`` would take with other activations, channels and 1x1 convs.
+
+    For whoever designs the model: nothing is changed. On a GPU all of it is tuned and
+    measured, as ``tune`` does; without one, or for an ``arch``, the times are estimates
+    of the rank model, and say so.
+
+    Args:
+      fun: the function, plain or optimized.
+      args, kwargs: its arguments; arrays or ``jax.ShapeDtypeStruct``.
+      arch: the architecture to estimate for, such as "sm_90a", without measuring; by
+        default the GPU JAX sees, which is measured on, or "sm_90a" where there is none.
+      activations: names of functions of ``jax.nn`` to try; by default relu, gelu, silu,
+        hard_swish, softplus and mish.
+      budget_s: seconds it may take; what is not reached is estimated.
+      progress: whether to show a progress bar on a terminal.
+
+    Raises:
+      UnsupportedError: an unknown ``arch``, or a GPU without kernels.
+      CompileError: there is a GPU to measure on, but no CUDA compiler.
+      ValueError: one of ``activations`` is none of ``jax.nn``.
+    """
+    if not isinstance(fun, Optimized):
+        fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
+    return fun.advise(
+        *args,
+        arch=arch,
+        activations=activations,
+        budget_s=budget_s,
+        progress=progress,
+        **kwargs,
+    )
 
 
 def clear_cache() -> None:

@@ -23,6 +23,7 @@ examples:
   python -m jax_bolt doctor                      is all here that kernels need?
   python -m jax_bolt explain model.py:predict    what runs, and why
   python -m jax_bolt tune model.py:predict       ahead of time, on the GPU
+  python -m jax_bolt advise model.py:predict     other activations, channels, layers
   python -m jax_bolt cache export tuned.zip      take the results elsewhere
 
 `COMMAND --help` has more. The exit status is 0 when done, 1 when not, and 2 when the

@@ -91,13 +91,38 @@ def outputs(
     Returns:
       each ``[rows, channels]`` of ``dtype``.
     """
-    problem = region.problem
-    acc = _product(problem, a.astype(dtype), b.astype(dtype))
-    full = (problem.rows, problem.channels)
+    highest = lax.Precision.HIGHEST
+    acc = _product(region.problem, a.astype(dtype), b.astype(dtype), highest)
+    return _from(acc, region, sides, vectors)
+
+
+def as_programs_do(
+    region: ir.Region,
+    a: jax.Array,
+    b: jax.Array,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+) -> tuple[jax.Array, ...]:
+    """The region's outputs as plain JAX has them: the root in the operands' dtype, what
+    follows in float32, unrounded.
+
+    Arguments and results are those of ``outputs``.
+    """
+    acc = _product(region.problem, a, b, None).astype(jnp.float32)
+    return _from(acc, region, sides, vectors)
+
+
+def _from(
+    acc: jax.Array,
+    region: ir.Region,
+    sides: Sequence[jax.Array],
+    vectors: Sequence[jax.Array],
+) -> tuple[jax.Array, ...]:
+    """The outputs, from the root's result, and in its dtype."""
     values: dict[int, Any] = {}
     _values(values, enumerate(region.epilogue.ops), acc, sides, vectors)
     return tuple(
-        jnp.broadcast_to(values[output.value], full).astype(dtype)
+        jnp.broadcast_to(values[output.value], acc.shape).astype(acc.dtype)
         for output in region.epilogue.outputs
     )
 
@@ -158,8 +183,9 @@ def _wide(x: Any, dtype: Any) -> Any:
     return x if x.dtype == bool else x.astype(dtype)
 
 
-def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
-    highest = lax.Precision.HIGHEST
+def _product(
+    problem: ir.Problem, a: jax.Array, b: jax.Array, precision: Any
+) -> jax.Array:
     if isinstance(problem, ir.ConvProblem):
         top, bottom, left, right = problem.padding
         k, r, s, c = problem.k, problem.r, problem.s, problem.group_channels
@@ -172,7 +198,7 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
             rhs_dilation=problem.dilation,
             dimension_numbers=("NHWC", "OHWI" if packed else "HWIO", "NHWC"),
             feature_group_count=problem.groups,
-            precision=highest,
+            precision=precision,
         )
         return y.reshape(problem.rows, problem.channels)
     p = problem
@@ -180,5 +206,5 @@ def _product(problem: ir.Problem, a: jax.Array, b: jax.Array) -> jax.Array:
     shape_b = (p.k, p.n) if p.b_layout == "row" else (p.n, p.k)
     a, b = a.reshape(p.batch, *shape_a), b.reshape(p.batch, *shape_b)
     contract = ((2 if p.a_layout == "row" else 1,), (1 if p.b_layout == "row" else 2,))
-    y = lax.dot_general(a, b, (contract, ((0,), (0,))), precision=highest)
+    y = lax.dot_general(a, b, (contract, ((0,), (0,))), precision=precision)
     return y.reshape(p.rows, p.channels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m jax_bolt explain`` and ``tune``: a function that a module names.
+"""``python -m jax_bolt explain``, ``tune`` and ``advise``, of a function in a module.
 
 The function is named as MODULE:FUNCTION, its arguments by a function without
 parameters that returns them. What goes wrong in the user's own code is told with its
@@ -25,6 +25,8 @@ from typing import Any
 import jax
 
 from . import api
+from .codesign import activation
+from .codesign.advice import Advice
 from .command import UsageError, UserCodeError, add_parser, architecture
 from .report import Report
 
@@ -54,27 +56,45 @@ examples:
 Needs the GPU. `python -m jax_bolt cache export` takes the results elsewhere.
 
 {_NAMING}"""
+_ADVISE = f"""\
+examples:
+  python -m jax_bolt advise model.py:predict                    measured on the GPU here
+  python -m jax_bolt advise model.py:predict --budget-s 120     the longest sites first
+  python -m jax_bolt advise model.py:predict --arch sm_90a      estimated, without a GPU
+  python -m jax_bolt advise model.py:predict --activations relu,elu --json
+
+Says what the model's convs and products would take with other activations; which of
+their channels fill no unit of the hardware, and what more channels would take; and what
+a 1x1 conv after each spatial one would add. Estimates are those of the model that puts
+candidates in order, and are marked with "~". Nothing is changed.
+
+{_NAMING}"""
 
 
 def add_to(commands: Any) -> None:
-    """Adds ``explain`` and ``tune`` to the parsers of a command line."""
+    """Adds the three commands to the parsers of a command line."""
     text = "says what runs each conv and product of a function, and why"
     explain = add_parser(commands, "explain", text, _EXPLAIN, _explain)
     _add_naming(explain)
-    explain.add_argument(
-        "--arch", metavar="NAME", help="such as sm_90a (default: that of the GPU here)"
-    )
+    _add_arch(explain, "that of the GPU here")
     _add_output(explain)
     text = "tunes and compiles all that a function needs, ahead of time"
     tune = add_parser(commands, "tune", text, _TUNE, _tune)
     _add_naming(tune)
-    tune.add_argument(
-        "--budget",
-        type=_seconds,
-        metavar="SECONDS",
-        help="what it may take (default: the option budget_s)",
-    )
+    _add_budget(tune)
     _add_output(tune)
+    text = "says what other activations, channels and 1x1 convs would take"
+    advise = add_parser(commands, "advise", text, _ADVISE, _advise)
+    _add_naming(advise)
+    _add_arch(advise, "the GPU here is measured, or sm_90a estimated")
+    _add_budget(advise)
+    advise.add_argument(
+        "--activations",
+        type=_names,
+        metavar="NAME[,NAME]",
+        help="functions of jax.nn to try (default: the common ones)",
+    )
+    _add_json(advise)
 
 
 def _add_naming(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +107,27 @@ def _add_naming(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_arch(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--arch", metavar="NAME", help=f"such as sm_90a (default: {default})"
+    )
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        *("--budget", "--budget-s"),
+        type=_seconds,
+        metavar="SECONDS",
+        help="what it may take (default: the option budget_s)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="also write the report as a page"
     )
@@ -96,6 +135,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     architecture(args.arch)  # before the user's module, which may take long
+    _check_html(args)
     fun, given = _named(args)
     with contextlib.redirect_stdout(sys.stderr):
         report = api.explain(fun, *given, arch=args.arch)
@@ -107,15 +147,47 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
+    _check_html(args)
     fun, given = _named(args)
     with contextlib.redirect_stdout(sys.stderr):
         report = api.tune(fun, *given, budget_s=args.budget)
     _show(report, args)
 
 
+def _advise(args: argparse.Namespace) -> None:
+    architecture(args.arch)
+    try:
+        for name in args.activations or ():
+            activation.named(name, "f32")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    fun, given = _named(args)
+    with contextlib.redirect_stdout(sys.stderr):
+        advice = api.advise(
+            fun,
+            *given,
+            arch=args.arch,
+            activations=args.activations,
+            budget_s=args.budget,
+        )
+    _print(advice, args)
+
+
+def _check_html(args: argparse.Namespace) -> None:
+    """Now, and not when all is done."""
+    if args.html is not None and not args.html.absolute().parent.is_dir():
+        raise UsageError(f"there is no directory {args.html.absolute().parent}")
+
+
 def _show(report: Report, args: argparse.Namespace) -> None:
     if args.html is not None:
         report.to_html(args.html)
+    _print(report, args)
+    if args.html is not None:
+        print(f"{args.html} is written", file=sys.stderr)
+
+
+def _print(report: Report | Advice, args: argparse.Namespace) -> None:
     if args.json:
         print(report.to_json())
     elif sys.stdout.isatty():
@@ -124,8 +196,6 @@ def _show(report: Report, args: argparse.Namespace) -> None:
         Console().print(report)
     else:
         print(report)
-    if args.html is not None:
-        print(f"{args.html} is written", file=sys.stderr)
 
 
 # --- What the user names
@@ -133,9 +203,6 @@ def _show(report: Report, args: argparse.Namespace) -> None:
 
 def _named(args: argparse.Namespace) -> tuple[Callable, tuple[Any, ...]]:
     """The function and its arguments; UsageError where there are none such."""
-    if args.html is not None and not args.html.absolute().parent.is_dir():
-        # Now, and not when all is done.
-        raise UsageError(f"there is no directory {args.html.absolute().parent}")
     # What their code prints is no part of what is asked for.
     with contextlib.redirect_stdout(sys.stderr):
         place, name = _parts(args.function)
@@ -270,6 +337,10 @@ def _short(value: Any) -> str:
         return f"an array, {value.dtype}[{sizes}]"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) < 60 else text[:60] + '...'}"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _seconds(text: str) -> float:

@@ -48,6 +48,22 @@ def floor(region: ir.Region, arch: GpuArch) -> Floor:
     )
 
 
+def of_chain(chain: ir.Chain, arch: GpuArch) -> Floor:
+    """The floor of two regions in one launch on ``arch``."""
+    first, second = floor(chain.first, arch), floor(chain.second, arch)
+    kept = chain.first.bytes_moved + chain.second.bytes_moved - chain.bytes_moved
+    moved = first.bytes_moved + second.bytes_moved - kept
+    compute_us = None
+    if first.compute_us is not None and second.compute_us is not None:
+        compute_us = first.compute_us + second.compute_us
+    return Floor(
+        flops=first.flops + second.flops,
+        bytes_moved=moved,
+        compute_us=compute_us,
+        memory_us=moved / arch.bandwidth * 1e6,
+    )
+
+
 def _unread_bytes(problem: ir.Problem) -> int:
     """What no output needs of the image, such as 3/4 of it for a 1x1 of stride 2."""
     if isinstance(problem, ir.GemmProblem):

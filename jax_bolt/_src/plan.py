@@ -60,6 +60,11 @@ class Candidate:
         return self.template.reasoning(self.form.region, self.config, self.arch)
 
     @property
+    def micros(self) -> float:
+        """About what a launch takes, in µs: an estimate of its template's."""
+        return self.template.micros(self.form.region, self.config, self.arch)
+
+    @property
     def text(self) -> str:
         return f"{self.template.name} {self.config.text} ({self.form.name})"
 
@@ -260,6 +265,31 @@ def unmeasured(
     found, reasons = chain_candidates(chain, arch, disable)
     refused = "; ".join(reasons) or "no kernel takes it"
     return Rejection(refused if not found else failed or "it was not timed")
+
+
+def estimate(
+    region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
+) -> float | None:
+    """About what the best kernel takes, in µs, unmeasured; None where there is none.
+
+    Rearranging the left operand counts, the right one's does not: it is a parameter.
+    """
+    found, _ = candidates(region, arch, disable)
+    firsts: dict[tuple[str, str], Candidate] = {}
+    for candidate in found:
+        firsts.setdefault((candidate.form.name, candidate.template.name), candidate)
+    times = [c.micros + _gathering(region, c.form, arch) for c in firsts.values()]
+    return min(times, default=None)
+
+
+def _gathering(region: ir.Region, form: forms.Form, arch: GpuArch) -> float:
+    """What XLA takes to write the form's left operand, in µs."""
+    read, _ = region.problem.operand_elements
+    written, _ = form.region.problem.operand_elements
+    if read == written:
+        return 0.0
+    moved = (read + written) * ir.ITEM_BYTES[region.problem.dtype]
+    return moved / arch.bandwidth * 1e6
 
 
 def tuned(

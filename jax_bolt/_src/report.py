@@ -125,27 +125,32 @@ class Report:
                 micros(site.floor.time_us if site.floor else None),
             )
             # Text, since rich would read the brackets of a problem as markup.
-            table.add_row(*map(Text, map(_printable, row)), style=_style(site))
+            table.add_row(*map(Text, map(printable, row)), style=_style(site))
         for pool in self.pools:
             label, _, _ = pool.problem.partition("[")
             row = (pool.name, label, pool.problem, pool.what_runs)
-            table.add_row(*map(Text, map(_printable, row)))
+            table.add_row(*map(Text, map(printable, row)))
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return plain(self)
 
-        text = io.StringIO()
-        # Said explicitly, since rich would ask the environment (FORCE_COLOR, COLUMNS).
-        console = Console(
-            file=text,
-            width=_WIDTH,
-            no_color=True,
-            force_terminal=False,
-            force_jupyter=False,
-        )
-        console.print(self.__rich__())
-        return text.getvalue()
+
+def plain(rich_text: Any) -> str:
+    """What rich would show, as text that is the same wherever it is printed."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    # Said explicitly, since rich would ask the environment (FORCE_COLOR, COLUMNS).
+    console = Console(
+        file=text,
+        width=_WIDTH,
+        no_color=True,
+        force_terminal=False,
+        force_jupyter=False,
+    )
+    console.print(rich_text)
+    return text.getvalue()
 
 
 def _style(site: Site) -> str:
@@ -155,6 +160,6 @@ def _style(site: Site) -> str:
     return "dim" if site.fused else "yellow"
 
 
-def _printable(text: str) -> str:
-    # A scope may be called anything, and could hold what steers a terminal.
+def printable(text: str) -> str:
+    """``text`` for a terminal: a scope may be called anything, and could steer one."""
     return "".join(c if c.isprintable() else "?" for c in text)

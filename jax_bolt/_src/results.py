@@ -7,6 +7,7 @@ it does not try again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator, Sequence
@@ -203,7 +204,8 @@ def _rival(site: ChainInfo, target: Target, options: Options) -> Rival | str:
         (a.shape, a.dtype)
         for a in (site.second.in_avals[i] for i in site.second.operands[:2])
     )
-    if not only_views(second.form.name, second.problem, *read):
+    reads_it = site.region.side is None
+    if reads_it and not only_views(second.form.name, second.problem, *read):
         return f"{site.second.name} rearranges what it reads"
     times = [e.time_us if e.choice == "kernel" else e.xla_time_us for e in chosen]
     mixed = any(entry.choice == "xla" for entry in chosen) and None not in times
@@ -223,6 +225,18 @@ def loaded(
     digest = target.kernels.digest(target.toolchain, source, target.arch)
     built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
     return executable(site.region, candidate, digest, built[digest], target)
+
+
+@contextlib.contextmanager
+def remembering_no_failures() -> Iterator[None]:
+    """What fails to be tuned inside is tried again after it, by whoever needs it."""
+    with lock:
+        before = dict(failures)
+        try:
+            yield
+        finally:
+            failures.clear()
+            failures.update(before)
 
 
 def forget() -> None:

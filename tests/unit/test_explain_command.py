@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m jax_bolt explain`` and ``tune``, and what they say of users' mistakes."""
+"""``python -m jax_bolt explain``, ``tune`` and ``advise``, and users' mistakes."""
 
 from __future__ import annotations
 
@@ -174,8 +174,10 @@ def test_a_file_whose_name_is_taken_is_still_that_file(model, run, tmp_path):
         (["math:sqrt"], "math has no function example_args: add one"),
     ],
 )
-@pytest.mark.parametrize("command", ["explain", "tune"])
+@pytest.mark.parametrize("command", ["explain", "tune", "advise"])
 def test_mistakes_in_naming(model, run, command, arguments, message):
+    if command == "advise" and "--html" in arguments:
+        message = "unrecognized arguments: --html"
     printed, said = run(command, *arguments, status=2)
     assert message in said and said.count("error:") == 1
     assert printed == ""
@@ -247,6 +249,45 @@ def test_tuning_gets_its_budget(model, run, monkeypatch):
     assert asked == [("predict", shapes, 2.5), ("predict", shapes, None)]
 
 
+def test_advice(model, run):
+    command = ("advise", f"{model}:predict", "--arch", "sm_90a")
+    printed, said = run(*command)
+    assert printed.startswith("Estimates (~) of the rank model for sm_90a")
+    assert "dot+relu" in printed and "hard_swish" in printed
+    assert "the module was imported" in said
+    printed, _ = run(*command, "--activations", "relu,elu", "--json")
+    (site,) = json.loads(printed)["sites"]
+    assert list(site["activations"]) == ["relu", "elu"]
+    assert site["channels"][0]["to"] == 64
+
+
+def test_mistakes_in_asking_for_advice(model, run):
+    command = ("advise", f"{model}:predict")
+    _, said = run(*command, "--activations", "relu,softmax", status=2)
+    assert "'softmax' is no activation: name functions of jax.nn" in said
+    assert "the module was imported" not in said
+    _, said = run(*command, "--arch", "sm_1", status=2)
+    assert "unknown architecture 'sm_1'" in said
+    _, said = run(*command, "--budget-s", "soon", status=2)
+    assert "is no number of seconds" in said
+
+
+def test_advice_gets_what_it_is_given(model, run, monkeypatch):
+    asked = []
+
+    def advise(fun, *args, **given):
+        asked.append(given)
+        return jax_bolt.Advice((), (), "sm_90a")
+
+    monkeypatch.setattr(api, "advise", advise)
+    run("advise", f"{model}:predict", "--budget-s", "2.5", "--activations", "relu")
+    run("advise", f"{model}:predict", "--budget", "3", "--arch", "sm_80")
+    assert asked == [
+        {"arch": None, "activations": ("relu",), "budget_s": 2.5},
+        {"arch": "sm_80", "activations": None, "budget_s": 3.0},
+    ]
+
+
 def test_as_a_user_runs_it(tmp_path):
     (tmp_path / "a_model.py").write_text(MODEL)
     done = subprocess.run(
@@ -262,7 +303,7 @@ def test_as_a_user_runs_it(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("doctor",), ("explain",), ("tune",), ("warm",), ("cache",)],
+    [(), *((name,) for name in "doctor explain tune advise warm cache".split())],
 )
 def test_help_has_examples(run, arguments):
     printed, _ = run(*arguments, "--help")

@@ -105,6 +105,16 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return tiles.reasoning(str(config["tile"]), p.rows, p.channels, 1, arch)
 
 
+def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
+    """What its tiles' products or device memory take, in µs."""
+    p = region.problem
+    assert isinstance(p, ir.ConvProblem)
+    tile = tiles.named(_TILES, str(config["tile"]), ir.ITEM_BYTES[p.dtype])
+    depth = _depth(p, tile.k, int(config["few_channels"]))
+    work = tiles.cost(tile, p.rows, p.k, depth, 1, arch.sm_count)
+    return tiles.micros(work, region, arch)
+
+
 def _depths(p: ir.ConvProblem) -> tuple[int, ...]:
     """Tile depths at which K should run densely over taps and channels: those that
     hold several whole taps."""

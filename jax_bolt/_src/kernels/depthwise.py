@@ -87,6 +87,11 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return estimate(Tile.of(config), region, arch).text
 
 
+def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
+    """What the rank model expects of it, in µs."""
+    return estimate(Tile.of(config), region, arch).micros
+
+
 def prologue(region: ir.Region) -> str | None:
     """None: operands are taken as they lie."""
     del region

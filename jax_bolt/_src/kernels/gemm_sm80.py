@@ -97,6 +97,15 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return tiles.reasoning(str(config["tile"]), p.m, p.n, p.batch, arch)
 
 
+def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
+    """What its tiles' products or device memory take, in µs."""
+    p = region.problem
+    assert isinstance(p, ir.GemmProblem)
+    tile = tiles.named(_TILES, str(config["tile"]), ir.ITEM_BYTES[p.dtype])
+    work = tiles.cost(tile, p.m, p.n, p.k, p.batch, arch.sm_count)
+    return tiles.micros(work, region, arch)
+
+
 def store_alignment(region: ir.Region) -> int:
     """Elements of the result one thread writes at once; 8 at most, even of one byte."""
     return min(8, alignment(region.problem.channels, region.epilogue.out_dtype))

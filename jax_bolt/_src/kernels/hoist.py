@@ -37,6 +37,7 @@ def constant(epilogue: ir.Epilogue) -> tuple[bool, ...]:
     return tuple(known)
 
 
+@functools.lru_cache(maxsize=1024)  # every tile asks
 def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
     """The per-channel values that per-element ones (or outputs) read, in order.
 

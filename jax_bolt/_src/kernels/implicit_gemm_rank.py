@@ -52,6 +52,11 @@ class Estimate:
     total: float
 
     @property
+    def micros(self) -> float:
+        """The whole launch, in µs."""
+        return self.total / _CLOCK * 1e6
+
+    @property
     def text(self) -> str:
         def us(cycles: float) -> str:
             return f"{cycles / _CLOCK * 1e6:.1f}"

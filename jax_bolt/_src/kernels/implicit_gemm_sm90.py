@@ -132,6 +132,14 @@ def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
     return rank.estimate(Tile.of(config), image, region, arch).text
 
 
+def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
+    """What the rank model expects of it, in µs, and what its prologue moves."""
+    image = Image.of(region.problem)
+    packed = image.packing.workspace_bytes if image.packing else 0
+    own = rank.estimate(Tile.of(config), image, region, arch).micros
+    return own + 2 * packed / arch.bandwidth * 1e6  # written, and read again
+
+
 def prologue(region: ir.Region) -> str | None:
     """The C++ type that ``JAX_BOLT_PROLOGUE`` takes, for images of few channels."""
     packing = Image.of(region.problem).packing

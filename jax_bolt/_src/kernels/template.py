@@ -41,6 +41,10 @@ class Template(Protocol):
         """Why the config stands where it does in ``configs``."""
         ...
 
+    def micros(self, region: ir.Region, config: Config, arch: GpuArch) -> float:
+        """About how many µs a launch takes: what a plan without a GPU goes by."""
+        ...
+
 
 class CubinTemplate(Template, Protocol):
     """A template whose ``artifact`` is "cubin"."""

@@ -9,6 +9,11 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 
+_START_US = 2.0
+_STORE = 4  # instructions for an element of the result, beside the epilogue's
+_LANES, _CLOCK = 128, 1.4e9  # of an SM, for each instruction
+_SHARE_OF_WGMMA = 0.6  # of Hopper's peak, what mma.sync reaches
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tile:
@@ -61,6 +66,28 @@ def cost(
     """
     ctas = -(-rows // tile.m) * -(-channels // tile.n) * batch
     return -(-ctas // sms) * tile.m * tile.n * (depth + 256) / tile.rate
+
+
+def named(tiles: tuple[Tile, ...], shape: str, item_bytes: int) -> Tile:
+    """That of ``tiles``, for elements of ``item_bytes``, whose shape is ``shape``."""
+    return next(t for t in of_item(tiles, item_bytes) if t.shape == shape)
+
+
+def micros(work: float, region: ir.Region, arch: GpuArch) -> float:
+    """About what a launch takes, in µs: ``work`` is the ``cost`` of its tiles.
+
+    The longer of products and epilogue, and of device memory. Nothing of it was fitted:
+    tiles are put in order by ``cost`` alone.
+    """
+    problem = region.problem
+    memory = region.bytes_moved / arch.bandwidth
+    values = problem.rows * problem.channels * (_STORE + hoist.work(region.epilogue))
+    own = values / (arch.sm_count * _LANES * _CLOCK)
+    if arch.peak_flops is not None:
+        peak = arch.peak_flops * (_SHARE_OF_WGMMA if arch.sm == 90 else 1)
+        peak /= 2 if problem.dtype == "f32" else 1
+        own += 2 * work * arch.sm_count / peak
+    return _START_US + max(own, memory) * 1e6
 
 
 def reasoning(shape: str, rows: int, channels: int, batch: int, arch: GpuArch) -> str:
