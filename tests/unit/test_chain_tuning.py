@@ -390,6 +390,30 @@ def test_a_site_without_a_kernel_of_its_own(
     assert reason.endswith("has no kernel of its own")
 
 
+def test_a_template_that_fails_costs_only_its_chain(
+    machine: resolve.Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("of ours")
+
+    known(machine)
+    first, second = pairs(three, *ARGS)
+    known_third = site_entry(second.info.second)
+    machine.results.put(machine.arch, {second.info.second.region: known_third})
+    rival = results._rival
+
+    def failing(site: Any, *rest: Any) -> Any:
+        return fail() if site is first.info else rival(site, *rest)
+
+    monkeypatch.setattr(results, "_rival", failing)
+    calls = tuning(monkeypatch, lambda *_: {})
+    infos = [first.info, second.info]
+    results.tune_chains(infos, machine, options.current())
+    ((tuned, _, _),) = calls
+    assert tuned == [second.info]
+    assert results.failure(machine.arch, first.info.region) == "of ours"
+
+
 def test_without_a_compiler_nothing_is_tuned(
     machine: resolve.Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
