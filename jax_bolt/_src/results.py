@@ -203,7 +203,9 @@ def _rival(site: ChainInfo, target: Target, options: Options) -> Rival:
     first, second = kernels
     avals = (site.second.in_avals[i] for i in site.second.operands[:2])
     read = ((aval.shape, aval.dtype) for aval in avals)
-    if not only_views(second.form.name, second.problem, *read):
+    takes = only_views(second.form.name, second.problem, *read)
+    # A side input is read as it lies by every kernel.
+    if site.region.side is None and not takes:
         raise Untunable(f"{site.second.name} rearranges what it reads")
     times = [e.time_us if e.choice == "kernel" else e.xla_time_us for e in chosen]
     mixed = any(entry.choice == "xla" for entry in chosen) and None not in times
