@@ -91,7 +91,7 @@ class Report:
         title = f"{fused} of {len(self.sites)} roots fused"
         if not self.arch:
             return f"{title}, no GPU to plan for"
-        kernels = sum(site.kernel not in ("", "xla") for site in self.sites)
+        kernels = sum(_runs_on_kernel(site) for site in self.sites)
         return f"{title}, {kernels} on kernels, planned for {self.arch}"
 
     def __rich__(self) -> Any:
@@ -153,9 +153,13 @@ def plain(rich_text: Any) -> str:
     return text.getvalue()
 
 
+def _runs_on_kernel(site: Site) -> bool:
+    return site.chain is not None or site.kernel not in ("", "xla")
+
+
 def _style(site: Site) -> str:
     """Dim where XLA keeps a site, yellow where the matcher refused it."""
-    if site.kernel != "xla":
+    if site.kernel != "xla" or site.chain is not None:
         return ""
     return "dim" if site.fused else "yellow"
 

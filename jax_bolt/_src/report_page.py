@@ -84,13 +84,18 @@ def _times(sites: Sequence[Site]) -> _Markup:
         for label, kind, value in rows
     ]
     speedup = summed.xla_us / summed.chosen_us if summed.chosen_us else 1.0
+    chained = (
+        " Each site has the time of its own kernel, the sums what chains save."
+        if any(site.chain is not None for site in sites)
+        else ""
+    )
     return _tag(
         "section",
         _tag("h2", f"Time before and after: {speedup:.2f} times as fast"),
         _tag(
             "p",
             f"Sums over {summed.timed} of {len(sites)} sites, those that were timed. "
-            "The rest of the program (pooling, softmax, ...) is not in them.",
+            "The rest of the program (pooling, softmax, ...) is not in them." + chained,
             class_="note",
         ),
         *bars,

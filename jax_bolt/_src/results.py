@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from .plan import Plan, Rejection
 from .primitive import SiteInfo
 from .tune import adopt, db, search
 from .tune.rival import Rival
+from .tune.search import Untunable
 from .tune.target import Target, executable
+
+logger = logging.getLogger(__name__)
 
 # Held by the thread that tunes or builds; the others then find the result.
 lock = threading.RLock()
@@ -164,13 +168,14 @@ def tune_chains(
             if key in failures and not retry:
                 continue
             failures.pop(key, None)
-            found, reasons = plan.chain_candidates(chain, target.arch, options.disable)
-            rival = _rival(site, target, options) if found else "; ".join(reasons)
-            if isinstance(rival, Rival):
+            try:
+                if not plan.chain_candidates(chain, target.arch, options.disable)[0]:
+                    continue
+                rivals[chain.text] = _rival(site, target, options)
                 missing.append(site)
-                rivals[chain.text] = rival
-            elif found:
-                failures[key] = rival
+            except Exception as error:  # a fault of ours, say: the others have none
+                logger.info("%s", site, exc_info=True)
+                failures[key] = str(error) or type(error).__name__
         if not missing:
             return
         target.kernels.check()
@@ -179,34 +184,30 @@ def tune_chains(
         failures.update({(device, text): reason for text, reason in failed.items()})
 
 
-def _rival(site: ChainInfo, target: Target, options: Options) -> Rival | str:
-    """What a chain is to be compared with, or why there is nothing."""
+def _rival(site: ChainInfo, target: Target, options: Options) -> Rival:
+    """What a chain is to be compared with; raises Untunable where there is nothing."""
     kernels: list[Executable] = []
     chosen: list[db.Entry] = []
     for each in (site.first, site.second):
         made = stored(each.region, target.arch, options, target.origin)
         if made is None or made.entry is None:
-            return f"{each.name} was not tuned"
+            raise Untunable(f"{each.name} was not tuned")
         entry = made.entry
         names = (entry.form, entry.template, entry.config)
         candidate = plan.named(each.region, target.arch, *names)
         if candidate is None:
-            return f"{each.name} has no kernel of its own"
-        try:
-            kernel = loaded(each, Plan(candidate, "user", entry), target, options)
-        except CompileError as error:
-            return f"the kernel of {each.name}: {error.message}"
+            raise Untunable(f"{each.name} has no kernel of its own")
+        kernel = loaded(each, Plan(candidate, "user", entry), target, options)
         assert isinstance(kernel, Executable)
         kernels.append(kernel)
         chosen.append(entry)
     first, second = kernels
-    read = (
-        (a.shape, a.dtype)
-        for a in (site.second.in_avals[i] for i in site.second.operands[:2])
-    )
-    reads_it = site.region.side is None
-    if reads_it and not only_views(second.form.name, second.problem, *read):
-        return f"{site.second.name} rearranges what it reads"
+    avals = (site.second.in_avals[i] for i in site.second.operands[:2])
+    read = ((aval.shape, aval.dtype) for aval in avals)
+    takes = only_views(second.form.name, second.problem, *read)
+    # A side input is read as it lies by every kernel.
+    if site.region.side is None and not takes:
+        raise Untunable(f"{site.second.name} rearranges what it reads")
     times = [e.time_us if e.choice == "kernel" else e.xla_time_us for e in chosen]
     mixed = any(entry.choice == "xla" for entry in chosen) and None not in times
     return Rival((first, second), sum(t or 0.0 for t in times) if mixed else None)

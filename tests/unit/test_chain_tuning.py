@@ -15,7 +15,7 @@ import jax
 import pytest
 import test_agree
 import test_search
-from chain_stub import bottleneck, pairs, shape
+from chain_stub import bottleneck, conv, pairs, shape
 from test_agree import client, world  # noqa: F401
 from test_errors import TARGET, gpu, nvcc  # noqa: F401
 
@@ -388,6 +388,67 @@ def test_a_site_without_a_kernel_of_its_own(
     reason = results.failure(machine.arch, site.region)
     assert calls == [] and reason is not None
     assert reason.endswith("has no kernel of its own")
+
+
+def test_a_template_that_fails_costs_only_its_chain(
+    machine: resolve.Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError("of ours")
+
+    known(machine)
+    first, second = pairs(three, *ARGS)
+    known_third = site_entry(second.info.second)
+    machine.results.put(machine.arch, {second.info.second.region: known_third})
+    rival = results._rival
+
+    def failing(site: Any, *rest: Any) -> Any:
+        return fail() if site is first.info else rival(site, *rest)
+
+    monkeypatch.setattr(results, "_rival", failing)
+    calls = tuning(monkeypatch, lambda *_: {})
+    infos = [first.info, second.info]
+    results.tune_chains(infos, machine, options.current())
+    ((tuned, _, _),) = calls
+    assert tuned == [second.info]
+    assert results.failure(machine.arch, first.info.region) == "of ours"
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_second_kernel_that_has_its_input_rearranged(
+    machine: resolve.Target, merged: bool
+) -> None:
+    """It cannot read what another kernel just made, but have that as a side input."""
+
+    def back_to_back(x, y, w, v):
+        return conv(jax.nn.relu(conv(x, w)), v)
+
+    def shortcut(x, y, w, v):
+        made = conv(x, w)
+        return jax.nn.relu(conv(y, v) + made)
+
+    fun = shortcut if merged else back_to_back
+    args = (*(shape(4, 8, 8, 20),) * 2, *(shape(1, 1, 20, 20),) * 2)
+    (pair,) = pairs(fun, *args)
+    site = pair.info
+    assert site.region.side == (0 if merged else None)
+    for each in (site.first, site.second):
+        found, _ = plan.candidates(each.region, machine.arch)
+        (padded, *_) = (c for c in found if c.form.name == "pixels_k_major")
+        entry = dataclasses.replace(
+            site_entry(each),
+            form=padded.form.name,
+            template=padded.template.name,
+            config=padded.config.text,
+            compiler=machine.origin.compiler or "",
+        )
+        machine.results.put(machine.arch, {each.region: entry})
+    if merged:
+        first, second = results._rival(site, machine, options.current()).kernels
+        assert first.form.name == second.form.name == "pixels_k_major"
+        return
+    with pytest.raises(search.Untunable, match="rearranges what it reads"):
+        results._rival(site, machine, options.current())
 
 
 def test_without_a_compiler_nothing_is_tuned(

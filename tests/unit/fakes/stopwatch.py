@@ -43,15 +43,15 @@ def main(micros: int, late: int) -> dict[str, Any]:
         cuda.fake_advance(micros)
         return x
 
-    def region(x: jax.Array) -> jax.Array:
-        return jax.pure_callback(advance, x, x, vmap_method="sequential")
+    def region(x: jax.Array) -> list[jax.Array]:
+        return [jax.pure_callback(advance, x, x, vmap_method="sequential")]
 
     sets = tuple((jnp.full(4, i, jnp.int32),) for i in range(3))
     seen: dict[str, Any] = {}
     try:
         block, x = measure._blocker()
         measure._blocker = lambda: (lambda x: (next(counted), block(x))[1], x)
-        site: Any = types.SimpleNamespace(views=(None,), result=None)
+        site: Any = types.SimpleNamespace(views=(None,), results=(None,))
         operands = measure.Operands(site, sets)
         seen["micros"] = measure.time_region(region, operands, 0).micros
     except Exception as error:
