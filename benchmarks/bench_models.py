@@ -10,7 +10,8 @@ the device's time from one call to the next while the host is ahead, gaps betwee
 kernels included. Sums of kernel times (``kernels_ms``) mislead where a kernel starts
 before the one ahead of it has ended: it counts while it waits. ``busy_ms`` is the time
 in which at least one kernel ran. A model that fails is recorded with its error, the run
-goes on, and the exit code is 1.
+goes on, and the exit code is 1. ``--without chain`` also times the frozen model with
+that in the option ``disable``, so that one run shows what it is worth.
 """
 
 from __future__ import annotations
@@ -67,10 +68,12 @@ def bench_model(
     freeze: Freeze,
     settings: Settings,
     ceilings: floor.Ceilings,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything measured of one model, as JSON data.
 
     Each variant has an entry under "variants"; one that failed holds its "error".
+    ``without`` are names that may be disabled, each in a variant of its own.
     """
     apply, variables, x = models.build(name, settings.batch, settings.image)
     expected = _host(jax.jit(models.reference(name))(variables, x))
@@ -82,6 +85,10 @@ def bench_model(
         BOLT: optimized,
         FROZEN: lambda _, x: frozen(x),
     }
+    for disabled in without:
+        callables[f"{FROZEN} without {disabled}"] = _without(
+            disabled, freeze(apply, variables)
+        )
     found = {
         variant: attempt(first_call, fun, variables, x, expected)
         for variant, fun in callables.items()
@@ -115,6 +122,17 @@ def bench_model(
     return result
 
 
+def _without(name: str, frozen: Callable[[jax.Array], jax.Array]) -> Any:
+    """``frozen`` with something disabled, which its first call decides."""
+    import jax_bolt
+
+    def run(_: Any, x: jax.Array) -> jax.Array:
+        with jax_bolt.options(disable=name):
+            return frozen(x)
+
+    return run
+
+
 def ratios(result: dict[str, Any]) -> dict[str, float]:
     """How jax_bolt compares; above 1 it is faster (``error``: further off)."""
     variants = result["variants"]
@@ -130,6 +148,11 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     if bolt.get("queued_ms") and bolt.get("busy_ms"):
         # Where no kernel runs, of the device's time from one call to the next.
         out["gaps"] = max(0.0, 1 - bolt["busy_ms"] / bolt["queued_ms"])
+    for variant, timed in variants.items():
+        _, _, disabled = variant.partition(f"{FROZEN} without ")
+        if disabled and timed.get("queued_ms") and frozen.get("queued_ms"):
+            gain = timed["queued_ms"] / frozen["queued_ms"]
+            out[f"frozen_without_{disabled}_over_frozen_queued_ms"] = gain
     for key, ours in (("error", bolt), ("error_frozen", frozen)):
         if plain.get("relative_l2") and "relative_l2" in ours:
             out[key] = ours["relative_l2"] / plain["relative_l2"]
@@ -188,6 +211,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             + cell(ratio.get("gaps"), 7, 3)
             + cell(ratio.get("error"), 7, 2)
         )
+    for name, result in results.items():
+        for key, ratio in result.get("ratios", {}).items():
+            if key.startswith("frozen_without_"):
+                rows.append(f"{name}: {key}: {ratio:.3f}")
     for ours in ("bolt", "frozen"):
         for xla, key in (("jit", "jit"), ("XLA", "best_xla")):
             for which in ("queued_ms", "wall_ms"):
@@ -228,7 +255,9 @@ def main(
     results: dict[str, dict[str, Any]] = {}
     for name in args.models:
         print(f"{name} ...", flush=True)
-        results[name] = attempt(bench_model, name, optimize, freeze, settings, ceilings)
+        results[name] = attempt(
+            bench_model, name, optimize, freeze, settings, ceilings, args.without
+        )
         # One model's programs and constants must not crowd the next one's memory.
         jax.clear_caches()
         for problem in problems(results[name]):
@@ -258,6 +287,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image", type=int, default=224, help="pixels per side")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="NAME", help="of option disable"
+    )
     parser.add_argument("--quick", action="store_true", help="few runs, one round")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"

@@ -20,10 +20,12 @@ import numpy as np
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+import chain_cases
 import region_cases as cases
+import test_chain_kernels as chains
 import test_kernels as kernels
 
-from jax_bolt._src import forms, invoke
+from jax_bolt._src import forms, invoke, plan
 from jax_bolt._src.jit import loader
 from jax_bolt._src.tune import measure
 
@@ -41,29 +43,72 @@ def error_of(site, operands, candidate) -> float:
     ]
     space = np.zeros(max(1, kernel.workspace_bytes), np.uint8)
     a, b = forms.prepare(candidate.form.name, site.region.problem, lhs, rhs)
-    gpu = jax.devices("cuda")[0]
-    arrays = jax.device_put((a, b, outputs, sides, vectors, space), gpu)
+    arrays = _launched(kernel, (a, b, outputs, sides, vectors, space))
+    return float(max(kernels.errors(arrays[2], kernels.truth(site, operands))))
+
+
+def error_of_chain(site, operands, candidate) -> float:
+    """As ``error_of``, of two regions in one kernel."""
+    kernel = chains.load(site, candidate)
+    first, second = measure.split_chain(site, operands)
+    form, side = candidate.form, site.region.side
+    problems = (site.region.first.problem, site.region.second.problem)
+    a, b = forms.prepare(form.first.name, problems[0], *first[:2])
+    if side is None:
+        shape = site.first.out_avals[0].shape
+        between = jax.numpy.zeros(shape, invoke.JAX_DTYPES[site.region.dtype])
+        product = forms.prepare(form.second.name, problems[1], between, second[1])[1:]
+        others = second[2]
+    else:
+        product = forms.prepare(form.second.name, problems[1], *second[:2])
+        others = [*second[2][:side], *second[2][side + 1 :]]
+    regions = (site.region.first, site.region.second)
+    outputs = [
+        np.full(
+            (r.problem.rows, r.problem.channels),
+            np.nan,
+            invoke.JAX_DTYPES[r.epilogue.out_dtype],
+        )
+        for r in regions[0 if site.region.stored else 1 :]
+    ]
+    sides = [*product, *first[2], *others]
+    vectors = [*first[3], *second[3]]
+    space = np.zeros(max(1, kernel.workspace_bytes), np.uint8)
+    arrays = _launched(kernel, (a, b, outputs, sides, vectors, space))
+    return float(max(kernels.errors(arrays[2], kernels.truth(site, operands))))
+
+
+def _launched(kernel, arrays):
+    """The arguments on the GPU, after one launch on them."""
+    arrays = jax.device_put(arrays, jax.devices("cuda")[0])
     jax.block_until_ready(arrays)
     address = jax.tree.map(lambda x: x.unsafe_buffer_pointer(), arrays)
-    kind, dims = invoke.abi_problem(problem)
+    kind, dims = invoke.launched(kernel.form.region)
     ordinal = kernels.target().ordinal
     loader.native().run(kernel.digest, kind, dims, address, ordinal, kernel.recipe)
-    return float(max(kernels.errors(arrays[2], kernels.truth(site, operands))))
+    return arrays
 
 
 def main(part: int = 0, parts: int = 1) -> int:
     bad = launched = 0
-    found, _ = kernels.all_candidates()
-    for case in (*cases.GEMMS, *cases.CONVS)[part::parts]:
+    found = dict(kernels.all_candidates()[0])
+    all_cases = [*cases.GEMMS, *cases.CONVS]
+    if kernels.target().arch.sm == 90:
+        found |= chains.all_candidates()[0]
+        all_cases += [*chain_cases.CASES, *chain_cases.MERGED]
+    for case in all_cases[part::parts]:
         with jax.default_device(jax.devices("cpu")[0]):
             site = case.site()
             operands = measure.make_operands(site, l2_bytes=1).sets[0]
             for candidate in found[case.name]:
                 # Before the launch: the tool may speak of it, or never come back.
                 print(f"{case.name}: {candidate.text}", flush=True)
-                error = error_of(site, operands, candidate)
+                of_chain = isinstance(candidate, plan.ChainCandidate)
+                error = (error_of_chain if of_chain else error_of)(
+                    site, operands, candidate
+                )
                 launched += 1
-                if not error <= TOLERANCE[site.region.problem.dtype]:
+                if not error <= TOLERANCE[site.region.dtype]:
                     bad += 1
                     print(f"WRONG {case}: {candidate.text}: {error:.2e}")
     print(f"{launched} launches, {bad} wrong")

@@ -15,9 +15,9 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
-from jax_bolt._src import chain, compat, kernels, options, program, resolve, results
+from jax_bolt._src import chain, compat, kernels, options, program, resolve
 from jax_bolt._src.jit import loader
-from jax_bolt._src.tune import db, measure, stages
+from jax_bolt._src.tune import db, stages
 
 
 def target():
@@ -175,13 +175,3 @@ def test_frozen(fun, args, forced):
     want = jax.tree.leaves(jax_bolt.optimize(fun)(*args))
     for got, expected in zip(jax.tree.leaves(frozen(*args[:2])), want, strict=True):
         assert relative(got, expected) < 2e-3
-
-
-def test_times_of_a_chain_and_of_two_kernels_are_comparable(args, cache_dir):
-    """Two measurements of the rival agree, so that a decision means something."""
-    jax_bolt.tune(stored, *args, progress=False)
-    (info,) = infos(stored, args)
-    rival = results._rival(info, target(), options.current())
-    operands = measure.make_operands(info, target().arch.l2_bytes)
-    times = [rival.time_us(operands, 0) for _ in range(3)]
-    assert max(times) <= 1.1 * min(times)
