@@ -91,6 +91,11 @@ class ChainCandidate:
         return self.template.recipe(region, self.config, self.arch).encode()
 
     @property
+    def micros(self) -> float:
+        """As of ``Candidate``."""
+        return self.template.micros(self.form.region, self.config, self.arch)
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """As of ``Candidate``."""
         return self.form.name, self.template.name

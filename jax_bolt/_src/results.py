@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Held by the thread that tunes or builds; the others then find the result.
 lock = threading.RLock()
+# Estimated at more than this times its regions' kernels, a chain is not timed.
+_FAR = 1.25
 # Regions that failed here, with the reason: not tried again by this process.
 failures: dict[tuple[str, str], str] = {}
 # Regions whose results of other versions were looked at by this process.
@@ -169,9 +171,11 @@ def tune_chains(
                 continue
             failures.pop(key, None)
             try:
-                if not plan.chain_candidates(chain, target.arch, options.disable)[0]:
+                found, _ = plan.chain_candidates(chain, target.arch, options.disable)
+                if not found:
                     continue
-                rivals[chain.text] = _rival(site, target, options)
+                least_us = min(candidate.micros for candidate in found)
+                rivals[chain.text] = _rival(site, least_us, target, options)
                 missing.append(site)
             except Exception as error:  # a fault of ours, say: the others have none
                 logger.info("%s", site, exc_info=True)
@@ -184,8 +188,12 @@ def tune_chains(
         failures.update({(device, text): reason for text, reason in failed.items()})
 
 
-def _rival(site: ChainInfo, target: Target, options: Options) -> Rival:
-    """What a chain is to be compared with; raises Untunable where there is nothing."""
+def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -> Rival:
+    """What a chain is to be compared with.
+
+    Raises Untunable where there is nothing, or the chain is far behind by ``least_us``,
+    an estimate.
+    """
     kernels: list[Executable] = []
     chosen: list[db.Entry] = []
     for each in (site.first, site.second):
@@ -201,6 +209,10 @@ def _rival(site: ChainInfo, target: Target, options: Options) -> Rival:
         assert isinstance(kernel, Executable)
         kernels.append(kernel)
         chosen.append(entry)
+    apart_us = sum(entry.kernel_time_us or entry.time_us or 0.0 for entry in chosen)
+    if least_us > _FAR * apart_us > 0.0:
+        reason = f"about {least_us:.0f} µs in one kernel, {apart_us:.0f} in two"
+        raise Untunable(f"{reason}: it was not timed")
     first, second = kernels
     avals = (site.second.in_avals[i] for i in site.second.operands[:2])
     read = ((aval.shape, aval.dtype) for aval in avals)

@@ -43,6 +43,11 @@ def reasoning(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
     return f"{config['pixels']} pixels"
 
 
+def micros(chain: ir.Chain, config: Config, arch: GpuArch) -> float:
+    del chain, config, arch
+    return 1.0
+
+
 def prologue(chain: ir.Chain) -> str | None:
     del chain
     return None

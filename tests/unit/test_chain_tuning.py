@@ -390,6 +390,23 @@ def test_a_site_without_a_kernel_of_its_own(
     assert reason.endswith("has no kernel of its own")
 
 
+def test_what_is_far_behind_is_not_timed(
+    machine: resolve.Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sites' kernels take 4 µs each."""
+    site = info()
+    save(machine, site_entry(site.first), site_entry(site.second), None)
+    calls = tuning(monkeypatch, lambda *_: {})
+    monkeypatch.setattr(chain_stub, "micros", lambda *_: 10.1)
+    results.tune_chains([site], machine, options.current())
+    reason = results.failure(machine.arch, site.region)
+    assert calls == [] and reason is not None
+    assert reason.startswith("about 10 µs in one kernel, 8 in two")
+    monkeypatch.setattr(chain_stub, "micros", lambda *_: 9.9)
+    results.tune_chains([site], machine, options.current(), retry=True)
+    assert len(calls) == 1
+
+
 def test_a_template_that_fails_costs_only_its_chain(
     machine: resolve.Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,11 +461,11 @@ def test_a_second_kernel_that_has_its_input_rearranged(
         )
         machine.results.put(machine.arch, {each.region: entry})
     if merged:
-        first, second = results._rival(site, machine, options.current()).kernels
+        first, second = results._rival(site, 1.0, machine, options.current()).kernels
         assert first.form.name == second.form.name == "pixels_k_major"
         return
     with pytest.raises(search.Untunable, match="rearranges what it reads"):
-        results._rival(site, machine, options.current())
+        results._rival(site, 1.0, machine, options.current())
 
 
 def test_without_a_compiler_nothing_is_tuned(

@@ -109,6 +109,11 @@ def reasoning(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
     return rank.estimate(Tile.of(config), chain, shape_of(chain), arch).text
 
 
+def micros(chain: ir.Chain, config: Config, arch: GpuArch) -> float:
+    """What the rank model expects of it, in µs."""
+    return rank.estimate(Tile.of(config), chain, shape_of(chain), arch).micros
+
+
 def prologue(chain: ir.Chain) -> str | None:
     """The C++ type that ``JAX_BOLT_PROLOGUE`` takes, for images of few channels."""
     packing = shape_of(chain).image.packing

@@ -112,6 +112,12 @@ def reasoning(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
     return rank.estimate(Tile.of(config), image, region, arch).text
 
 
+def micros(chain: ir.Chain, config: Config, arch: GpuArch) -> float:
+    """What the rank model expects of it, in µs."""
+    image, region = _as_one(chain)
+    return rank.estimate(Tile.of(config), image, region, arch).micros
+
+
 def prologue(chain: ir.Chain) -> str | None:
     """None: no operand is packed first."""
     del chain
