@@ -557,6 +557,8 @@ def host(build: Build) -> str:
         flags = ("-DFAKE_CHANNELS=3", f"-DFAKE_SIDES={sides}")
         path = build("chain.cc", f"chain{sides}.so", *flags)
         _native.load(f"chain{sides}", str(path))
+    flags = ("-DFAKE_CHANNELS=6", "-DFAKE_SIDES=0", "-DFAKE_MERGED=4")
+    _native.load("merged", str(build("chain.cc", "merged.so", *flags)))
     _native.load("kernel", str(build("kernel.cc", "kernel.so")))
     name = "jax_bolt_test.launch_chain"
     jax.ffi.register_ffi_target(name, _native.host_handlers(), platform="cpu")
@@ -566,6 +568,13 @@ def host(build: Build) -> str:
 def rand(*dims: int) -> np.ndarray:
     rng = np.random.default_rng(sum(dims))
     return rng.standard_normal(dims, dtype=np.float32)
+
+
+def product(m: int, n: int, k: int) -> invoke.Executable:
+    problem = ir.GemmProblem(m=m, n=n, k=k, dtype="f32")
+    region = ir.Region(problem=problem, epilogue=ir.Epilogue((ir.Op("acc"),), 0, "f32"))
+    form = plan.forms.Form("direct", region)
+    return invoke.Executable("kernel", problem, form, 0)
 
 
 def model_of(stored: bool, side: bool) -> tuple[Any, list[np.ndarray]]:
@@ -605,6 +614,47 @@ def test_a_chain_finds_its_buffers(host, monkeypatch, stored, side) -> None:
     for a, b, c in zip(want, reference, truth, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(a, c.reshape(a.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_shortcut_finds_its_buffers(host, monkeypatch) -> None:
+    """The second product reads an operand that was made after the first one."""
+    monkeypatch.setattr(loader, "ffi_target", lambda: host)
+
+    def fun(x, w, bias, h, v, other):
+        y = x @ w + bias[None]
+        return h @ v + y + other[None]
+
+    args = [rand(7, 5), rand(5, 6), rand(6), rand(7, 4), rand(4, 6), rand(2, 3).ravel()]
+    x, w, bias, h, v, other = args
+    (site,) = (p.info for p in pairs(fun, *args) if p.info.region.side is not None)
+    form = plan.forms.chain_forms(site.region)[0]
+    problems = site.region.first.problem, site.region.second.problem
+    made = ChainExecutable("merged", problems, form, 0, ())
+    first, second = (
+        dict(zip(s.operands, given, strict=True))
+        for s, given in ((site.first, (x, w, bias)), (site.second, (h, v, None, other)))
+    )
+    del second[site.between]
+    order = [each[i] for each in (first, second) for i in sorted(each)]
+    want = fun(*args)
+    for got in (
+        *jax.jit(measure.kernel_function(site, made))(*order),
+        *chain.reference_fun(site.reference)(*order),
+        *measure.truth(site, order),
+    ):
+        np.testing.assert_allclose(got.reshape(7, 6), want, rtol=1e-4, atol=1e-5)
+
+    def run(x, w, bias, h, v, other):
+        calls = Launches()
+        (late,) = calls.add(product(7, 4, 4), h, h[:4], [], [], (7, 4))
+        assert calls.takes(made, (x, w), (late, v))
+        roles = (x, w, [], [bias]), (late, v, [None], [other])
+        (z,) = calls.add_chain(made, *roles, ((7, 6), (7, 6)))
+        return calls.launch([z])[z]
+
+    want = (h @ h[:4]) @ v + x @ w + bias + other
+    got = jax.jit(run)(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stored", [0, 1])
@@ -656,14 +706,6 @@ def test_promises_on_all_sides(host, monkeypatch) -> None:
     problems = site.region.first.problem, site.region.second.problem
     form = plan.forms.chain_forms(site.region)[0]
     both = ChainExecutable("chain1", problems, form, 0, ())
-
-    def product(m: int, n: int, k: int) -> invoke.Executable:
-        problem = ir.GemmProblem(m=m, n=n, k=k, dtype="f32")
-        region = ir.Region(
-            problem=problem, epilogue=ir.Epilogue((ir.Op("acc"),), 0, "f32")
-        )
-        form = plan.forms.Form("direct", region)
-        return invoke.Executable("kernel", problem, form, 0)
 
     def run(x, w, bias, v, other):
         calls = Launches()

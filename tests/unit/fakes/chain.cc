@@ -2,6 +2,7 @@
 // A chain of f32 products as a module of host code, bound as chains are: y = A x B + its side
 // input and vector, z = y x side 0 + the second vector. -DFAKE_CHANNELS=<columns of z>,
 // -DFAKE_SIDES=<side inputs of y>. With an auxiliary output y is the result and z that output.
+// -DFAKE_MERGED=<columns of side 0>: z = side 0 x side 1 + y + the second vector instead.
 #include <cstdint>
 #include <vector>
 
@@ -44,6 +45,13 @@ EXPORT JaxBoltStatus jax_bolt_launch(const JaxBoltProblem* problem, const JaxBol
   }
   Add(y.data(), buffers->vectors[0], m, n);
   auto* z = static_cast<float*>(buffers->d);
+#ifdef FAKE_MERGED
+  Product(static_cast<const float*>(buffers->sides[0]),
+          static_cast<const float*>(buffers->sides[1]), z, m, n, FAKE_MERGED);
+  for (int64_t i = 0; i < m * n; ++i) z[i] += y[i];
+  Add(z, buffers->vectors[1], m, n);
+  return JAX_BOLT_OK;
+#endif
   if (buffers->auxiliary[0] != nullptr) {
     for (int64_t i = 0; i < m * n; ++i) z[i] = y[i];
     z = static_cast<float*>(buffers->auxiliary[0]);
