@@ -69,12 +69,15 @@ def bench_model(
     settings: Settings,
     ceilings: floor.Ceilings,
     without: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Everything measured of one model, as JSON data.
 
     Each variant has an entry under "variants"; one that failed holds its "error".
-    ``without`` are names that may be disabled, each in a variant of its own.
+    ``without`` are names that may be disabled, each in a variant of its own. ``keep``
+    gets what there is after every step.
     """
+    began = time.perf_counter()
     apply, variables, x = models.build(name, settings.batch, settings.image)
     expected = _host(jax.jit(models.reference(name))(variables, x))
     optimized = optimize(apply)
@@ -89,10 +92,23 @@ def bench_model(
         callables[f"{FROZEN} without {disabled}"] = _without(
             disabled, freeze(apply, variables)
         )
-    found = {
-        variant: attempt(first_call, fun, variables, x, expected)
-        for variant, fun in callables.items()
+    roots = floor.roots(apply, variables, x)
+    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, Any] = {
+        "title": models.MODELS[name].title,
+        "roots": len(roots),
+        "floor_ms": floor.seconds(roots, ceilings) * 1e3,
+        "variants": found,
     }
+
+    def done(step: str) -> None:
+        print(f"  {time.perf_counter() - began:5.1f} s: {step}", flush=True)
+        if set(found) == set(callables):
+            keep(result | {"ratios": ratios(result)})
+
+    for variant, fun in callables.items():
+        found[variant] = attempt(first_call, fun, variables, x, expected)
+        done(f"{variant}, first call")
     # Every variant in turn, so that a clock that drifts drifts for all of them; all
     # wall times before the first trace, which may leave the driver slower.
     # One round of traces: kernel times hardly vary, and a trace takes seconds.
@@ -109,13 +125,7 @@ def bench_model(
                     rounds[variant].append(timed)
         for variant, timed in rounds.items():
             found[variant] |= _middle(timed, key, f"{prefix}error")
-    roots = floor.roots(apply, variables, x)
-    result: dict[str, Any] = {
-        "title": models.MODELS[name].title,
-        "roots": len(roots),
-        "floor_ms": floor.seconds(roots, ceilings) * 1e3,
-        "variants": found,
-    }
+        done(key)
     if "error" not in found[BOLT]:
         result |= attempt(_report, optimized, variables, x, prefix="report_")
     result["ratios"] = ratios(result)
@@ -253,16 +263,8 @@ def main(
     )
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
-    for name in args.models:
-        print(f"{name} ...", flush=True)
-        results[name] = attempt(
-            bench_model, name, optimize, freeze, settings, ceilings, args.without
-        )
-        # One model's programs and constants must not crowd the next one's memory.
-        jax.clear_caches()
-        for problem in problems(results[name]):
-            print(f"{name}: {problem}", file=sys.stderr, flush=True)
-        # After every model: a run that is cut short keeps what it measured.
+
+    def write() -> None:
         document = {
             "environment": described,
             "settings": dataclasses.asdict(settings) | {"dtype": "bfloat16"},
@@ -270,6 +272,22 @@ def main(
             "models": results,
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
+
+    for name in args.models:
+        print(f"{name} ...", flush=True)
+
+        def keep(result: dict[str, Any], name: str = name) -> None:
+            results[name] = result
+            write()
+
+        given = (optimize, freeze, settings, ceilings, args.without, keep)
+        results[name] = attempt(bench_model, name, *given)
+        # One model's programs and constants must not crowd the next one's memory.
+        jax.clear_caches()
+        for problem in problems(results[name]):
+            print(f"{name}: {problem}", file=sys.stderr, flush=True)
+        # And after every step: a run that is cut short keeps what it measured.
+        write()
         print(table(results), flush=True)
     print(
         f"\n{described['device']}: {ceilings.flops / 1e12:.0f} TFLOP/s bf16, "

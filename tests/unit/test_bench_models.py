@@ -177,3 +177,16 @@ def test_second_process_failures(
     counters = {"compiled": compiled, "tuned": tuned}
     bolt = {"first_call_s": seconds, "counters": counters}
     assert len(second_process.failures({"first_call_s": 3.0}, bolt)) == count
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_measured(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_models, "_kernels", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench_models.main(tiny, StandIn, freeze)
+    variants = _written(tmp_path)["models"]["tiny"]["variants"]
+    assert all(variant["wall_ms"] > 0 for variant in variants.values())
