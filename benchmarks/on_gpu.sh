@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one call: builds and installs the package into the
-# current Python, then the benchmarks of models, kernels and tuning, the second-process
-# check, tests/gpu and, over the ragged cases, three tools of compute-sanitizer.
+# current Python, then the benchmarks of models, kernels, chains and tuning, the
+# second-process check, tests/gpu and, over the ragged cases, three tools of
+# compute-sanitizer.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
-# Stages: install, models, kernels, tuning, second, tests, memcheck, racecheck,
+# Stages: install, models, kernels, chains, tuning, second, tests, memcheck, racecheck,
 # synccheck. Each one's output is kept in DIR/<stage>.log; a stage that fails does not
 # stop the later ones, except install. Uses no network: JAX with CUDA, flax, pytest, pybind11,
 # scikit-build-core and nvidia-cutlass must be there. PYTHON names the interpreter
@@ -17,7 +18,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="$root/benchmarks/results"
 skip=""
-usage() { sed -n '3,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
 done
 for stage in ${skip//,/ }; do
   case "$stage" in
-    install|models|kernels|tuning|second|tests|memcheck|racecheck|synccheck) ;;
+    install|models|kernels|chains|tuning|second|tests|memcheck|racecheck|synccheck) ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
   esac
 done
@@ -57,15 +58,17 @@ run install "$python" -m pip install --no-index --no-build-isolation --no-deps \
   --force-reinstall . || exit 1
 # The pytest program and scripts run by path leave the repository's root off sys.path,
 # where the source tree would shadow the package just installed.
-run models "$python" benchmarks/bench_models.py --out "$out" "$@"
+run models "$python" benchmarks/bench_models.py --without chain --out "$out" "$@"
 run kernels "$python" benchmarks/bench_kernels.py --out "$out"
+run chains "$python" benchmarks/bench_chains.py --out "$out"
 run tuning "$python" benchmarks/bench_tuning.py --space 12 --out "$out"
 run second "$python" benchmarks/second_process.py --fill --out "$out/second_process.json"
 run tests env JAX_BOLT_REQUIRE=gpu,nvcc "$python" -P -m pytest -ra tests/gpu
+# The tests before this have built the kernels; the tools look at this process alone.
 # An allocation of its own for every buffer, so that a read past one's end is seen.
 for tool in memcheck racecheck synccheck; do
   run "$tool" env XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool "$tool" \
-    --error-exitcode 1 "$python" -P tests/gpu/sanitize.py
+    --target-processes application-only --error-exitcode 1 "$python" -P tests/gpu/sanitize.py
 done
 
 if [ ${#failed[@]} -gt 0 ]; then
