@@ -14,12 +14,11 @@ import functools
 from .. import ir
 from ..arch import GpuArch
 from . import chain_rank as rank
-from . import implicit_gemm_sm90
 from . import recipe as recipes
+from .chain_support import refusal
 from .chain_tiles import (
     NAME,
     Tile,
-    flat,
     grid,
     shape_of,
     shared_bytes,
@@ -42,29 +41,12 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     """Why no config can run ``chain`` on ``arch``, or None."""
     if chain.side is not None:
         return "the second region adds the first one's result"
-    for region in (chain.first, chain.second):
-        problem, epilogue = flat(region.problem), region.epilogue
-        if problem.dtype not in ("bf16", "f16"):
-            return f"takes no operands of {problem.dtype}"
-        if epilogue.auxiliary:
-            return "a region with an auxiliary output"
-        for dtype in epilogue.tensors:
-            if dtype not in ("bf16", "f16"):
-                return f"takes no tensors of {dtype}"
-        if isinstance(problem, ir.GemmProblem) and problem.batch > 1:
-            return "a batched product"
-        bare = ir.Region(problem=problem, epilogue=epilogue)
-        if reason := implicit_gemm_sm90.supports(bare, arch):
-            return reason
-    if chain.first.problem.dtype != chain.second.problem.dtype:
-        return "operands of two dtypes"
+    if reason := refusal(chain, arch):
+        return reason
     epilogues = chain.first.epilogue, chain.second.epilogue
     sides = sum(len(e.sides) for e in epilogues)
     if sides + 1 > ir.MAX_SIDES:
         return f"{sides} side inputs, more than {ir.MAX_SIDES - 1}"
-    vectors = sum(len(e.vectors) for e in epilogues)
-    if vectors > ir.MAX_VECTORS:
-        return f"{vectors} per-channel inputs, more than {ir.MAX_VECTORS}"
     if next(tiles_of(chain, arch), None) is None:
         return "no tile of all channels fits registers and shared memory"
     return None

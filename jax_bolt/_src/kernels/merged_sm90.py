@@ -14,13 +14,15 @@ from collections.abc import Iterator
 
 from .. import ir
 from ..arch import GpuArch
-from . import hoist, implicit_gemm_sm90
+from . import hoist
 from . import implicit_gemm_rank as rank
 from . import recipe as recipes
+from .chain_support import refusal
 from .chain_tiles import flat
 from .config import CPP_TYPES, Config
 from .geometry import MAX_RINGS, Layout, Rings
 from .image import Image, line_of
+from .implicit_gemm_sm90 import varied
 from .implicit_gemm_tiles import (
     FILTER_BLOCK,
     Tile,
@@ -50,24 +52,8 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
         return "the result between is needed elsewhere"
     if first.sides or len(second.sides) != 1:
         return "side inputs besides the result between"
-    vectors = len(first.vectors) + len(second.vectors)
-    if vectors > ir.MAX_VECTORS:
-        return f"{vectors} per-channel inputs, more than {ir.MAX_VECTORS}"
-    for region in (chain.first, chain.second):
-        problem, epilogue = flat(region.problem), region.epilogue
-        if problem.dtype not in ("bf16", "f16"):
-            return f"takes no operands of {problem.dtype}"
-        if epilogue.auxiliary:
-            return "a region with an auxiliary output"
-        if any(dtype not in ("bf16", "f16") for dtype in epilogue.tensors):
-            return f"takes no tensors but of 16 bits: {epilogue.tensors}"
-        if isinstance(problem, ir.GemmProblem) and problem.batch > 1:
-            return "a batched product"
-        bare = ir.Region(problem=problem, epilogue=epilogue)
-        if reason := implicit_gemm_sm90.supports(bare, arch):
-            return reason
-    if chain.first.problem.dtype != chain.second.problem.dtype:
-        return "operands of two dtypes"
+    if reason := refusal(chain, arch):
+        return reason
     lines = _lines(chain)
     if lines is None:
         return "a product that is not one over a line of pixels"
@@ -86,8 +72,7 @@ def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
         _tiles(chain, arch), key=lambda tile: rank.cycles(tile, image, region, arch)
     )
     return tuple(
-        Config(name, tile.config().params)
-        for tile in implicit_gemm_sm90.varied(found, _CANDIDATES, 3)
+        Config(name, tile.config().params) for tile in varied(found, _CANDIDATES, 3)
     )
 
 

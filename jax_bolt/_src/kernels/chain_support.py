@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kernel of two regions on Hopper wants of both."""
+
+from __future__ import annotations
+
+from .. import ir
+from ..arch import GpuArch
+from . import implicit_gemm_sm90
+from .chain_tiles import flat
+
+_DTYPES = ("bf16", "f16")  # what a slot of shared memory holds
+
+
+def refusal(chain: ir.Chain, arch: GpuArch) -> str | None:
+    """Why no kernel can run ``chain`` on ``arch``, whatever is between, or None."""
+    for region in (chain.first, chain.second):
+        problem, epilogue = flat(region.problem), region.epilogue
+        if problem.dtype not in _DTYPES:
+            return f"takes no operands of {problem.dtype}"
+        if epilogue.auxiliary:
+            return "a region with an auxiliary output"
+        for dtype in epilogue.tensors:
+            if dtype not in _DTYPES:
+                return f"takes no tensors of {dtype}"
+        if isinstance(problem, ir.GemmProblem) and problem.batch > 1:
+            return "a batched product"
+        bare = ir.Region(problem=problem, epilogue=epilogue)
+        if reason := implicit_gemm_sm90.supports(bare, arch):
+            return reason
+    if chain.first.problem.dtype != chain.second.problem.dtype:
+        return "operands of two dtypes"
+    epilogues = chain.first.epilogue, chain.second.epilogue
+    vectors = sum(len(e.vectors) for e in epilogues)
+    if vectors > ir.MAX_VECTORS:
+        return f"{vectors} per-channel inputs, more than {ir.MAX_VECTORS}"
+    return None
