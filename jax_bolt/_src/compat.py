@@ -6,7 +6,11 @@ No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it 
 
 from __future__ import annotations
 
+import functools
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -337,16 +341,52 @@ def prefixed(inner: JaxprEqn, outer: JaxprEqn) -> Any:
     # As JAX names what it lowers from a call, so that profiles read the same.
     call = f"jit({outer.params.get('name', outer.primitive.name)})"
     stack = outer.source_info.name_stack.extend(call) + inner.source_info.name_stack
-    return inner.source_info.replace(name_stack=stack)
+    # What is traced as a call knows no lines but those inside.
+    own = _users_frame(inner) is not None or _users_frame(outer) is None
+    source = (inner if own else outer).source_info
+    return source.replace(name_stack=stack)
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """``file.py:12 (function)`` of the user's line, or an empty text.
+    """``file.py:12:4 (function)`` of the user's line, or an empty text.
 
-    An installed package's file is named from the package on.
+    The innermost line outside of installed packages (where a layer of Flax's is called,
+    say), named from the working directory on where it is below that. Where there is
+    none, the innermost of all, named from its package on.
     """
-    line = _source_info.summarize(eqn.source_info)
-    return line.rpartition("site-packages/")[2]
+    frame = _users_frame(eqn)
+    if frame is not None:
+        file = _below_here(frame.file_name)
+    else:
+        frame = next(_source_info.user_frames(eqn.source_info.traceback), None)
+        if frame is None:
+            return ""
+        file = _INSTALLED.split(frame.file_name)[-1]
+    column = f":{frame.start_column}" if frame.start_column else ""
+    return f"{file}:{frame.start_line}{column} ({frame.function_name})"
+
+
+_INSTALLED = re.compile(r"/(?:site|dist)-packages/")
+_OURS = f"{Path(__file__).parents[1]}/"  # in a checkout, which is no installed package
+
+
+def _users_frame(eqn: JaxprEqn) -> Any | None:
+    frames = _source_info.user_frames(eqn.source_info.traceback)
+    return next((frame for frame in frames if _is_users(frame.file_name)), None)
+
+
+@functools.cache
+def _is_users(file: str) -> bool:
+    outside = (_OURS, "<frozen ")
+    return not file.startswith(outside) and _INSTALLED.search(file) is None
+
+
+def _below_here(file: str) -> str:
+    """Relative to the working directory, where that is above it."""
+    try:
+        return file.removeprefix(f"{os.getcwd()}/")
+    except OSError:  # it was removed
+        return file
 
 
 def device_count(ctx: mlir.LoweringRuleContext) -> int:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which equations a region takes, and why a root is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax import lax
 from jax.experimental import io_callback
 
+import jax_bolt
 from jax_bolt._src import canonicalize, ir, match
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -630,3 +633,65 @@ def test_a_vector_over_shuffled_channels_is_none():
         return (y + v.reshape(1, 8, 2)).swapaxes(1, 2)
 
     assert names(one(fun, shape(4, 16), shape(16, 16), shape(16))) == ["acc"]
+
+
+# --- Where a root is, for a reader
+
+
+LAYER = "def layer(x, w):\n    return x @ w\n"
+MODEL = "def apply(layer, x, w):\n    y = 1 * x\n    return layer(y, w)\n"
+
+
+def defined(path, text):
+    """The function of a file ``path`` with ``text``."""
+    names = {}
+    exec(compile(text, str(path), "exec"), names)
+    return next(f for name, f in names.items() if name in ("layer", "apply"))
+
+
+def name_of(fun):
+    return one(fun, shape(4, 4), shape(4, 4)).name
+
+
+@pytest.mark.parametrize("packages", ["site-packages", "dist-packages"])
+def test_a_line_is_the_models_not_a_packages(packages, tmp_path, monkeypatch):
+    installed = tmp_path / "project" / "env" / packages / "flax"
+    layer = defined(installed / "linear.py", LAYER)
+    lift = functools.partial(defined(installed / "lift.py", MODEL), layer)
+    model = defined(tmp_path / "project" / "src" / "model.py", MODEL)
+    fun = functools.partial(model, lift)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert name_of(fun) == "src/model.py:3:11 (apply)"
+    monkeypatch.chdir(tmp_path)
+    assert name_of(fun) == "project/src/model.py:3:11 (apply)"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert name_of(fun) == f"{tmp_path}/project/src/model.py:3:11 (apply)"
+    (tmp_path / "elsewhere").rmdir()
+    assert name_of(fun) == f"{tmp_path}/project/src/model.py:3:11 (apply)"
+
+
+def test_a_jitted_layer_of_a_package_is_where_it_is_called():
+    """Its body is traced once, for all callers, and knows none of them."""
+    layer = jax.jit(defined("/env/site-packages/flax/linear.py", LAYER))
+    text = "def apply(layer, x, w):\n  y = layer(x, w)\n  return layer(y, w)\n"
+    model = defined("/project/model.py", text)
+    matches, _ = find(functools.partial(model, layer), shape(4, 4), shape(4, 4))
+    assert [match.name for match in matches] == [
+        "/project/model.py:2:6 (apply)",
+        "/project/model.py:3:9 (apply)",
+    ]
+    # One of the user's own is told by its own line.
+    layer = jax.jit(defined("/project/layer.py", LAYER))
+    matches, _ = find(functools.partial(model, layer), shape(4, 4), shape(4, 4))
+    assert {match.name for match in matches} == {"/project/layer.py:2:11 (layer)"}
+
+
+def test_without_a_line_of_the_users_a_package_is_named():
+    """Our own are none: a frozen function is called from ours."""
+    layer = defined("/env/site-packages/flax/linear.py", LAYER)
+    frozen = jax_bolt.freeze(layer, shape(4, 4))
+    for fun, args in ((layer, 2), (frozen, 1)):
+        (site,) = jax_bolt.explain(fun, *[shape(4, 4)] * args).sites
+        assert site.name == site.line == "flax/linear.py:2:11 (layer)"
