@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status. Only a fault of ours ends in a traceback."""
     args = make_parser().parse_args(arguments)  # exits itself, with 0 or 2
     try:
-        options.current()
+        if args.run is not doctor_command.run:  # which says more of it
+            options.current()
     except ValueError as error:  # of a variable in the environment
         return _fail(error, 2)
     try:

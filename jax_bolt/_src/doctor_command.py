@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import platform
 import shutil
@@ -68,7 +69,7 @@ class Finding:
 def add_to(commands: Any) -> None:
     """Adds ``doctor`` to the parsers of a command line."""
     text = "says whether kernels can be built and run here, and what to mend"
-    parser = add_parser(commands, "doctor", text, _DOCTOR, _doctor)
+    parser = add_parser(commands, "doctor", text, _DOCTOR, run)
     parser.add_argument(
         "--arch",
         metavar="NAME",
@@ -76,12 +77,19 @@ def add_to(commands: Any) -> None:
     )
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    asked = architecture(args.arch)
+def run(args: argparse.Namespace) -> int:
+    """Says what is found, with the options of the environment that are some."""
+    with options.despite_environment() as bad:
+        return _doctor(architecture(args.arch), bad)
+
+
+def _doctor(asked: GpuArch | None, bad: dict[str, str]) -> int:
     print(f"{db.versions()}, Python {platform.python_version()}")
-    wrong = 0
-    for finding in _findings(options.current(), asked):
+    wrong, calls = 0, "XLA runs all"
+    for finding in itertools.chain(_options(bad), _findings(options.current(), asked)):
         wrong += finding.state == "wrong"
+        if (finding.state, finding.subject) == ("wrong", "options"):
+            calls = "every call raises ValueError"
         lines = finding.text.splitlines() or [""]
         lines += [f"fix: {finding.fix}"] if finding.fix else []
         print(f"{finding.state:6} {finding.subject:10} {printable(lines[0])}")
@@ -89,14 +97,13 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"{'':17} {printable(line)}")
         sys.stdout.flush()  # the next one may take seconds
     if wrong:
-        print(f"\nKernels cannot be used as things are ({wrong} wrong); XLA runs all.")
+        print(f"\nKernels cannot be used as things are ({wrong} wrong); {calls}.")
         return 1
     print("\nNothing stops kernels here.")
     return 0
 
 
 def _findings(active: Options, asked: GpuArch | None) -> Iterator[Finding]:
-    yield _options()
     yield _native()
     found: list[GpuArch] = []
     if asked is None:
@@ -116,7 +123,7 @@ def _findings(active: Options, asked: GpuArch | None) -> Iterator[Finding]:
         compiles &= finding.state == "ok"
         yield finding
         if cache.state != "wrong":
-            yield _library(arch, active, tools[0])
+            yield _library(arch, active, tools[0], asked)
     if asked is None and found:
         seen = _seen_by_jax()
         yield seen
@@ -124,14 +131,22 @@ def _findings(active: Options, asked: GpuArch | None) -> Iterator[Finding]:
             yield _runs()
 
 
-def _options() -> Finding:
+def _options(bad: dict[str, str]) -> Iterator[Finding]:
+    for name, text in bad.items():
+        if name == "JAX_BOLT_WARM":
+            fix = "until then `import jax_bolt` builds nothing in the background"
+            yield Finding("note", "options", text, fix)
+        else:
+            yield Finding("wrong", "options", text, "set it so, or unset it")
     given = sorted(n for n in os.environ if n.startswith("JAX_BOLT_") and os.environ[n])
+    given = [name for name in given if name not in bad]
     known = {f"JAX_BOLT_{f.name.upper()}" for f in dataclasses.fields(Options)}
     text = ", ".join(f"{name}={os.environ[name]}" for name in given) or "as they come"
     if unknown := [name for name in given if name not in known]:
         fix = f"{unknown[0]} is none; there are {', '.join(sorted(known))}"
-        return Finding("note", "options", text, fix)
-    return Finding("ok", "options", text)
+        yield Finding("note", "options", text, fix)
+    elif given or not bad:
+        yield Finding("ok", "options", text)
 
 
 def _native() -> Finding:
@@ -215,6 +230,9 @@ def _cache(active: Options) -> Finding:
             directories.require_private(root)
         elif not place.is_dir():
             raise CacheError(f"the cache {place} is not a directory: remove it")
+        elif (problem := _no_room_for_a_folder(place)) is not None:
+            fix = "set JAX_BOLT_CACHE_DIR to another directory, or new kernels are lost"
+            return Finding("note", "cache", f"{root} cannot be created: {problem}", fix)
         entries = Store(root).entries()
     except CacheError as error:
         return Finding("wrong", "cache", str(error))
@@ -233,6 +251,15 @@ def _cache(active: Options) -> Finding:
     return Finding("ok", "cache", text)
 
 
+def _no_room_for_a_folder(place: Path) -> str | None:
+    """Why none can be made in ``place``, by making one, which is removed again."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="jax_bolt-", dir=place):
+            return None
+    except OSError as error:
+        return f"{error.strerror}, in {place}"
+
+
 def _results(active: Options, found: Iterable[GpuArch]) -> Finding:
     tuned = db.Database(paths.tuning_root(active)).all()
     text = f"{sum(len(file.entries) for file in tuned)} tuning results"
@@ -242,7 +269,9 @@ def _results(active: Options, found: Iterable[GpuArch]) -> Finding:
     return Finding("ok", "tuned", text)
 
 
-def _library(arch: GpuArch, active: Options, tools: Toolchain) -> Finding:
+def _library(
+    arch: GpuArch, active: Options, tools: Toolchain, asked: GpuArch | None
+) -> Finding:
     kernels = Store(paths.kernel_root(active))
     wanted = library.sources(arch, active, tools)
     there = sum(
@@ -251,7 +280,10 @@ def _library(arch: GpuArch, active: Options, tools: Toolchain) -> Finding:
     text = f"{there} of {len(wanted)} kernels of the library of {arch.name} are built"
     if there == len(wanted):
         return Finding("ok", "library", text)
-    fix = "tuning builds what it lacks; `python -m jax_bolt warm` builds all"
+    command = "python -m jax_bolt warm"
+    if asked is not None:  # where there may be no GPU to build for
+        command += f" --arch {asked.name}"
+    fix = f"tuning builds what it lacks; `{command}` builds all"
     return Finding("note", "library", text, fix)
 
 

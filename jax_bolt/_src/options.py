@@ -83,19 +83,44 @@ def options(**changes: Any) -> Iterator[Options]:
         _active.reset(token)
 
 
-def from_environment(environ: Mapping[str, str]) -> Options:
-    """Options from ``JAX_BOLT_*`` of ``environ``; an empty variable is an unset one."""
+@contextlib.contextmanager
+def despite_environment() -> Iterator[dict[str, str]]:
+    """Leaves out variables that are no options; yields what is wrong, by variable."""
+    wrong: dict[str, str] = {}
+    read = from_environment(os.environ, wrong)
+    token = _active.set(_active.get() or read)
+    try:
+        yield wrong
+    finally:
+        _active.reset(token)
+
+
+def from_environment(
+    environ: Mapping[str, str], wrong: dict[str, str] | None = None
+) -> Options:
+    """Options from ``JAX_BOLT_*`` of ``environ``; an empty variable is an unset one.
+
+    A bad variable raises ValueError or, where ``wrong`` is given, is as an unset one,
+    and that error's text is there.
+    """
     values = {}
     for name in _PARSERS:
         variable = f"JAX_BOLT_{name.upper()}"
         if text := environ.get(variable, "").strip():
-            values[name] = _parse(name, variable, text)
+            try:
+                values[name] = _parse(name, variable, text)
+            except ValueError as error:
+                if wrong is None:
+                    raise
+                wrong[variable] = str(error)
     return Options(**values)
 
 
 @functools.cache
 def _environment() -> Options:
-    return from_environment(os.environ)
+    # That one was read at the import, and nothing that is called depends on it.
+    others = {n: text for n, text in os.environ.items() if n != "JAX_BOLT_WARM"}
+    return from_environment(others)
 
 
 _active: contextvars.ContextVar[Options | None] = contextvars.ContextVar(

@@ -30,7 +30,7 @@ from . import lower as _lower  # registers the CUDA lowering rule  # noqa: F401
 from . import split as split_
 from .arch import GpuArch
 from .errors import CompileError, UnsupportedError
-from .jit import store
+from .jit import store, toolchain
 from .match import Refusal
 from .options import Options
 from .plan import Rejection
@@ -125,9 +125,8 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
     device = compat.cuda_device()
     if device is None:
         raise UnsupportedError(
-            "tuning needs a CUDA device, and JAX sees none (`pip install "
-            '"jax_bolt[cuda13]"` installs JAX for NVIDIA GPUs); jax_bolt.explain works '
-            "without one"
+            f"tuning needs a CUDA device, and JAX sees none (`{toolchain.INSTALL}` "
+            "installs JAX for NVIDIA GPUs); jax_bolt.explain works without one"
         )
     target = resolve.target_for(device, active)
     sites = [root for root in rewritten.roots if not isinstance(root, Refusal)]

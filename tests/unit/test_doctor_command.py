@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -74,9 +76,9 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, str]]:
         for line in printed.splitlines()[1:-2]:
             if line[:6].strip():
                 subject = line[7:17].strip()
-                assert subject not in found or subject == "GPU"
+                assert subject not in found or subject in ("GPU", "options")
             found[subject] = f"{found.get(subject, '')} {line}"
-        states = {s for s, text in found.items() if text.strip().startswith("wrong")}
+        states = {s for s, text in found.items() if re.search(r" wrong  +\w", text)}
         assert states == set(wrong), printed
         assert status == bool(wrong)
         assert ("Nothing stops kernels" in printed) == (not wrong)
@@ -97,6 +99,7 @@ def test_a_machine_that_has_all(nvcc, gpu, doctor):
     assert "NVIDIA H200, compute capability 9.0 (sm_90a)" in found["GPU"]
     assert str(nvcc.nvcc) in found["compiler"] and "CUTLASS 4." in found["compiler"]
     assert "note" in found["library"] and "0 of " in found["library"]
+    assert "`python -m jax_bolt warm` " in found["library"]
 
 
 def test_the_library_is_there(nvcc, gpu, doctor, monkeypatch):
@@ -118,6 +121,7 @@ def test_no_gpu_is_wrong_unless_an_architecture_is_named(nvcc, doctor, monkeypat
     found = doctor("--arch", "sm_90a")
     assert not {"driver", "GPU", "JAX", "kernel"} & set(found)
     assert "a kernel compiles" in found["sm_90a"]
+    assert "`python -m jax_bolt warm --arch sm_90a`" in found["library"]
     found = doctor("--arch", "sm_75", wrong=("sm_75",))
     assert "8.0 and up" in found["sm_75"]
 
@@ -221,6 +225,12 @@ def test_caches(nvcc, gpu, doctor, cache_dir, monkeypatch):
     kernels.write_text("")
     assert "remove it" in doctor(wrong=("cache",))["cache"]
     kernels.unlink()
+    with options.options(cache_dir="/proc/self/nowhere"):
+        found = doctor()["cache"]
+        assert "note" in found and "free" not in found
+        assert "/proc/self/nowhere/kernels cannot be created: " in found
+        assert "set JAX_BOLT_CACHE_DIR to another" in found
+    assert list(cache_dir.iterdir()) == []
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 2**20))
     assert "1 MiB free" in doctor()["cache"]
@@ -250,14 +260,46 @@ def test_an_unknown_variable_is_a_note(nvcc, gpu, doctor, monkeypatch):
     assert "note" in found and "JAX_BOLT_ONMISS is none" in found
 
 
-def test_a_bad_variable_is_told(monkeypatch, capsys):
-    options._environment.cache_clear()
-    monkeypatch.setenv("JAX_BOLT_JOBS", "many")
-    try:
-        assert cli.main(["doctor"]) == 2
-    finally:
+@pytest.fixture
+def environment(fake, cache_dir, monkeypatch):
+    """Sets variables, which are the only options then, with a compiler among them."""
+    monkeypatch.setattr(store, "_failures", {})
+    monkeypatch.setattr(options, "_active", contextvars.ContextVar("a", default=None))
+
+    def environment(**texts):
+        for name, text in {"CUDA_HOME": str(fake.home), **texts}.items():
+            monkeypatch.setenv(f"JAX_BOLT_{name}", text)
         options._environment.cache_clear()
-    assert "JAX_BOLT_JOBS='many'" in capsys.readouterr().err
+
+    yield environment
+    options._environment.cache_clear()
+
+
+def test_all_bad_variables_are_told_and_the_rest_is_looked_at(
+    environment, doctor, cache_dir, capsys
+):
+    environment(JOBS="many", ON_MISS="never", CACHE_DIR=str(cache_dir))
+    found = doctor("--arch", "sm_90a", wrong=("options",))
+    assert "JAX_BOLT_JOBS='many' must be a whole number" in found["options"]
+    assert "JAX_BOLT_ON_MISS='never' must be one of" in found["options"]
+    assert found["options"].count("wrong ") == 2
+    # What is right counts, too, and is told.
+    assert re.search(r"ok +options +JAX_BOLT_CACHE_DIR=\S+, JAX", found["options"])
+    assert str(cache_dir) in found["cache"] and "a kernel compiles" in found["sm_90a"]
+    assert cli.main(["doctor", "--arch", "sm_90a"]) == 1
+    assert "every call raises ValueError" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="JAX_BOLT_"):
+        options.current()
+    assert cli.main(["cache", "size"]) == 2
+    assert "JAX_BOLT_" in capsys.readouterr().err
+
+
+def test_a_bad_variable_that_counts_at_import_alone_stops_nothing(environment, doctor):
+    environment(WARM="sometimes")
+    found = doctor("--arch", "sm_90a")
+    assert "note" in found["options"] and "'sometimes' must be" in found["options"]
+    assert "in the background" in found["options"]
+    assert options.current().warm == "build"
 
 
 def test_an_unknown_architecture(capsys):

@@ -119,7 +119,7 @@ def test_no_compiler(gpu, cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(toolchains, "_wheels", lambda: [])
     message = warning_of()
     assert "NVIDIA's compiler, nvcc" in message
-    assert '`pip install "jax_bolt[cuda13]"`' in message
+    assert '`pip install "jax[cuda13]" "nvidia-cuda-cccl<14"`' in message
 
 
 def test_a_full_cache_needs_no_compiler(gpu, nvcc, monkeypatch, tmp_path):

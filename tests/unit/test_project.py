@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import jax_bolt
+from jax_bolt._src.jit import toolchain
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +33,18 @@ def test_the_version_is_in_one_place():
     ]
     assert found == ["pyproject.toml"]
     assert jax_bolt.__version__ in (version, "0+unknown")
+
+
+def test_what_errors_advise_to_install_is_the_extra_cuda13():
+    """From an index, where jax_bolt is not: its extra's packages, one by one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["cuda13"]
+    assert shlex.split(toolchain.INSTALL)[:2] == ["pip", "install"]
+    advised = shlex.split(toolchain.INSTALL)[2:]
+    names = [re.split("[<>=]", requirement)[0] for requirement in extra]
+    assert [re.split("[<>=]", requirement)[0] for requirement in advised] == names
+    bounds = [re.findall("<[0-9]+", requirement) for requirement in extra]
+    assert [re.findall("<[0-9]+", requirement) for requirement in advised] == bounds
 
 
 def test_nothing_reaches_a_shell_or_an_interpreter():

@@ -83,7 +83,7 @@ def test_wheels_are_found_newest_first(tmp_path, monkeypatch):
 
 
 def test_nothing_found_names_the_command():
-    with pytest.raises(CompileError, match=r'pip install "jax_bolt\[cuda13\]"'):
+    with pytest.raises(CompileError, match=r'pip install "jax\[cuda13\]" "nvidia'):
         toolchains.find(Options())
 
 

@@ -5,7 +5,7 @@ Looked for in this order, the first usable one is taken:
 
 1. the option ``cuda_home`` (when it is set, nothing else is tried);
 2. ``$CUDA_HOME``, then ``$CUDA_PATH``;
-3. the wheels from PyPI that ``jax_bolt[cuda13]`` installs;
+3. the wheels from PyPI that the extra ``cuda13`` installs;
 4. ``nvcc`` on ``$PATH``.
 """
 
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 PYPI = "PyPI"
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"(jax_bolt/[^"]+)"', re.MULTILINE)
-INSTALL = 'pip install "jax_bolt[cuda13]"'
+# What the extra cuda13 has. jax_bolt itself, which that needs, is on no index.
+INSTALL = 'pip install "jax[cuda13]" "nvidia-cuda-cccl<14"'
 
 # The oldest nvcc whose ptxas compiles CUTLASS's wgmma and TMA code correctly, and
 # the first one that knows each architecture after it.

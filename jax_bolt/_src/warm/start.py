@@ -65,7 +65,8 @@ def start() -> None:
         # Not options.current(), after which later changes of os.environ would be lost.
         try:
             active = options.from_environment(os.environ)
-        except ValueError as error:  # which the first call raises; a command says it
+        # But for JAX_BOLT_WARM's, the first call raises it; a command says it.
+        except ValueError as error:
             if not _is_command():
                 warnings.warn(f"jax_bolt: {error}", stacklevel=3)
             return
