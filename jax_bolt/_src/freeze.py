@@ -60,7 +60,7 @@ class Frozen(Optimized):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             run, first = self._bound(args, kwargs)
-            return run(*first, *args, **kwargs)
+            return self._run(run, (*first, *args), kwargs)
         except TypeError as error:
             self._explain_bad_argument(args, kwargs, error)
             raise
@@ -102,6 +102,13 @@ class Frozen(Optimized):
         if parts is None:
             return self._function.plain._rewritten((*self._frozen, *args), kwargs)
         return parts.rewritten
+
+    def _run(self, run: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except TypeError as error:
+            _check(self._frozen, error)
+            raise
 
     def _bound(self, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
         signature = self._signature(args, kwargs)
@@ -383,10 +390,15 @@ def _shared(fun: Callable[..., Any], fixed: tuple[Any, ...]) -> _Shared:
 
 
 def _arrays(frozen_args: tuple[Any, ...]) -> tuple[Any, ...]:
+    _check(frozen_args)
+    return jax.tree.map(_array, frozen_args)
+
+
+def _check(frozen_args: tuple[Any, ...], error: TypeError | None = None) -> None:
+    """Raises TypeError where one is no array, nor a shape unless there was an error."""
     fix = "bind it to the function with functools.partial"
     for index, arg in enumerate(frozen_args):
-        api.check_leaves(f"frozen argument {index}", arg, fix, abstract=True)
-    return jax.tree.map(_array, frozen_args)
+        api.check_leaves(f"frozen argument {index}", arg, fix, error is None, error)
 
 
 def _array(leaf: Any) -> Any:

@@ -44,7 +44,8 @@ class Window:
 
         That is the axis first of which less is left. None where there are not two, and
         where one pass loads less: windows of 3x3 at stride 2 take as many loads either
-        way, at stride 1 fewer in two passes, and 2x2 at stride 2 more.
+        way (without padding a few more in two passes), at stride 1 fewer in two passes,
+        and 2x2 at stride 2 more.
         """
         axes = self._axes
         if len(axes) != 2 or not math.prod(self.out_shape):

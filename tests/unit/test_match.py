@@ -444,6 +444,19 @@ def test_transposed_convs_have_a_channel_for_each_phase(size, taps, channels):
     assert found.label == f"conv_transpose{size}x{size}+bias+relu"
 
 
+def test_a_transposed_conv_may_have_fewer_taps_than_its_dilation():
+    """Three taps for four results: 16 / 9 of the products, in both axes together."""
+
+    def fun(x, w):
+        return lax.conv_transpose(
+            x, w, (4, 4), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    assert one(fun, X, shape(3, 3, 16, 32)).region.problem.k == 16 * 32
+    found, (refusal,) = find(fun, X, shape(2, 2, 16, 32))
+    assert not found and "has 4 times the products" in refusal.reason
+
+
 @pytest.mark.parametrize(
     ("fun", "args", "reason"),
     [
@@ -482,7 +495,7 @@ def test_transposed_convs_have_a_channel_for_each_phase(size, taps, channels):
         (
             lambda x, w: conv(x, w, lhs_dilation=(2, 2), padding=((0, 1), (0, 1))),
             (X, shape(1, 1, 16, 32)),
-            "fewer taps than phases",
+            "has 4 times the products as a plain one",
         ),
         (
             lambda x, w: conv(x, w, padding=((-1, 0), (0, 0))),
