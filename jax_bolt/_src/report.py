@@ -8,13 +8,15 @@ import html
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .site import Pool, Site, Totals, micros, totals
 
 _WIDTH = 160
+# Columns of a terminal that take configs, and problems, without being folded much.
+_WITH_CONFIGS, _WITH_PROBLEMS = 140, 110
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Report:
     """The sites of a function on one architecture.
 
     ``str(report)`` is a table, the same wherever it is printed; ``rich.print(report)``
-    fits it to the terminal, and a notebook shows the page of ``to_html``.
+    fits it to the terminal, without configs and problems in a narrow one, and a notebook
+    shows the page of ``to_html``.
 
     ``arch`` is "" where there was none to plan for, and ``device`` the kind of GPU, ""
     where only an architecture was named.
@@ -87,6 +90,8 @@ class Report:
         return report_page.page(self._title(), self.device, self.sites, self.pools)
 
     def _title(self) -> str:
+        if not self.sites:
+            return "no conv or product here"
         fused = sum(site.fused for site in self.sites)
         title = f"{fused} of {len(self.sites)} roots fused"
         if not self.arch:
@@ -94,7 +99,10 @@ class Report:
         kernels = sum(_runs_on_kernel(site) for site in self.sites)
         return f"{title}, {kernels} on kernels, planned for {self.arch}"
 
-    def __rich__(self) -> Any:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self._table(options.max_width)
+
+    def _table(self, width: int) -> Any:
         from rich.table import Table
         from rich.text import Text
 
@@ -105,7 +113,8 @@ class Report:
             show_edge=False,
             show_footer=summed.timed > 0,
         )
-        for heading in ("site", "region", "problem", "kernel"):
+        problems = ["problem"] if width >= _WITH_PROBLEMS else []
+        for heading in ("site", "region", *problems, "kernel"):
             table.add_column(heading, overflow="fold")
         table.columns[0].footer = f"{summed.timed} timed sites"
         for heading, total in (
@@ -118,8 +127,8 @@ class Report:
             row = (
                 site.name,
                 site.epilogue or site.root,
-                site.problem,
-                site.what_runs,
+                *[site.problem for _ in problems],
+                site.what_runs if width >= _WITH_CONFIGS else site.what_runs_in_short,
                 micros(site.time_us),
                 micros(site.xla_time_us),
                 micros(site.floor.time_us if site.floor else None),
@@ -128,7 +137,7 @@ class Report:
             table.add_row(*map(Text, map(printable, row)), style=_style(site))
         for pool in self.pools:
             label, _, _ = pool.problem.partition("[")
-            row = (pool.name, label, pool.problem, pool.what_runs)
+            row = (pool.name, label, *[pool.problem for _ in problems], pool.what_runs)
             table.add_row(*map(Text, map(printable, row)))
         return table
 

@@ -122,6 +122,13 @@ class Site:
             return f"xla: {self.reason}"
         return f"{self.kernel} [{self.provenance}]" if self.provenance else self.kernel
 
+    @property
+    def what_runs_in_short(self) -> str:
+        """The kernel's template alone, or "xla" and why."""
+        if self.chain is not None:
+            return f"{self.chain.kernel.partition(' ')[0]}, with {self.chain.other}"
+        return self.what_runs if self.reason else self.kernel.partition(" ")[0]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:

@@ -623,6 +623,7 @@ def test_a_chain_is_shown_at_both_sites(report: jax_bolt.Report) -> None:
         assert (
             site.what_runs == f"{link.kernel} [user], in one kernel with {other.name}"
         )
+        assert site.what_runs_in_short == f"chain_stub, with {other.name}"
         # What is said of the site is of the site alone.
         assert (site.time_us, site.xla_time_us) == (4.0, 9.0)
     assert report.totals.chosen_us == 4.0 + 4.0 - 3.0

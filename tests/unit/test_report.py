@@ -20,7 +20,7 @@ from rich.console import Console
 import jax_bolt
 from jax_bolt._src import arch, ir
 from jax_bolt._src.floor import floor
-from jax_bolt._src.site import Site
+from jax_bolt._src.site import Pool, Site
 
 H200 = arch.of_device("9.0", "NVIDIA H200", 132)
 HOSTILE = "<script>alert('x')</script> & \"q\" [red]\x1b[31m\u202e</summary>"
@@ -166,6 +166,40 @@ def test_in_a_terminal_the_table_is_as_wide_as_that(report):
     bare = re.sub(r"\x1b\[[\d;]*m", "", shown)
     assert "\x1b" not in bare and "\u202e" not in bare
     assert max(map(len, bare.splitlines())) <= 100
+
+
+def of_width(report, width):
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(report)
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
+def test_a_narrow_table_has_templates_without_their_configs(report):
+    made = dataclasses.replace(report, sites=report.sites[:2])
+    assert "pixels=88" in " ".join(of_width(made, 140))
+    narrow = of_width(made, 139)
+    assert "pixels=88" not in " ".join(narrow)
+    (row,) = (line for line in narrow if "Net/Conv_0" in line)
+    assert re.search(r"│ implicit_gemm_sm90 +│ 15\.0 ", row)
+    # What it keeps is why XLA runs a site.
+    assert "xla: XLA was timed faster: 12.0 µs" in " ".join(narrow)
+    assert "n32h28" in " ".join(of_width(made, 110))
+    assert "n32h28" not in " ".join(of_width(made, 109))
+    # A line for the site on a kernel, in a terminal of the usual width.
+    (row,) = (line for line in of_width(made, 80) if "Net/Conv_0" in line)
+    assert "│ conv3x3+bn+relu │ implicit_gemm_sm90 " in row
+    pool = Pool(name="Net", line="", problem="max3x3/2[bf16 2x2x2x2]", passes=2)
+    pooled = " ".join(of_width(dataclasses.replace(made, pools=(pool,)), 80))
+    assert "xla, one axis" in pooled and "2x2x2x2" not in pooled
+
+
+def test_a_function_without_sites(report):
+    empty = jax_bolt.Report((), "sm_90a", {})
+    assert str(empty).startswith("no conv or product here")
+    assert "no conv or product here" in empty._repr_html_()
 
 
 def test_json_has_it_all(report):
