@@ -88,7 +88,7 @@ class Optimized:
         self,
         *args: Any,
         arch: str | None = None,
-        activations: Sequence[str] | None = None,
+        activations: str | Sequence[str] | None = None,
         budget_s: float | None = None,
         progress: bool = True,
         **kwargs: Any,
@@ -96,6 +96,8 @@ class Optimized:
         """See ``jax_bolt.advise``."""
         from .codesign import advise
 
+        if isinstance(activations, str):
+            activations = [activations]
         names = advise.ACTIVATIONS if activations is None else tuple(activations)
         with options.options(**self._changes):
             rewritten = self._rewritten(args, kwargs)
@@ -334,7 +336,7 @@ def advise(
     fun: Callable[..., Any],
     *args: Any,
     arch: str | None = None,
-    activations: Sequence[str] | None = None,
+    activations: str | Sequence[str] | None = None,
     budget_s: float | None = None,
     progress: bool = True,
     static_argnums: int | Sequence[int] = (),
@@ -351,8 +353,8 @@ def advise(
       args, kwargs: its arguments; arrays or ``jax.ShapeDtypeStruct``.
       arch: the architecture to estimate for, such as "sm_90a", without measuring; by
         default the GPU JAX sees, which is measured on, or "sm_90a" where there is none.
-      activations: names of functions of ``jax.nn`` to try; by default relu, gelu, silu,
-        hard_swish, softplus and mish.
+      activations: names of functions of ``jax.nn`` to try, or one name; by default relu,
+        gelu, silu, hard_swish, softplus and mish.
       budget_s: seconds it may take; what is not reached is estimated.
       progress: whether to show a progress bar on a terminal.
 

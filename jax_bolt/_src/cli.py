@@ -49,7 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status. Only a fault of ours ends in a traceback."""
-    args = make_parser().parse_args(arguments)  # exits itself, with 0 or 2
+    args, unknown = make_parser().parse_known_args(arguments)  # may exit, with 0 or 2
+    if unknown:  # which parse_args would say with the usage of all commands
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if args.run is not doctor_command.run:  # which says more of it
             options.current()

@@ -24,7 +24,8 @@ def add_parser(
 ) -> argparse.ArgumentParser:
     """A parser for ``name`` with a line of ``text`` and ``examples`` below its help.
 
-    ``run`` is called with the parsed arguments; its result, if any, is the exit status.
+    ``run`` is called with the parsed arguments, of which ``parser`` is this one; its
+    result, if any, is the exit status.
     """
     parser = commands.add_parser(
         name,
@@ -34,7 +35,7 @@ def add_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if run is not None:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, parser=parser)
     return parser
 
 

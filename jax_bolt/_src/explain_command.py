@@ -171,6 +171,8 @@ def _advise(args: argparse.Namespace) -> None:
             budget_s=args.budget,
         )
     _print(advice, args)
+    if not (advice.sites or advice.refused):
+        print("no conv or product here", file=sys.stderr)
 
 
 def _check_html(args: argparse.Namespace) -> None:

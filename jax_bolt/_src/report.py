@@ -116,6 +116,7 @@ class Report:
         problems = ["problem"] if width >= _WITH_PROBLEMS else []
         for heading in ("site", "region", *problems, "kernel"):
             table.add_column(heading, overflow="fold")
+        table.columns[-1].min_width = len("implicit_gemm_sm90")
         table.columns[0].footer = f"{summed.timed} timed sites"
         for heading, total in (
             ("µs", summed.chosen_us),

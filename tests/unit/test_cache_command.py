@@ -19,7 +19,7 @@ from fake_nvcc import FakeNvcc
 from fresh_python import environ
 
 from jax_bolt._src import arch, archive, cli, options, paths, plan
-from jax_bolt._src.jit import manifest
+from jax_bolt._src.jit import codegen, manifest
 from jax_bolt._src.jit.store import Store
 from jax_bolt._src.tune import db
 from jax_bolt._src.tune import target as targets
@@ -29,7 +29,7 @@ DEVICE = db.device_key(H200)
 KERNEL = (
     "JAX_BOLT_DEVICE_KERNEL(jax_bolt::gemm::Sm90<Epilogue, cutlass::bfloat16_t, 64>)\n"
 )
-CAST = "JAX_BOLT_CAST_KERNEL(cutlass::bfloat16_t)\n"
+CAST = codegen.cast_source("bfloat16")
 OTHER = "int unused;"
 
 
@@ -135,7 +135,7 @@ def test_ls_says_what_is_there(cache, run):
     lines = printed.splitlines()
     assert lines[0] == f"kernels in {cache.kernels.root}"
     assert re.search(
-        rf"B +20\d\d-.* sm_90a +{cast[:12]} +0 +bfloat16_t$", printed, re.M
+        rf"B +20\d\d-.* sm_90a +{cast[:12]} +0 +cast to bfloat16$", printed, re.M
     )
     assert re.search(rf"{other[:12]} +0 +\?$", printed, re.M)
     # What was tuned says it best; the last used comes first.

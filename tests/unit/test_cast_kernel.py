@@ -110,3 +110,4 @@ def test_source() -> None:
         "JAX_BOLT_CAST_KERNEL(__half)",
     ]
     assert compiler.artifact(source) == "cast"
+    assert compiler.kernel(source) == "cast to float16"

@@ -261,6 +261,42 @@ def test_advice(model, run):
     assert site["channels"][0]["to"] == 64
 
 
+def test_one_activation_is_a_name_too():
+    shape = jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
+    given = {"arch": "sm_90a", "progress": False}
+
+    def fun(x):
+        return jax.nn.relu(x @ x)
+
+    advice = jax_bolt.advise(fun, shape, activations="silu", **given)
+    assert advice.activations == ("silu",)
+    with pytest.raises(ValueError, match="'nothing' is no activation"):
+        jax_bolt.advise(fun, shape, activations="nothing", **given)
+
+
+def test_a_function_without_convs_and_products(model, run, tmp_path):
+    (tmp_path / model).write_text(MODEL.replace("relu(x @ w)", "relu(x)"))
+    printed, _ = run("explain", f"{model}:predict", "--arch", "sm_90a")
+    assert printed.startswith("no conv or product here")
+    _, said = run("advise", f"{model}:predict", "--arch", "sm_90a")
+    assert said.endswith("no conv or product here\n")
+    (tmp_path / model).write_text(MODEL.replace("bfloat16", "int8"))
+    explain_command._module.cache_clear()
+    _, said = run("advise", f"{model}:predict", "--arch", "sm_90a")
+    assert "no conv or product here" not in said
+
+
+@pytest.mark.parametrize(
+    "command", [("explain", "a.py:b"), ("cache", "ls"), ("doctor",), ("warm",)]
+)
+def test_an_unknown_option_prints_its_commands_usage(run, command):
+    printed, said = run(*command, "--colour", "red", status=2)
+    words = [word for word in command if ":" not in word]
+    prefix = " ".join(("python -m jax_bolt", *words))
+    assert said.startswith(f"usage: {prefix} [-h]") and not printed
+    assert f"{prefix}: error: unrecognized arguments: --colour red" in said
+
+
 def test_mistakes_in_asking_for_advice(model, run):
     command = ("advise", f"{model}:predict")
     _, said = run(*command, "--activations", "relu,softmax", status=2)

@@ -49,6 +49,7 @@ BINARIES = frozenset(_FILES.values())
 _MACRO = re.compile(r"^JAX_BOLT_(DEVICE|CAST)_KERNEL\(", re.MULTILINE)
 _INSTANCE = re.compile(r"^JAX_BOLT_\w*KERNEL\((.*)\)\s*$", re.MULTILINE)
 _QUALIFIERS = re.compile(r"(\w+::)+(?=k[A-Z])|\b(jax_bolt|cutlass)::")
+_CUDA_TYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16"}
 _KINDS: dict[str, Artifact] = {"DEVICE": "cubin", "CAST": "cast"}
 # ptxas runs wgmma one at a time: correct, and several times slower than it should be.
 _SERIALISED = re.compile(r"C7510|wgmma\S* instructions are serialized")
@@ -83,9 +84,17 @@ def binary(source: str) -> str:
 
 
 def kernel(source: str) -> str:
-    """The C++ type that ``source`` instantiates, for people; "" where it names none."""
+    """What ``source`` instantiates, for people; "" where it names nothing.
+
+    That is a C++ type or, of a cast, "cast to" its result's type.
+    """
     found = _INSTANCE.search(source)
-    return "" if found is None else _QUALIFIERS.sub("", found[1])
+    if found is None:
+        return ""
+    name = _QUALIFIERS.sub("", found[1])
+    if artifact(source) == "cast":
+        return f"cast to {_CUDA_TYPES.get(name, name)}"
+    return name
 
 
 def flags(arch: GpuArch, kind: Artifact = "module") -> tuple[str, ...]:
