@@ -353,8 +353,8 @@ def advise(
       args, kwargs: its arguments; arrays or ``jax.ShapeDtypeStruct``.
       arch: the architecture to estimate for, such as "sm_90a", without measuring; by
         default the GPU JAX sees, which is measured on, or "sm_90a" where there is none.
-      activations: names of functions of ``jax.nn`` to try, or one name; by default relu,
-        gelu, silu, hard_swish, softplus and mish.
+      activations: names of functions of ``jax.nn`` to try, or one of them; by default
+        relu, gelu, silu, hard_swish, softplus and mish.
       budget_s: seconds it may take; what is not reached is estimated.
       progress: whether to show a progress bar on a terminal.
 

@@ -7,7 +7,6 @@ No other file imports ``jax._src`` or compares versions; ruff's TID251 keeps it 
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -384,7 +383,7 @@ def _is_users(file: str) -> bool:
 def _below_here(file: str) -> str:
     """Relative to the working directory, where that is above it."""
     try:
-        return file.removeprefix(f"{os.getcwd()}/")
+        return file.removeprefix(f"{Path.cwd()}/")
     except OSError:  # it was removed
         return file
 

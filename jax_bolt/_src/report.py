@@ -24,8 +24,8 @@ class Report:
     """The sites of a function on one architecture.
 
     ``str(report)`` is a table, the same wherever it is printed; ``rich.print(report)``
-    fits it to the terminal, without configs and problems in a narrow one, and a notebook
-    shows the page of ``to_html``.
+    fits it to the terminal, with no configs and problems in a narrow one, and a
+    notebook shows the page of ``to_html``.
 
     ``arch`` is "" where there was none to plan for, and ``device`` the kind of GPU, ""
     where only an architecture was named.

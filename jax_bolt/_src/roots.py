@@ -315,8 +315,8 @@ def _phases(w: Sequence[int], down: _Axis, right: _Axis) -> PhaseFilter:
     work = math.prod(phases.stride * phases.taps / phases.size for phases in axes)
     if work > _MAX_PHASE_WORK:
         raise Refused(
-            f"{where}: transposed conv that has {work:.3g} times the products as a plain "
-            "one"
+            f"{where}: transposed conv that has {work:.3g} times the products as a "
+            "plain one"
         )
     return PhaseFilter(tuple(w), axes[0], axes[1])
 

@@ -355,14 +355,14 @@ def test_a_shape_is_no_array_but_will_do_elsewhere(call):
 def test_a_frozen_shape_is_no_array_but_will_do_elsewhere():
     shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     fun = jax_bolt.freeze(lambda w, x: (2 * w["a"][0]) @ x, {"a": [shape]})
-    message = r"frozen argument 0\['a'\]\[0\] is ShapeDtype.*; pass an array, or call \.l"
+    message = r"frozen argument 0\['a'\]\[0\] is ShapeDtype.*, or call \.lower"
     with pytest.raises(TypeError, match=message):
         fun(X)
     assert jax.eval_shape(fun, shape).shape == (4, 4)
     assert len(fun.explain(X).sites) == 1 and fun.lower(X)
     # Another mistake is told as it is.
     fun = jax_bolt.freeze(lambda w, x: w @ x + "a", shape)
-    with pytest.raises(TypeError, match="unsupported operand|'a'"):
+    with pytest.raises(TypeError, match=r"unsupported operand|'a'"):
         jax.eval_shape(fun, shape)
 
 
