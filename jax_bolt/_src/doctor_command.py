@@ -3,7 +3,7 @@
 
 Looks at everything that a kernel needs, in the order in which it is needed, and says of
 each thing that is wrong what mends it. Changes nothing: what it compiles is kept apart
-from the cache.
+from the cache, and a directory that it makes to see whether it can is removed.
 """
 
 from __future__ import annotations

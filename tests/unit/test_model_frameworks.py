@@ -7,7 +7,9 @@ take one image in NCHW, or one vector, and are mapped over the batch.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +99,20 @@ def test_nnx_convs() -> None:
         "dot+bias": 1,
     }
     check(*of_nnx(Residual(nnx.Rngs(0))), image(2, 9, 9, 3), labels)
+
+
+def test_sites_of_nnx_are_named_by_the_models_lines() -> None:
+    """Which gives no scopes: else all convs would have the name of Flax's own line."""
+    fun, state = of_nnx(Residual(nnx.Rngs(0)))
+    sites = jax_bolt.explain(fun, state, image(2, 9, 9, 3)).sites
+    lines, start = inspect.getsourcelines(Residual.__call__)
+    convs = ("self.stem(", "self.conv(", "self.up(", "self.line(", "self.head(")
+    assert len(sites) == len(convs)
+    for site, conv in zip(sites, convs, strict=True):
+        place = r"\S*test_model_frameworks\.py:(\d+):\d+ \(Residual.__call__\)"
+        parts = re.fullmatch(place, site.line)
+        assert parts is not None and site.name == site.line
+        assert conv in lines[int(parts[1]) - start]
 
 
 def test_nnx_attention() -> None:
