@@ -95,10 +95,10 @@ class Advice:
     ``str(advice)`` is three tables; ``rich.print(advice)`` fits them to the terminal.
 
     ``arch`` is the architecture and ``device`` the kind of GPU that was measured on, ""
-    where nothing was: then all times are the rank model's estimates. It and floors go by
-    the published numbers of ``board``, of an architecture its usual one. Sites are in order
-    of the time they take in all; ``refused`` convs and products have no region, which
-    ``explain`` gives the reasons of.
+    where nothing was: then all times are the rank model's estimates. They and floors
+    go by the published numbers of ``board``, an architecture's usual one if that alone
+    is known. Sites are in order of the time they take in all; ``refused`` convs and
+    products have no region, which ``explain`` gives the reasons of.
     """
 
     sites: tuple[SiteAdvice, ...]

@@ -49,7 +49,8 @@ class _Subject:
 
 
 class _Clock:
-    """Times of regions and chains on ``arch``: measured if ``origin`` is given, and estimated."""
+    """Times of regions and chains on ``arch``: estimated, and measured if ``origin`` is
+    given."""
 
     def __init__(self, arch: GpuArch, active: Options, origin: plan.Origin | None):
         self._arch = arch
@@ -107,7 +108,10 @@ def advise(
     else:
         arch = resolve.arch_of(device)
     if not arch.has_kernels:
-        raise UnsupportedError(f"jax_bolt has no kernels for {arch.name}")
+        others = ", ".join(arch_.with_kernels())
+        raise UnsupportedError(
+            f"jax_bolt has no kernels for {arch.name}; it has them for {others}"
+        )
     subjects = _subjects(rewritten, activations)
     guess = _Clock(arch, active, None)
     subjects.sort(key=lambda subject: -_all_of(subject, guess))
