@@ -20,13 +20,15 @@ class GpuArch:
     ``smem_per_block`` and ``l2_bytes`` are bytes, ``bandwidth`` is bytes per second
     of device memory, ``sm`` is the compute capability without its dot (9.0 -> 90).
     ``peak_flops`` is FLOP/s of dense f16 and bf16 products with f32 accumulators, twice
-    that of TF32; None where NVIDIA publishes none.
+    that of TF32; None where NVIDIA publishes none. ``board`` is the one whose numbers
+    these are: that of ``gpu``, or the architecture's usual one.
     """
 
     name: str
     sm: int
     suffix: str
     gpu: str | None
+    board: str
     sm_count: int
     smem_per_block: int
     l2_bytes: int
@@ -39,6 +41,11 @@ class GpuArch:
         number = f"{self.sm}{self.suffix}"
         return f"-gencode=arch=compute_{number},code=sm_{number}"
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether any kernel is for it."""
+        return self.sm >= _OLDEST_SM
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Board:
@@ -48,7 +55,14 @@ class _Board:
     l2_mib: int
     gb_per_s: int
     tflops: int | None
+    name: str = ""  # where the pattern is none
 
+    @property
+    def label(self) -> str:
+        return self.name or self.pattern
+
+
+_OLDEST_SM = 80  # that kernels are for: they copy with cp.async
 
 # compute capability without its dot -> opt-in shared memory per block, KiB
 _SHARED_KIB: dict[int, int] = {
@@ -71,28 +85,28 @@ _SHARED_KIB: dict[int, int] = {
 _BOARDS: tuple[_Board, ...] = (
     _Board("T4", 75, 40, 4, 320, 65),
     _Board("RTX 2080 Ti", 75, 68, 6, 616, 54),
-    _Board("A100.*80GB", 80, 108, 40, 2039, 312),
+    _Board("A100.*80GB", 80, 108, 40, 2039, 312, "A100 80GB"),
     _Board("A100", 80, 108, 40, 1555, 312),
     _Board("A30", 80, 56, 24, 933, 165),
-    _Board("A10|A10G", 86, 72, 6, 600, 125),
+    _Board("A10|A10G", 86, 72, 6, 600, 125, "A10"),
     _Board("A40", 86, 84, 6, 696, 150),
     _Board("RTX A6000", 86, 84, 6, 768, 155),
     _Board("RTX 3090", 86, 82, 6, 936, 71),
     _Board("Orin", 87, 16, 4, 205, None),
     _Board("L4", 89, 58, 48, 300, 121),
-    _Board("L40S?", 89, 142, 96, 864, 362),
+    _Board("L40S?", 89, 142, 96, 864, 362, "L40S"),
     _Board("RTX 4090", 89, 128, 72, 1008, 165),
     _Board("RTX 6000 Ada", 89, 142, 96, 960, 364),
-    _Board("H100 80GB HBM3", 90, 132, 50, 3350, 989),
+    _Board("H100 80GB HBM3", 90, 132, 50, 3350, 989, "H100 SXM"),
     _Board("H100 PCIe", 90, 114, 50, 2039, 756),
     _Board("H100 NVL", 90, 132, 50, 3938, 835),
-    _Board("H100", 90, 132, 50, 3350, 989),
+    _Board("H100", 90, 132, 50, 3350, 989, "H100 SXM"),
     _Board("H200", 90, 132, 50, 4800, 989),
     _Board("GH200", 90, 132, 50, 4000, 989),
     _Board("H20", 90, 78, 60, 4000, 148),
     _Board("H800", 90, 132, 50, 3350, 989),
-    _Board("B200|GB200", 100, 148, 126, 8000, 2500),
-    _Board("B300|GB300", 103, 148, 126, 8000, 2500),
+    _Board("B200|GB200", 100, 148, 126, 8000, 2500, "B200"),
+    _Board("B300|GB300", 103, 148, 126, 8000, 2500, "B300"),
     _Board("Thor", 110, 20, 32, 273, None),
     _Board("RTX PRO 6000", 120, 188, 128, 1792, 504),
     _Board("RTX 5090", 120, 170, 96, 1792, 210),
@@ -127,7 +141,7 @@ def of_device(
     if sm not in _SHARED_KIB:
         raise UnsupportedError(
             f"jax_bolt has no kernels for {device_kind}, of compute capability "
-            f"{compute_capability!r}; it knows {', '.join(map(_dotted, _SHARED_KIB))}"
+            f"{compute_capability!r}; it has them for {_capabilities()}"
         )
     for board in _BOARDS:
         if board.sm == sm and re.search(rf"\b(?:{board.pattern})\b", device_kind):
@@ -140,12 +154,17 @@ def known() -> tuple[str, ...]:
     return tuple(f"sm_{sm}{_suffix(sm)}" for sm in _SHARED_KIB)
 
 
-def _dotted(sm: int) -> str:
-    return f"{sm // 10}.{sm % 10}"
+def with_kernels() -> tuple[str, ...]:
+    """Those of ``known()`` that kernels are for."""
+    return tuple(name for name in known() if from_name(name).has_kernels)
+
+
+def _capabilities() -> str:
+    return ", ".join(f"{sm // 10}.{sm % 10}" for sm in _SHARED_KIB if sm >= _OLDEST_SM)
 
 
 def _known() -> str:
-    return ", ".join(known())
+    return ", ".join(with_kernels())
 
 
 def _suffix(sm: int) -> str:
@@ -163,6 +182,7 @@ def _arch(sm: int, gpu: str | None, board: _Board, sm_count: int | None) -> GpuA
         sm=sm,
         suffix=_suffix(sm),
         gpu=gpu,
+        board=board.label,
         sm_count=board.sm_count if sm_count is None else sm_count,
         smem_per_block=_SHARED_KIB[sm] * 1024,
         l2_bytes=board.l2_mib * 1024 * 1024,

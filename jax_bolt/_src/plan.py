@@ -6,13 +6,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Generic, Literal, TypeAlias, TypeVar, cast, overload
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast, overload
 
 from . import floor, forms, ir, kernels
 from .arch import GpuArch
 from .jit import codegen
 from .kernels.config import Config
-from .kernels.template import ChainTemplate, CubinTemplate, Template
+from .kernels.template import ChainTemplate, CubinTemplate, Elsewhere, Template
 from .tune import db
 
 # The winner is among the first eight for nearly every problem (docs/kernels.md).
@@ -180,16 +180,11 @@ def candidates(
     With ``superseded``, those of templates too that another one replaces here.
     """
     found: list[Candidate] = []
-    reasons: list[str] = []
+    reasons = _Reasons()
     taken: set[tuple[str, str]] = set()
     for form in forms.forms(region):
         for template in kernels.TEMPLATES:
-            if template.name in disable:
-                reasons.append(f"{template.name} is disabled")
-                continue
-            reason = template.supports(form.region, arch)
-            if reason is not None:
-                reasons.append(f"{template.name} ({form.name}): {reason}")
+            if reasons.of(template, form, arch, disable):
                 continue
             same = form.name.replace("krsc", "hwio")
             if same != form.name and (same, template.name) in taken:
@@ -200,9 +195,9 @@ def candidates(
     names = dict.fromkeys(c.template.name for c in found)
     for better in () if superseded else names.keys() & kernels.SUPERSEDED.keys():
         others = kernels.SUPERSEDED[better]
-        reasons += [f"{name}: {better} takes it" for name in names if name in others]
+        reasons.own += [f"{n}: {better} takes it" for n in names if n in others]
         found = [c for c in found if c.template.name not in others]
-    return found, list(dict.fromkeys(reasons))
+    return found, reasons.listed
 
 
 def chain_candidates(
@@ -215,19 +210,40 @@ def chain_candidates(
     worth = saving(chain, arch)
     if worth < _WORTH:
         return [], [f"it could save at most {worth:.0%} of the time"]
-    reasons: list[str] = []
+    reasons = _Reasons()
     for form in forms.chain_forms(chain):
         for template in kernels.CHAIN_TEMPLATES:
-            if template.name in disable:
-                reasons.append(f"{template.name} is disabled")
-                continue
-            reason = template.supports(form.region, arch)
-            if reason is not None:
-                reasons.append(f"{template.name} ({form.name}): {reason}")
+            if reasons.of(template, form, arch, disable):
                 continue
             configs = template.configs(form.region, arch)[:_CHAIN_CONFIGS]
-            return [ChainCandidate(form, template, c, arch) for c in configs], reasons
-    return [], list(dict.fromkeys(reasons))
+            found = [ChainCandidate(form, template, c, arch) for c in configs]
+            return found, reasons.listed
+    return [], reasons.listed
+
+
+class _Reasons:
+    """Why templates refused: their ``own`` reasons, or those of others if all are."""
+
+    def __init__(self) -> None:
+        self.own: list[str] = []
+        self._others: list[str] = []
+
+    def of(
+        self, template: Any, form: Any, arch: GpuArch, disable: tuple[str, ...]
+    ) -> bool:
+        """Whether ``template`` refuses ``form``; the reason is kept."""
+        if template.name in disable:
+            self.own.append(f"{template.name} is disabled")
+            return True
+        reason = template.supports(form.region, arch)
+        if reason is not None:
+            kept = self._others if isinstance(reason, Elsewhere) else self.own
+            kept.append(f"{template.name} ({form.name}): {reason}")
+        return reason is not None
+
+    @property
+    def listed(self) -> list[str]:
+        return list(dict.fromkeys(self.own or self._others))
 
 
 def saving(chain: ir.Chain, arch: GpuArch) -> float:
@@ -273,12 +289,17 @@ def unmeasured(
 
 
 def estimate(
-    region: ir.Region, arch: GpuArch, disable: tuple[str, ...] = ()
+    region: ir.Work, arch: GpuArch, disable: tuple[str, ...] = ()
 ) -> float | None:
     """About what the best kernel takes, in µs, unmeasured; None where there is none.
 
     Rearranging the left operand counts, the right one's does not: it is a parameter.
     """
+    if isinstance(region, ir.Chain):
+        made, _ = chain_candidates(region, arch, disable)
+        first = region.first
+        times = [c.micros + _gathering(first, c.form.first, arch) for c in made]
+        return min(times, default=None)
     found, _ = candidates(region, arch, disable)
     firsts: dict[tuple[str, str], Candidate] = {}
     for candidate in found:

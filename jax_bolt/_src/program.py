@@ -7,7 +7,6 @@ import dataclasses
 import re
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,14 +129,8 @@ def tune(rewritten: Rewritten, budget_s: float | None, progress: bool) -> Report
         )
     target = resolve.target_for(device, active)
     sites = [root for root in rewritten.roots if not isinstance(root, Refusal)]
-    start = time.monotonic()
-    results.tune_missing(sites, target, active, retry=True, show_progress=progress)
-    if chain.NAME not in active.disable:
-        if active.budget_s is not None:
-            left_s = max(0.0, active.budget_s - (time.monotonic() - start))
-            active = dataclasses.replace(active, budget_s=left_s)
-        chains = [p.info for found in chain.sequences(rewritten.program) for p in found]
-        results.tune_chains(chains, target, active, retry=True, show_progress=progress)
+    chains = [p.info for found in chain.sequences(rewritten.program) for p in found]
+    results.tune_all(sites, chains, target, active, progress)
     return report(rewritten, None)
 
 
@@ -157,9 +150,15 @@ def report(rewritten: Rewritten, name: str | None) -> Report:
         )
         for root in rewritten.roots
     ]
-    name, kind = (arch.name, arch.gpu or "") if arch else ("", "")
     pools = tuple(_pool(info, arch) for info in rewritten.pools)
-    return Report(tuple(sites), name, store.stats(), kind, pools)
+    return Report(
+        sites=tuple(sites),
+        arch=arch.name if arch else "",
+        counters=store.stats(),
+        device=arch.gpu or "" if arch else "",
+        pools=pools,
+        board=arch.board if arch else "",
+    )
 
 
 def _pool(info: PoolInfo, arch: GpuArch | None) -> Pool:

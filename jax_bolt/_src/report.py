@@ -28,7 +28,8 @@ class Report:
     notebook shows the page of ``to_html``.
 
     ``arch`` is "" where there was none to plan for, and ``device`` the kind of GPU, ""
-    where only an architecture was named.
+    where only an architecture was named. ``board`` is whose published numbers the
+    floors and the rank model go by: of a bare architecture its usual one.
     ``counters`` are of the whole process: kernels found, compiled and loaded, regions
     tuned, candidates timed in either stage, restarts of the process that times them.
     ``pools`` are those that may take two passes; they are no roots.
@@ -39,6 +40,7 @@ class Report:
     counters: Mapping[str, int]
     device: str = ""
     pools: tuple[Pool, ...] = ()
+    board: str = ""
 
     @property
     def coverage(self) -> float:
@@ -62,6 +64,7 @@ class Report:
         document: dict[str, Any] = {
             "arch": self.arch,
             "device": self.device,
+            "board": self.board,
             "coverage": self.coverage,
             "counters": dict(self.counters),
             "totals": dataclasses.asdict(self.totals),
@@ -87,7 +90,9 @@ class Report:
     def _page(self) -> str:
         from . import report_page
 
-        return report_page.page(self._title(), self.device, self.sites, self.pools)
+        return report_page.page(
+            self._title(), self.device, self.sites, self.pools, self.board
+        )
 
     def _title(self) -> str:
         if not self.sites:
@@ -97,7 +102,8 @@ class Report:
         if not self.arch:
             return f"{title}, no GPU to plan for"
         kernels = sum(_runs_on_kernel(site) for site in self.sites)
-        return f"{title}, {kernels} on kernels, planned for {self.arch}"
+        board = f" ({self.board})" if self.board and not self.device else ""
+        return f"{title}, {kernels} on kernels, planned for {self.arch}{board}"
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         yield self._table(options.max_width)

@@ -28,9 +28,14 @@ class _Markup(str):
 
 
 def page(
-    title: str, device: str, sites: Sequence[Site], pools: Sequence[Pool] = ()
+    title: str,
+    device: str,
+    sites: Sequence[Site],
+    pools: Sequence[Pool] = (),
+    board: str = "",
 ) -> str:
-    """The whole document. ``device`` is the kind of GPU, or ""."""
+    """The whole document. ``device`` is the kind of GPU, or ""; ``board`` whose numbers
+    the floors go by."""
     head = _tag(
         "head",
         _Markup('<meta charset="utf-8">'),
@@ -45,7 +50,7 @@ def page(
         _tag("p", title + (f" · {device}" if device else ""), class_="lead"),
         _times(sites),
         _tag("h2", "Sites"),
-        _table(sites),
+        _table(sites, board),
         _pools(pools),
     )
     return f"<!doctype html>\n{_tag('html', head, body, lang='en')}\n"
@@ -201,14 +206,13 @@ def _comparison(site: Site) -> str:
 # --- Sites
 
 
-def _table(sites: Sequence[Site]) -> _Markup:
+def _table(sites: Sequence[Site], board: str) -> _Markup:
     if not sites:
         return _tag("p", "There is no convolution and no product.", class_="note")
     note = _tag(
         "p",
         "Times in µs, with XLA and now; x: how many times as fast. Floor: the least by "
-        "this GPU's published peak and bandwidth; %: its part of the time now. A row "
-        "opens for more.",
+        f"{_numbers(sites, board)}; %: its part of the time now. A row opens for more.",
         class_="note",
     )
     texts = ("#", "site", "region", "runs on")
@@ -221,6 +225,14 @@ def _table(sites: Sequence[Site]) -> _Markup:
     )
     rows = (_row(number, site) for number, site in enumerate(sites, 1))
     return _tag("div", note, heading, *rows, class_="sites")
+
+
+def _numbers(sites: Sequence[Site], board: str) -> str:
+    """What floors are made of."""
+    of = f" of the {board}" if board else ""
+    if any(site.floor and site.floor.compute_us is None for site in sites):
+        return f"the published bandwidth{of}, without its peak, which is not published"
+    return f"the published peak and bandwidth{of}"
 
 
 def _row(number: int, site: Site) -> _Markup:

@@ -8,12 +8,15 @@ it does not try again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from . import chain as chain_
 from . import ir, paths, plan
 from .arch import GpuArch
 from .chain import AnySite, ChainInfo
@@ -107,6 +110,25 @@ def adopt_missing(sites: Sequence[AnySite], target: Target, options: Options) ->
                 old.append(adopt.Old(site, made.candidate, entry))
         if old:
             adopt.adopt(old, target)
+
+
+def tune_all(
+    sites: Sequence[SiteInfo],
+    chains: Sequence[ChainInfo],
+    target: Target,
+    options: Options,
+    show_progress: bool = True,
+) -> None:
+    """Tunes what has no result yet: ``sites``, then ``chains`` in what is left of the
+    budget. Raises as ``tune_missing``."""
+    start = time.monotonic()
+    tune_missing(sites, target, options, retry=True, show_progress=show_progress)
+    if chain_.NAME in options.disable:
+        return
+    if options.budget_s is not None:
+        left_s = max(0.0, options.budget_s - (time.monotonic() - start))
+        options = dataclasses.replace(options, budget_s=left_s)
+    tune_chains(chains, target, options, retry=True, show_progress=show_progress)
 
 
 def tune_missing(

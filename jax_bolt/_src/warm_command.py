@@ -76,11 +76,12 @@ def _here() -> list[GpuArch]:
     except OSError as error:
         raise UsageError(
             f"no NVIDIA GPU is seen here ({error}): say what to build for, as in "
-            f"--arch sm_90a; there are {', '.join(arch_.known())}"
+            f"--arch sm_90a; there are {', '.join(arch_.with_kernels())}"
         ) from error
     if not found:
         raise UnsupportedError(
-            f"no GPU here is one that jax_bolt knows: {', '.join(arch_.known())}"
+            "no GPU here is one that jax_bolt has kernels for: "
+            f"{', '.join(arch_.with_kernels())}"
         )
     return found
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from jax_bolt._src import arch
+from jax_bolt._src import arch, base
 from jax_bolt._src.errors import UnsupportedError
 
 
@@ -23,6 +25,32 @@ def test_every_known_name_has_a_board(name):
     # Between a T4 and a B200, in the units stated.
     assert found.peak_flops is None or 5e13 < found.peak_flops < 3e15
     assert found.gencode.endswith(f"code={name}")
+
+
+@pytest.mark.parametrize("name", arch.known())
+def test_what_has_kernels_has_a_library(name):
+    found = arch.from_name(name)
+    assert found.has_kernels == bool(base.sources(found))
+    assert (name in arch.with_kernels()) == found.has_kernels
+
+
+def test_messages_name_what_has_kernels():
+    with pytest.raises(UnsupportedError, match=r"known: sm_80, .*sm_121a$"):
+        arch.from_name("hopper")
+    with pytest.raises(UnsupportedError, match=r"has them for 8\.0, .*12\.1$"):
+        arch.of_device("7.0", "Tesla V100")
+
+
+@pytest.mark.parametrize("name", arch.known())
+def test_boards_have_names(name):
+    assert re.fullmatch(r"[A-Z][A-Za-z0-9 ]+", arch.from_name(name).board)
+
+
+def test_the_board_of_a_device():
+    assert arch.from_name("sm_90a").board == "H100 SXM"
+    assert arch.of_device("9.0", "NVIDIA H200").board == "H200"
+    assert arch.of_device("8.9", "NVIDIA L40").board == "L40S"
+    assert arch.of_device("9.0", "NVIDIA X1").board == "H100 SXM"
 
 
 def test_from_name_takes_shorter_forms():

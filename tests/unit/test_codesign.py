@@ -21,7 +21,9 @@ from scipy import special
 import jax_bolt
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import (
+    chain,
     compat,
+    errors,
     evaluate,
     floor,
     ir,
@@ -30,6 +32,7 @@ from jax_bolt._src import (
     region_text,
     resolve,
     results,
+    rewrite,
 )
 from jax_bolt._src.codesign import activation, advise, variants
 from jax_bolt._src.codesign.advice import Advice, SiteAdvice, Time
@@ -38,7 +41,7 @@ from jax_bolt._src.tune import db, measure
 HOPPER = arch_.from_name("sm_90a")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = arch_.of_device("9.0", "NVIDIA H200", 132)
-ORIGIN = plan.Origin("sources", "nvcc 1")
+ORIGIN = plan.Origin("sources", "nvcc 1", "chains")
 F32 = jnp.float32
 
 NUMPY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -226,6 +229,10 @@ def relu_region(problem: ir.Problem) -> ir.Region:
         (conv_problem(c=3), [("input", 8, 5 / 8)]),
         (conv_problem(k=46), [("output", 48, 1 / 24), ("output", 64, 18 / 64)]),
         (conv_problem(k=96), [("output", 128, 0.25)]),
+        (conv_problem(k=32), [("output", 64, 0.5)]),
+        (conv_problem(k=24), []),
+        (conv_problem(k=8), []),
+        (conv_problem(c=8), [("input", 16, 0.5)]),
         (conv_problem(c=6, dtype="f32"), [("input", 8, 0.25)]),
         (conv_problem(c=30, k=30, groups=30), [("both", 32, 1 / 16)]),
         (conv_problem(c=30, k=60, groups=30), []),
@@ -266,6 +273,33 @@ def test_a_chain_has_the_sites_channels_and_activation():
     assert variants.chained(pointwise) is None
     product = relu_region(ir.GemmProblem(m=9, n=8, k=8, dtype="bf16"))
     assert variants.chained(product) is None
+
+
+def test_a_chain_is_the_one_of_the_model_that_takes_the_advice():
+    def fun(x, w, after, bias):
+        y = jax.nn.silu(cases.conv(x, w))
+        return jax.nn.silu(cases.conv(y, after) + bias)
+
+    shapes = (*block_args()[:2], cases.shape(1, 1, 16, 16), cases.shape(1, 1, 1, 16))
+    program = jax.make_jaxpr(fun)(*shapes)
+    found = chain.sequences(rewrite.rewrite(program, options.Options()).program)
+    ((pair,),) = found
+    advised = variants.chained(pair.info.first.region)
+    assert advised is not None and advised.text == pair.info.region.text
+
+
+def test_a_chain_as_a_site_computes_what_its_regions_say():
+    first = relu_region(conv_problem(c=24, k=48, stride=(2, 2)))
+    made = variants.chained(first)
+    assert made is not None
+    site = advise.chain_site(made, "here")
+    assert site.region is made and site.name.startswith("here to here")
+    (values, *_) = measure.make_operands(site, l2_bytes=1 << 10).sets
+    (output,) = jax.jit(compat.jaxpr_as_fun(site.reference))(*values)
+    (wanted,) = measure.truth(site, values)
+    got = np.asarray(output.astype(F32)).reshape(wanted.shape)
+    assert np.linalg.norm(wanted) > 0
+    assert np.linalg.norm(got - wanted) < 2e-2 * np.linalg.norm(wanted)
 
 
 def test_the_floor_of_a_chain_by_hand():
@@ -331,6 +365,34 @@ def test_estimates_beside_what_was_measured():
     assert 0.85 < statistics.geometric_mean(ratios) < 1.1
 
 
+def test_an_estimate_of_a_chain():
+    made = variants.chained(relu_region(conv_problem(n=32, h=56, w=56)))
+    assert made is not None
+    found, _ = plan.chain_candidates(made, H200)
+    estimate = plan.estimate(made, H200)
+    assert estimate == min(c.micros for c in found)
+    # Neither free nor out of proportion.
+    first, second = plan.estimate(made.first, H200), plan.estimate(made.second, H200)
+    assert estimate and first and second
+    assert first < estimate < 1.5 * (first + second)
+    assert plan.estimate(made, H200, ("chain_sm90",)) is None
+    assert plan.estimate(made, arch_.from_name("sm_80")) is None
+
+
+@pytest.mark.parametrize("now, then", [(62, 64), (100, 104)])
+def test_an_estimate_of_a_chain_counts_what_is_gathered_first(now, then):
+    """By the kernel's prologue, or by XLA."""
+    ragged, even = (
+        variants.chained(relu_region(conv_problem(n=32, h=56, w=56, c=c)))
+        for c in (now, then)
+    )
+    assert ragged is not None and even is not None
+    of_ragged, of_even = plan.estimate(ragged, HOPPER), plan.estimate(even, HOPPER)
+    assert of_ragged is not None and of_even is not None
+    written_and_read = 2 * 2 * 32 * 56 * 56 * then / HOPPER.bandwidth * 1e6
+    assert of_ragged > of_even + 0.9 * written_and_read
+
+
 def test_no_estimate_where_no_kernel_takes_it():
     grouped = relu_region(conv_problem(groups=4))
     assert plan.estimate(grouped, HOPPER) is None
@@ -365,8 +427,10 @@ def test_estimates_for_a_model():
         assert list(site.activations) == list(advise.ACTIVATIONS)
         assert site.activations["relu"] == site.now
         assert site.pointwise is not None and site.pointwise.channels == 96
-        assert site.pointwise.chain is None
-        assert site.pointwise.chain_floor_us > 0
+        assert site.pointwise.chain is not None
+        both = site.pointwise.chain.estimate_us
+        assert both is not None and 0 < site.pointwise.chain_floor_us < both
+        assert site.pointwise.chain.text.startswith("~")
         (pad,) = site.channels
         assert (pad.operand, pad.channels, pad.to) == ("output", 96, 128)
     assert linear.activations == {} and linear.pointwise is None
@@ -393,6 +457,25 @@ def test_of_a_frozen_function():
     frozen = jax_bolt.freeze(lambda f, x: jax.nn.relu(cases.conv(x, f)), f)
     (site,) = jax_bolt.advise(frozen, MODEL[0], arch="sm_80").sites
     assert site.now.estimate_us
+
+
+def test_without_chains_there_is_no_time_of_one():
+    with options.options(disable="chain"):
+        advice = jax_bolt.advise(model, *MODEL, arch="sm_90a")
+    for made in (advice, jax_bolt.advise(model, *MODEL, arch="sm_80")):
+        one = made.sites[0].pointwise
+        assert one is not None and one.chain is None and one.time.estimate_us
+
+
+def test_an_architecture_without_kernels_has_no_advice():
+    with pytest.raises(errors.UnsupportedError, match="no kernels for sm_75"):
+        jax_bolt.advise(model, *MODEL, arch="sm_75")
+
+
+def test_the_text_names_the_board_whose_numbers_count():
+    for name, board in (("sm_90a", "H100 SXM"), ("sm_80", "A100 80GB")):
+        text = str(jax_bolt.advise(model, *MODEL, arch=name))
+        assert text.startswith(f"Estimates (~) of the rank model for {name} ({board}):")
 
 
 def test_a_function_without_sites():
@@ -423,7 +506,8 @@ def test_json_has_it_all():
     first = document["sites"][0]
     assert first["activations"]["gelu"]["measured_us"] is None
     assert first["activations"]["gelu"]["estimate_us"] > 0
-    assert first["pointwise"]["chain"] is None
+    assert first["pointwise"]["chain"]["estimate_us"] > 0
+    assert document["board"] == "H100 SXM"
     assert first["channels"][0]["to"] == 128
 
 
@@ -445,6 +529,8 @@ def test_times_of_two_kinds_are_never_compared():
     assert measured.is_measured and "~" not in str(measured)
     unknown = Advice((site_advice(both, gelu=Time()),), ("gelu",), "sm_90a", "H200")
     assert unknown.totals() == {"now": 0.0, "gelu": 0.0}
+    (total,) = (line for line in str(unknown).splitlines() if "all of them" in line)
+    assert "0" not in total and "~" not in total
 
 
 # --- Measured
@@ -457,6 +543,8 @@ class Gpu:
         self.tuned: list[Any] = []
         self.limit = 10**6
         self.xla_is_faster: Callable[[ir.Region], bool] = lambda region: False
+        self.chain_choice: str | None = "kernel"
+        self.chains: list[Any] = []
         self.budgets: list[float | None] = []
         self._options = options.Options(cache_dir=root)
         target = types.SimpleNamespace(tools=None, arch=H200, origin=ORIGIN)
@@ -466,6 +554,7 @@ class Gpu:
             (resolve, "target_for", lambda device, active: target),
             (advise.targets, "origin", lambda tools: ORIGIN),
             (results, "tune_missing", self.tune_missing),
+            (results, "tune_chains", self.tune_chains),
         ):
             monkeypatch.setattr(module, name, fake)
 
@@ -484,20 +573,35 @@ class Gpu:
                 continue
             self.tuned.append(site)
             candidate = plan.candidates(site.region, H200)[0][0]
-            entry = db.Entry(
-                choice="xla" if self.xla_is_faster(site.region) else "kernel",
-                sources=ORIGIN.sources,
-                compiler=ORIGIN.compiler or "",
-                form=candidate.form.name,
-                template=candidate.template.name,
-                config=candidate.config.text,
-                digest="0" * 64,
-                time_us=7.0,
-                xla_time_us=5.0,
-                error=0.0,
-                xla_error=0.0,
-            )
+            choice = "xla" if self.xla_is_faster(site.region) else "kernel"
+            entry = self._entry(candidate, choice, time_us=7.0, xla_time_us=5.0)
             results.database(active).put(H200, {site.region: entry})
+
+    def tune_chains(
+        self, chains: Sequence[Any], target: Any, active: Any, **_: Any
+    ) -> None:
+        self.budgets.append(active.budget_s)
+        self.chains += chains
+        for info in chains if self.chain_choice else ():
+            candidate = plan.chain_candidates(info.region, H200)[0][0]
+            choice = self.chain_choice or ""
+            entry = self._entry(candidate, choice, time_us=11.0, apart_time_us=10.0)
+            results.database(active).put(H200, {info.region: entry})
+
+    def _entry(self, candidate: Any, choice: str, **times: Any) -> db.Entry:
+        is_chain = isinstance(candidate, plan.ChainCandidate)
+        return db.Entry(
+            choice=choice,
+            sources=ORIGIN.chains if is_chain else ORIGIN.sources,
+            compiler=ORIGIN.compiler or "",
+            form=candidate.form.name,
+            template=candidate.template.name,
+            config=candidate.config.text,
+            digest="0" * 64,
+            error=0.0,
+            xla_error=0.0,
+            **times,
+        )
 
 
 @pytest.fixture
@@ -509,7 +613,9 @@ def test_on_a_gpu_every_time_is_measured(gpu):
     before = dict(results.failures)
     advice = gpu.advise(model, *MODEL, budget_s=9.0)
     assert advice.device == "NVIDIA H200" and advice.is_measured
-    assert gpu.budgets == [9.0] and results.failures == before
+    whole, left = gpu.budgets  # chains have what regions left of it
+    assert whole == 9.0 and left is not None and 0 < left < 9.0
+    assert results.failures == before
     assert str(advice).startswith("Measured on NVIDIA H200. Times")
     assert advice.totals()["gelu"] == pytest.approx(3 * 7.0)
     texts = [site.region.text for site in gpu.tuned]
@@ -519,6 +625,25 @@ def test_on_a_gpu_every_time_is_measured(gpu):
     report = jax_bolt.explain(model, *MODEL, arch="sm_90a")
     assert own == {site.region.text for site in report.sites if site.region}
     assert {site.name for site in gpu.tuned[3:]} <= {s.name for s in report.sites}
+
+
+@pytest.mark.parametrize("choice", ["kernel", "apart", None])
+def test_a_chain_is_timed_after_its_regions(gpu, choice):
+    gpu.chain_choice = choice
+    advice = gpu.advise(model, *MODEL)
+    tuned = {site.region.text for site in gpu.tuned}
+    assert len(gpu.chains) == 2
+    for info in gpu.chains:
+        assert {info.first.region.text, info.second.region.text} <= tuned
+    one = advice.sites[0].pointwise
+    assert one is not None and one.chain is not None and one.chain.estimate_us
+    if choice is None:  # nothing says that it was timed
+        assert one.chain.measured_us is None and not advice.is_measured
+        assert one.chain.text.startswith("~") and "What has a ~" in str(advice)
+    else:
+        # Also where it does not pay: it is what was asked for.
+        assert (one.chain.measured_us, one.chain.runs) == (11.0, choice)
+        assert one.chain.text == "11.0" and advice.is_measured
 
 
 def test_where_xla_is_faster_its_time_counts(gpu):
@@ -552,7 +677,7 @@ def test_what_xla_rearranges_is_estimated(gpu):
     for time in site.activations.values():
         assert time.estimate_us
     # The kernel's channels are four times the model's.
-    assert site.channels == () and site.pointwise is None
+    assert site.channels == () and site.pointwise is None and gpu.chains == []
 
 
 def test_an_architecture_by_name_is_not_measured(gpu):

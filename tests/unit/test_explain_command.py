@@ -144,6 +144,17 @@ def test_a_file_whose_name_is_taken_is_still_that_file(model, run, tmp_path):
     assert sys.modules["json"] is json
 
 
+def test_an_architecture_without_kernels(model, run):
+    printed, _ = run("explain", "a_model:predict", "--arch", "sm_75", "--json")
+    document = json.loads(printed)
+    (site,) = document["sites"]
+    assert document["board"] == "T4" and site["kernel"] == "xla"
+    assert site["reason"].count(";") == 1 and "sm_80 or later" in site["reason"]
+    printed, said = run("advise", "a_model:predict", "--arch", "sm_75", status=1)
+    assert printed == "" and said.count("\n") == 1
+    assert "no kernels for sm_75; it has them for sm_80, " in said
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 
 from jax_bolt._src import arch, ir, plan
+from jax_bolt._src.kernels import gemm_sm80
 from jax_bolt._src.tune import db
 
 H100 = arch.from_name("sm_90a")
@@ -79,6 +80,27 @@ def test_an_architecture_without_kernels_gives_the_reason():
     made = plan.heuristic(region(), arch.from_name("sm_75"))
     assert isinstance(made, plan.Rejection)
     assert "sm_80 or later" in made.reason
+
+
+@pytest.mark.parametrize("problem", [None, CONV, dataclasses.replace(CONV, r=1, s=1)])
+def test_a_refusal_is_of_the_templates_that_could_have_taken_it(problem):
+    made = plan.heuristic(region(problem), arch.from_name("sm_75"))
+    assert isinstance(made, plan.Rejection)
+    assert made.reason.count(":") == 2 and "sm75" not in made.reason
+    assert "not a" not in made.reason and "needs sm_90a" not in made.reason
+    grouped = dataclasses.replace(CONV, groups=4)
+    for name in ("sm_80", "sm_90a"):
+        _, reasons = plan.candidates(region(grouped), arch.from_name(name))
+        text = "; ".join(reasons)
+        assert "groups of 16 input channels, not of one" in text
+        assert "not a matrix product" not in text and "needs sm_90a" not in text
+
+
+def test_a_refusal_by_templates_of_other_work_alone_is_theirs(monkeypatch):
+    monkeypatch.setattr(plan.kernels, "TEMPLATES", (gemm_sm80,))
+    found, reasons = plan.candidates(region(CONV), H100)
+    assert not found
+    assert "gemm_sm80 (hwio): not a matrix product" in reasons
 
 
 def test_disabled_templates_are_not_used():

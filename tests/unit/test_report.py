@@ -324,6 +324,22 @@ def test_a_page_of_any_sites(sites, tmp_path):
     assert str(made) and json.loads(made.to_json())
 
 
+def test_a_page_says_what_its_floors_are_of(report, tmp_path):
+    h100 = dataclasses.replace(report, device="", board="H100 SXM")
+    assert "published peak and bandwidth of the H100 SXM;" in written(h100, tmp_path)
+    orin = arch.from_name("sm_87")
+    sites = (site(floor=floor(MADE, orin)),)
+    text = written(jax_bolt.Report(sites, "sm_87", {}, board=orin.board), tmp_path)
+    assert "published bandwidth of the Orin, without its peak" in text
+
+
+def test_the_title_names_the_board_of_a_bare_architecture(report):
+    assert "planned for sm_90a\n" in re.sub(" +\n", "\n", str(report))
+    bare = dataclasses.replace(report, device="", board="H100 SXM")
+    assert "planned for sm_90a (H100 SXM)" in str(bare)
+    assert json.loads(bare.to_json())["board"] == "H100 SXM"
+
+
 def test_a_notebook_shows_the_page_in_a_frame(report, tmp_path):
     frame = Page(report._repr_html_())
     assert frame.count == {"iframe": 1}

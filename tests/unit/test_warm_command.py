@@ -83,18 +83,18 @@ def test_the_gpus_of_this_machine(nvcc, run, monkeypatch):
     assert f"sm_80: 0 were there, {COUNT} were built" in printed
     monkeypatch.setattr(gpus, "architectures", list)
     _, said = run(status=1)
-    assert "no GPU here is one that jax_bolt knows: sm_75" in said
+    assert "no GPU here is one that jax_bolt has kernels for: sm_80," in said
 
 
 def test_no_gpu_and_no_name(nvcc, run):
     _, said = run(status=2)
     assert "no NVIDIA GPU is seen here (libnvidia-ml" in said
-    assert "--arch sm_90a" in said and "sm_120" in said
+    assert "--arch sm_90a" in said and "sm_120" in said and "sm_75" not in said
 
 
 def test_unknown_names(nvcc, run):
     _, said = run("--arch", "hopper", status=2)
-    assert "unknown architecture 'hopper'; known: sm_75, " in said
+    assert "unknown architecture 'hopper'; known: sm_80, " in said
     _, said = run("--arch", "sm_75", status=1)
     assert "no kernels for sm_75" in said
     for jobs in ("0", "-1", "many"):

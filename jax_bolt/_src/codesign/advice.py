@@ -14,12 +14,14 @@ from ..site import micros
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Time:
-    """µs of a region, as far as they are known.
+    """µs of a region, or of two in one kernel, as far as they are known.
 
-    measured_us: on the GPU, of what would run; None where nothing was measured.
+    measured_us: on the GPU, of what would run, or of both in one kernel even where that
+        would not; None where nothing was measured.
     estimate_us: what the rank model expects; None where no kernel takes the region.
     xla_us: measured, as XLA lowers it.
-    runs: "kernel", or "xla" where XLA was timed faster or no kernel takes it.
+    runs: "kernel", or "xla" where XLA was timed faster or no kernel takes it; of two
+        regions "apart" where one kernel was not timed faster.
     """
 
     measured_us: float | None = None
@@ -56,7 +58,8 @@ class Pointwise:
     """A 1x1 conv of as many ``channels`` as the site has, put after it.
 
     ``time`` is that of a region of its own, with a bias and the site's activation;
-    ``chain`` that of the site and it in one kernel, None where there is no such kernel.
+    ``chain`` that of the site and it in one kernel, None where there is no such kernel
+    or it could not save much.
     ``chain_floor_us`` is the least that the GPU could take for both in one.
     """
 
@@ -92,9 +95,10 @@ class Advice:
     ``str(advice)`` is three tables; ``rich.print(advice)`` fits them to the terminal.
 
     ``arch`` is the architecture and ``device`` the kind of GPU that was measured on, ""
-    where nothing was: then all times are the rank model's estimates. Sites are in order
-    of the time they take in all; ``refused`` convs and products have no region, which
-    ``explain`` gives the reasons of.
+    where nothing was: then all times are the rank model's estimates. They and floors
+    go by the published numbers of ``board``, an architecture's usual one if that alone
+    is known. Sites are in order of the time they take in all; ``refused`` convs and
+    products have no region, which ``explain`` gives the reasons of.
     """
 
     sites: tuple[SiteAdvice, ...]
@@ -102,6 +106,7 @@ class Advice:
     arch: str
     device: str = ""
     refused: int = 0
+    board: str = ""
 
     @property
     def is_measured(self) -> bool:
@@ -128,6 +133,7 @@ class Advice:
         document: dict[str, Any] = {
             "arch": self.arch,
             "device": self.device,
+            "board": self.board,
             "measured": self.is_measured,
             "activations": list(self.activations),
             "refused": self.refused,
@@ -154,7 +160,9 @@ class Advice:
             if not self.is_measured:
                 title += " What has a ~ is an estimate of the rank model."
         else:
-            title = f"Estimates (~) of the rank model for {self.arch}: nothing was run."
+            board = f" ({self.board})" if self.board else ""
+            title = f"Estimates (~) of the rank model for {self.arch}{board}: "
+            title += "nothing was run."
         title += " Times are µs of one call."
         if self.refused:
             title += f" {self.refused} convs or products have no region: see explain."
@@ -175,7 +183,7 @@ class Advice:
         sums = self.totals()
         known = all(_is_measured(site) for site in sites)
         mark = "" if known else "~"
-        total = [f"{mark}{micros(us)}" for us in sums.values()]
+        total = [f"{mark}{micros(us)}" if us else "" for us in sums.values()]
         changes = [_change(sums["now"], sums[name]) for name in self.activations]
         rows += [("all of them", "", "", *total), ("change", "", "", "", *changes)]
         return _table("Other activations", headings, rows, left=2, end=len(sites))
@@ -243,7 +251,9 @@ def _times(site: SiteAdvice) -> list[Time]:
     """All that is known of a site."""
     found = [site.now, *site.activations.values()]
     found += [pad.time for pad in site.channels]
-    return [*found, site.pointwise.time] if site.pointwise else found
+    if site.pointwise is not None:
+        found += filter(None, (site.pointwise.time, site.pointwise.chain))
+    return found
 
 
 def _is_measured(site: SiteAdvice) -> bool:

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import arch as arch_
+from .. import chain as chain_
 from .. import compat, floor, ir, options, plan, resolve, results
 from ..arch import GpuArch
+from ..chain import ChainInfo
+from ..errors import UnsupportedError
 from ..match import Refusal
 from ..options import Options
 from ..primitive import SiteInfo
@@ -46,7 +49,8 @@ class _Subject:
 
 
 class _Clock:
-    """Times of regions on ``arch``: measured if ``origin`` is given, and estimated."""
+    """Times of regions and chains on ``arch``: estimated, and measured if ``origin`` is
+    given."""
 
     def __init__(self, arch: GpuArch, active: Options, origin: plan.Origin | None):
         self._arch = arch
@@ -54,12 +58,12 @@ class _Clock:
         self._origin = origin
         self._known: dict[str, Time] = {}
 
-    def time(self, region: ir.Region) -> Time:
+    def time(self, region: ir.Work) -> Time:
         if region.text not in self._known:
             self._known[region.text] = self._time(region)
         return self._known[region.text]
 
-    def _time(self, region: ir.Region) -> Time:
+    def _time(self, region: ir.Work) -> Time:
         estimate = plan.estimate(region, self._arch, self._active.disable)
         guess = Time(estimate_us=estimate, runs="xla" if estimate is None else "kernel")
         if self._origin is None:
@@ -68,19 +72,21 @@ class _Clock:
         if made is None or made.entry is None:
             return guess
         entry = made.entry
-        is_kernel = isinstance(made, plan.Plan)
+        is_xla = entry.choice == "xla"
         return dataclasses.replace(
             guess,
-            measured_us=entry.time_us if is_kernel else entry.xla_time_us,
+            # Of a chain that was not faster, too: it is what was asked for.
+            measured_us=entry.xla_time_us if is_xla else entry.time_us,
             xla_us=entry.xla_time_us,
-            runs="kernel" if is_kernel else "xla",
+            runs=entry.choice,
         )
 
     def chain(self, chain: ir.Chain) -> Time | None:
-        """Of two regions in one kernel."""
-        # No template runs chains: here their candidates' time belongs.
-        del chain
-        return None
+        """Of two regions in one kernel; None where there is none."""
+        if chain_.NAME in self._active.disable:
+            return None
+        time = self.time(chain)
+        return None if time.estimate_us is None else time
 
 
 def advise(
@@ -101,6 +107,11 @@ def advise(
         arch = arch_.from_name(name or _USUAL)
     else:
         arch = resolve.arch_of(device)
+    if not arch.has_kernels:
+        others = ", ".join(arch_.with_kernels())
+        raise UnsupportedError(
+            f"jax_bolt has no kernels for {arch.name}; it has them for {others}"
+        )
     subjects = _subjects(rewritten, activations)
     guess = _Clock(arch, active, None)
     subjects.sort(key=lambda subject: -_all_of(subject, guess))
@@ -122,6 +133,7 @@ def advise(
         arch=arch.name,
         device="" if device is None else arch.gpu or "",
         refused=sum(isinstance(root, Refusal) for root in rewritten.roots),
+        board=arch.board,
     )
 
 
@@ -159,22 +171,31 @@ def _all_of(subject: _Subject, clock: _Clock) -> float:
 def _measure(
     subjects: Sequence[_Subject], target: Any, active: Options, progress: bool
 ) -> None:
-    """Tunes what has no result yet: the model's own regions, then what they could be.
+    """Tunes what has no result yet: the model's own regions, what they could be, and
+    chains last, which are compared with both.
 
     What is not reached within the budget is no failure of a region: it is tuned where
     a program needs it.
     """
     wanted = [subject.site for subject in subjects]
+    plain = [s for s in subjects if not _is_rearranged(s.site)]
     wanted += [
         variants.site(region, subject.site.name)
-        for subject in subjects
-        if not _is_rearranged(subject.site)
+        for subject in plain
         for region in subject.regions
     ]
+    chains = [chain_site(s.chain, s.site.name) for s in plain if s.chain is not None]
     unique = {site.region.text: site for site in reversed(wanted)}
     sites = [unique[text] for text in dict.fromkeys(s.region.text for s in wanted)]
     with results.remembering_no_failures():
-        results.tune_missing(sites, target, active, retry=True, show_progress=progress)
+        results.tune_all(sites, chains, target, active, progress)
+
+
+def chain_site(chain: ir.Chain, name: str) -> ChainInfo:
+    """As ``variants.site``, of a chain."""
+    first, second = chain.first, chain.second
+    after = variants.site(second, f"{name}, a 1x1 conv after it")
+    return ChainInfo(variants.site(first, name), after, chain)
 
 
 def _is_rearranged(site: SiteInfo) -> bool:

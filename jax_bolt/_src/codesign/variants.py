@@ -40,7 +40,10 @@ class Padded:
 
 
 def padded(region: ir.Region) -> Iterator[Padded]:
-    """The region with channels that fill whole units, where they do not now."""
+    """The region with channels that fill whole units, where they do not now.
+
+    Of a tensor core's units only those that at most double the channels.
+    """
     problem = region.problem
     item = ir.ITEM_BYTES[problem.dtype]
     load = (16 // item, f"{16 // item} (16 bytes)")
@@ -52,7 +55,7 @@ def padded(region: ir.Region) -> Iterator[Padded]:
         for size, unit in filter(None, (load, second)):
             to = -(-channels // size) * size
             # An image's three channels are not to become 16.
-            if to in taken or (unit is not load[1] and to >= 2 * channels):
+            if to in taken or (unit is not load[1] and to > 2 * channels):
                 continue
             taken.add(to)
             yield Padded(

@@ -27,7 +27,7 @@ from .chain_tiles import (
 from .config import CPP_TYPES, Config
 from .geometry import filters_map
 from .recipe import Recipe, TensorMap
-from .template import Artifact
+from .template import Artifact, Elsewhere
 
 name = NAME
 header = "jax_bolt/chain/sm90.hpp"
@@ -40,7 +40,7 @@ _NEAR = 32  # pixels
 def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     """Why no config can run ``chain`` on ``arch``, or None."""
     if chain.side is not None:
-        return "the second region adds the first one's result"
+        return Elsewhere("the second region adds the first one's result")
     if reason := refusal(chain, arch):
         return reason
     epilogues = chain.first.epilogue, chain.second.epilogue
@@ -92,8 +92,12 @@ def reasoning(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
 
 
 def micros(chain: ir.Chain, config: Config, arch: GpuArch) -> float:
-    """What the rank model expects of it, in µs."""
-    return rank.estimate(Tile.of(config), chain, shape_of(chain), arch).micros
+    """What the rank model expects of it, in µs, and what its prologue moves."""
+    shape = shape_of(chain)
+    packing = shape.image.packing
+    packed = packing.workspace_bytes if packing else 0
+    own = rank.estimate(Tile.of(config), chain, shape, arch).micros
+    return own + 2 * packed / arch.bandwidth * 1e6  # written, and read again
 
 
 def prologue(chain: ir.Chain) -> str | None:

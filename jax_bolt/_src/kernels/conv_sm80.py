@@ -10,6 +10,7 @@ from ..arch import GpuArch
 from . import tiles
 from .config import CPP_TYPES, Config, alignment, epilogue_limit
 from .gemm_sm80 import store_alignment
+from .template import Elsewhere
 from .tiles import Tile
 
 name = "conv_sm80"
@@ -35,11 +36,11 @@ _MAX_ELEMENTS = 2**31 - 1 - 1024  # as conv/sm80.hpp
 def supports(region: ir.Region, arch: GpuArch) -> str | None:
     p = region.problem
     if not isinstance(p, ir.ConvProblem):
-        return "not a conv"
+        return Elsewhere("not a conv")
     if p.groups > 1:
         return f"a conv of {p.groups} groups"
     if p.filter_layout != "krsc":
-        return "the filter is not packed as K R S C"
+        return Elsewhere("the filter is not packed as K R S C")
     if arch.sm < 80:
         return f"{arch.name} has no cp.async; sm_80 or later is needed"
     if p.dtype not in ("bf16", "f16", "f32"):

@@ -12,7 +12,7 @@ from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
 from .depthwise_tiles import NAME, Shape, Tile, estimate, tiles_of
 from .recipe import Recipe
-from .template import Artifact
+from .template import Artifact, Elsewhere
 
 name = NAME
 header = "jax_bolt/depthwise/depthwise.hpp"
@@ -27,11 +27,11 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     """Why no config can run ``region`` on ``arch``, or None."""
     p = region.problem
     if not isinstance(p, ir.ConvProblem) or p.groups == 1:
-        return "not a depthwise conv"
+        return Elsewhere("not a depthwise conv")
     if not p.is_depthwise:
         return f"groups of {p.group_channels} input channels, not of one"
     if p.filter_layout != "hwio":
-        return "the filter's output channels are not innermost"
+        return Elsewhere("the filter's output channels are not innermost")
     if arch.sm < 80:
         return f"{arch.name} has no cp.async; sm_80 or later is needed"
     if p.dtype not in ("bf16", "f16", "f32"):

@@ -10,6 +10,7 @@ from .. import ir
 from ..arch import GpuArch
 from . import tiles
 from .config import CPP_TYPES, Config, alignment, epilogue_limit
+from .template import Elsewhere
 from .tiles import Tile
 
 name = "gemm_sm80"
@@ -31,7 +32,7 @@ _TILES = (
 def supports(region: ir.Region, arch: GpuArch) -> str | None:
     problem = region.problem
     if not isinstance(problem, ir.GemmProblem):
-        return "not a matrix product"
+        return Elsewhere("not a matrix product")
     if arch.sm < 80:
         return f"{arch.name} has no cp.async; sm_80 or later is needed"
     if problem.dtype not in ("bf16", "f16", "f32"):

@@ -24,7 +24,7 @@ from .implicit_gemm_tiles import (
     tiles_of,
 )
 from .recipe import Recipe
-from .template import Artifact
+from .template import Artifact, Elsewhere
 
 name = NAME
 header = "jax_bolt/implicit_gemm/sm90.hpp"
@@ -40,7 +40,7 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     """Why no config can run ``region`` on ``arch``, or None."""
     problem, epilogue = region.problem, region.epilogue
     if arch.sm != 90:
-        return f"needs sm_90a, not {arch.name}"
+        return Elsewhere(f"needs sm_90a, not {arch.name}")
     if problem.dtype not in ("bf16", "f16", "f32"):
         return f"no tensor-core path for {problem.dtype} operands"
     for dtype in epilogue.tensors:

@@ -33,7 +33,7 @@ from .implicit_gemm_tiles import (
     tiles_of,
 )
 from .recipe import Recipe
-from .template import Artifact
+from .template import Artifact, Elsewhere
 
 name = "merged_sm90"
 header = "jax_bolt/chain/merged_sm90.hpp"
@@ -46,7 +46,7 @@ _LEAST = 3  # stages of pixels and of filters
 def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     """Why no config can run ``chain`` on ``arch``, or None."""
     if chain.side is None:
-        return "the second region multiplies the first one's result"
+        return Elsewhere("the second region multiplies the first one's result")
     first, second = chain.first.epilogue, chain.second.epilogue
     if chain.stored:
         return "the result between is needed elsewhere"

@@ -15,6 +15,13 @@ Artifact: TypeAlias = Literal["module", "cubin"]
 alone, launched by a recipe."""
 
 
+class Elsewhere(str):
+    """A reason that says nothing of the region: the template is for other GPUs, for
+    other work or for another form of it."""
+
+    __slots__ = ()
+
+
 class Template(Protocol):
     """A module of this package, one for each kernel header of ``cc/include``."""
 
@@ -26,7 +33,7 @@ class Template(Protocol):
     def artifact(self) -> Artifact: ...
 
     def supports(self, region: ir.Region, arch: GpuArch) -> str | None:
-        """Why no config can run ``region``, or None."""
+        """Why no config can run ``region``, or None; see ``Elsewhere``."""
         ...
 
     def configs(self, region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
