@@ -42,8 +42,10 @@ def test_all_is_measured_and_serves_the_model_that_takes_it(cache):
         advice = jax_bolt.advise(
             with_relu, *ARGS, activations=["relu", "silu"], progress=False
         )
-        assert advice.is_measured and advice.device
+        assert advice.device
         (site,) = advice.sites
+        compared = (site.now, *site.activations.values())
+        assert all(time.measured_us for time in compared)
         assert site.activations["relu"] == site.now
         assert [pad.to for pad in site.channels] == [128]
         assert site.pointwise is not None
@@ -56,6 +58,39 @@ def test_all_is_measured_and_serves_the_model_that_takes_it(cache):
         assert store.stats()["tuned"] == before["tuned"]
         (taken,) = report.sites
         assert taken.chosen_us == site.activations["silu"].measured_us
+
+
+LARGE = (
+    cases.shape(32, 56, 56, 64),
+    cases.shape(3, 3, 64, 64),
+    cases.shape(64, dtype=jnp.float32),
+)
+
+
+def deeper(x, w, bias, after, after_bias):
+    y = with_relu(x, w, bias)
+    return jax.nn.relu(cases.conv(y, after) + after_bias)
+
+
+def test_a_chain_that_was_timed_serves_the_deeper_model(cache):
+    after = cases.shape(1, 1, 64, 64), cases.shape(1, 1, 1, 64)
+    with options.options(cache_dir=cache):
+        (site,) = jax_bolt.advise(
+            with_relu, *LARGE, activations=["relu"], progress=False
+        ).sites
+        one = site.pointwise
+        assert one is not None
+        if jax_bolt.explain(with_relu, *LARGE).arch != "sm_90a":
+            assert one.chain is None
+            return
+        assert one.chain is not None and one.chain.measured_us
+        assert one.chain.runs in ("kernel", "apart")
+        assert one.chain.measured_us > one.chain_floor_us
+        before = store.stats()
+        report = jax_bolt.tune(deeper, *LARGE, *after, progress=False)
+        assert store.stats()["tuned"] == before["tuned"]
+        (link,) = report.sites[0].chains
+        assert link.time_us == one.chain.measured_us
 
 
 def test_no_budget_leaves_estimates_and_no_failure(tmp_path):
