@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -262,7 +263,9 @@ def test_an_unknown_variable_is_a_note(nvcc, gpu, doctor, monkeypatch):
 
 @pytest.fixture
 def environment(fake, cache_dir, monkeypatch):
-    """Sets variables, which are the only options then, with a compiler among them."""
+    """Sets variables, which are the only ones then, with a compiler among them."""
+    for name in [name for name in os.environ if name.startswith("JAX_BOLT_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr(store, "_failures", {})
     monkeypatch.setattr(options, "_active", contextvars.ContextVar("a", default=None))
 
