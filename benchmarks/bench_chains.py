@@ -32,9 +32,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import chain_pairs, environment, kernel_problems, kernel_times
 from benchmarks.chain_pairs import Pair
 from jax_bolt._src import arch as arch_
-from jax_bolt._src import compat, forms, options, plan, resolve
+from jax_bolt._src import forms, plan
 from jax_bolt._src.arch import GpuArch
-from jax_bolt._src.errors import CompileError, UnsupportedError
+from jax_bolt._src.errors import CompileError
 from jax_bolt._src.kernels import chain_sm90
 from jax_bolt._src.launches import Launches
 from jax_bolt._src.plan import AnyCandidate, Candidate, ChainCandidate
@@ -259,19 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plan:
         print(plan_text(pairs, arch_.from_name(args.arch)))
         return 0
-    device = compat.cuda_device()
-    if device is None or not environment.has_gpu():
-        print(
-            "bench_chains.py measures on an NVIDIA GPU, and JAX sees none; --plan "
-            "lists the pairs and their candidates without one",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        target = resolve.target_for(device, options.current())
-        _ = target.toolchain
-    except (CompileError, UnsupportedError) as error:
-        print(f"nothing can be measured: {error}", file=sys.stderr)
+    target = kernel_times.target_or_none("bench_chains.py", "pairs")
+    if target is None:
         return 2
     return run(pairs, target, args)
 

@@ -30,8 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import environment, floor, kernel_problems, kernel_table, kernel_times
 from benchmarks.kernel_problems import Problem
 from jax_bolt._src import arch as arch_
-from jax_bolt._src import compat, kernels, options, resolve
-from jax_bolt._src.errors import CompileError, UnsupportedError
+from jax_bolt._src import kernels
 from jax_bolt._src.tune import builder, isolate, measure
 from jax_bolt._src.tune.target import Target
 
@@ -127,19 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plan:
         print(plan_text(problems, args))
         return 0
-    device = compat.cuda_device()
-    if device is None or not environment.has_gpu():
-        print(
-            "bench_kernels.py measures on an NVIDIA GPU, and JAX sees none; --plan "
-            "lists the problems and their candidates without one",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        target = resolve.target_for(device, options.current())
-        _ = target.toolchain
-    except (CompileError, UnsupportedError) as error:
-        print(f"nothing can be measured: {error}", file=sys.stderr)
+    target = kernel_times.target_or_none("bench_kernels.py", "problems")
+    if target is None:
         return 2
     return run(problems, target, args)
 

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,15 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_bolt._src import ir
+from jax_bolt._src import compat, ir, options, resolve
 from jax_bolt._src.chain import AnySite
-from jax_bolt._src.errors import CompileError
+from jax_bolt._src.errors import CompileError, UnsupportedError
 from jax_bolt._src.plan import AnyCandidate, Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
 from jax_bolt._src.tune import builder, isolate, measure, search
 from jax_bolt._src.tune.target import Target, executable
 
-from . import floor, kernel_problems, kernel_table
+from . import environment, floor, kernel_problems, kernel_table
 from .kernel_problems import Problem
 
 # Compiling may take this share of the budget: kernels that nobody times are no use.
@@ -39,6 +40,25 @@ _COMPILING = 0.6
 _MAX_SETS = 32
 _REPEATS = 7
 _CALLS = re.compile(r'custom_call_target="([^"]+)"|"kind":"(__[^"]+)"')
+
+
+def target_or_none(script: str, listed: str) -> Target | None:
+    """What to measure on; None, after saying why, where nothing can be measured."""
+    device = compat.cuda_device()
+    if device is None or not environment.has_gpu():
+        print(
+            f"{script} measures on an NVIDIA GPU, and JAX sees none; --plan lists the "
+            f"{listed} and their candidates without one",
+            file=sys.stderr,
+        )
+        return None
+    try:
+        target = resolve.target_for(device, options.current())
+        _ = target.toolchain
+    except (CompileError, UnsupportedError) as error:
+        print(f"nothing can be measured: {error}", file=sys.stderr)
+        return None
+    return target
 
 
 class Clock:

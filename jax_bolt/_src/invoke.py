@@ -38,10 +38,6 @@ class Executable:
     workspace_bytes: int
     recipe: tuple[int, ...] = ()
 
-    @property
-    def first_problem(self) -> ir.Problem:
-        return self.problem
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChainExecutable:
@@ -52,10 +48,6 @@ class ChainExecutable:
     form: ChainForm
     workspace_bytes: int
     recipe: tuple[int, ...]
-
-    @property
-    def first_problem(self) -> ir.Problem:
-        return self.problems[0]
 
 
 AnyExecutable: TypeAlias = Executable | ChainExecutable

@@ -381,31 +381,29 @@ def named(
     region: ir.Work, arch: GpuArch, form: str, template: str, config: str
 ) -> AnyCandidate | None:
     """The candidate of these names, or None where there is none (any more)."""
-    if isinstance(region, ir.Chain):
-        return _named_chain(region, arch, form, template, config)
     # Not by way of candidates(): every site of every trace asks.
+    if isinstance(region, ir.Chain):
+        joint = next((f for f in forms.chain_forms(region) if f.name == form), None)
+        if joint is None:
+            return None
+        for known in kernels.CHAIN_TEMPLATES:
+            if found := _configured(known, joint, arch, template, config):
+                return ChainCandidate(joint, known, found, arch)
+        return None
     made = forms.form(region, form)
+    if made is None:
+        return None
     for known in kernels.TEMPLATES:
-        if made is None or known.name != template:
-            continue
-        if known.supports(made.region, arch) is not None:
-            continue
-        for each in known.configs(made.region, arch):
-            if each.text == config:
-                return Candidate(made, known, each, arch)
+        if found := _configured(known, made, arch, template, config):
+            return Candidate(made, known, found, arch)
     return None
 
 
-def _named_chain(
-    chain: ir.Chain, arch: GpuArch, form: str, template: str, config: str
-) -> ChainCandidate | None:
-    made = next((f for f in forms.chain_forms(chain) if f.name == form), None)
-    for known in kernels.CHAIN_TEMPLATES:
-        if made is None or known.name != template:
-            continue
-        if known.supports(made.region, arch) is not None:
-            continue
-        for each in known.configs(made.region, arch):
-            if each.text == config:
-                return ChainCandidate(made, known, each, arch)
-    return None
+def _configured(
+    known: Any, form: Any, arch: GpuArch, template: str, config: str
+) -> Config | None:
+    """The config of that text, if ``known`` is the template of that name and has it."""
+    if known.name != template or known.supports(form.region, arch) is not None:
+        return None
+    configs = known.configs(form.region, arch)
+    return next((each for each in configs if each.text == config), None)

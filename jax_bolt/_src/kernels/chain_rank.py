@@ -9,6 +9,7 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .chain_tiles import UNIT, Shape, Tile, grid, steps_of, turns_of
+from .cycles import CLOCK, micros, us
 
 # Cycles of an SM, fitted to 41 kernels of ResNet-50's chains at batch 32 on an H200,
 # 30 to 277 µs: 7 % off, in the mean square.
@@ -19,7 +20,6 @@ _LATENCY = 200  # from a wgmma to the next one on its accumulators, with its uni
 _SIDE_WAIT = 2450  # from asking for a side input to it
 _LOAD_RATE = 24.0  # bytes a cycle between L2 and shared memory
 _OVERLAP = 0.2  # of SMs' and device memory's times, what the longer does not hide
-_CLOCK = 1.7e9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,13 +41,10 @@ class Estimate:
 
     @property
     def micros(self) -> float:
-        return self.total / _CLOCK * 1e6
+        return micros(self.total)
 
     @property
     def text(self) -> str:
-        def us(cycles: float) -> str:
-            return f"{cycles / _CLOCK * 1e6:.1f}"
-
         tiles = "1 tile" if self.turns == 1 else f"{self.turns} tiles"
         return (
             f"{us(self.total)} µs: {tiles} a warpgroup, each {us(self.products)} of "
@@ -92,7 +89,7 @@ def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estima
         alone = max(alone, shape.blocks * _SIDE_WAIT / (rings.stores - 1))
     per_turn = max(beside * products, moves, alone)
     first = boxes * layout.load_bytes + min(rings.filters, units) * UNIT
-    memory = chain.bytes_moved / arch.bandwidth * _CLOCK
+    memory = chain.bytes_moved / arch.bandwidth * CLOCK
     memory *= arch.sm_count / busy_sms if busy_sms < arch.sm_count / 2 else 1.0
     own = turns * per_turn
     total = _START + first / _LOAD_RATE + max(own, memory) + _OVERLAP * min(own, memory)

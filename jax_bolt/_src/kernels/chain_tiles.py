@@ -16,7 +16,7 @@ from . import hoist
 from .config import Config
 from .geometry import MAX_PHASES, NO_RINGS, Block, Layout, Rings
 from .image import BLOCK, ROW, STEP, Image, line_of
-from .implicit_gemm_tiles import blocks_of, layout_of
+from .implicit_gemm_tiles import blocks_of, layout_of, smem_per_cta
 
 NAME = "chain_sm90"
 
@@ -206,7 +206,7 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
         *(("stores", 8), ("filters", MAX_RINGS[1])),
     )
     rings = Rings(**least, resident=resident)
-    room = smem_per_cta(tile, arch)
+    room = smem_per_cta(tile.ctas, arch)
     if shared_bytes(dataclasses.replace(tile, rings=rings), layout, chain) > room:
         return None
     for name, wanted in wishes:
@@ -217,12 +217,6 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
                 break
             rings = deeper
     return dataclasses.replace(tile, rings=rings)
-
-
-def smem_per_cta(tile: Tile, arch: GpuArch) -> int:
-    if tile.ctas == 1:
-        return arch.smem_per_block
-    return (arch.smem_per_block - 1024) // 2
 
 
 def shared_bytes(tile: Tile, layout: Layout, chain: ir.Chain) -> int:

@@ -15,6 +15,7 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config, alignment
+from .cycles import CLOCK, micros, us
 
 NAME = "depthwise"
 
@@ -43,7 +44,6 @@ _LATENCY = 1400  # from asking device memory to having it in shared memory
 _BURST = 64  # bytes that device memory reads at once
 _HALF_BURST = 1.25  # of its time, where another block has the other half, a bit later
 _OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
-_CLOCK = 1.7e9
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,13 +286,10 @@ class Estimate:
     @property
     def micros(self) -> float:
         """The whole launch, in µs."""
-        return self.total / _CLOCK * 1e6
+        return micros(self.total)
 
     @property
     def text(self) -> str:
-        def us(cycles: float) -> str:
-            return f"{cycles / _CLOCK * 1e6:.1f}"
-
         blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
         return (
             f"{us(self.total)} µs: {blocks} on the busiest SM, each {self.steps:.0f} "
@@ -320,7 +317,7 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     turns = -(-resident * warps // 4)
     turn = max(turns * instructions, instructions + _STALL)
     own = steps * turn * blocks / resident
-    moved = region.bytes_moved / arch.bandwidth * _CLOCK
+    moved = region.bytes_moved / arch.bandwidth * CLOCK
     if tile.channels < min(p.c, _BURST // shape.item):
         moved *= _HALF_BURST
     flying = resident * (tile.stages - 1) * shape.rows_read * shape.columns

@@ -8,6 +8,7 @@ import dataclasses
 from .. import ir
 from ..arch import GpuArch
 from . import hoist
+from .cycles import CLOCK, micros, us
 from .image import Image
 from .implicit_gemm_tiles import (
     FILTER_BLOCK,
@@ -30,7 +31,6 @@ _FILTER_WAIT = 1800
 _BOX, _STEP = 60, 8  # of each, beside what it moves and multiplies
 _LOAD_RATE = 80.0  # bytes a cycle from L2 into shared memory
 _OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
-_CLOCK = 1.7e9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,13 +54,10 @@ class Estimate:
     @property
     def micros(self) -> float:
         """The whole launch, in µs."""
-        return self.total / _CLOCK * 1e6
+        return micros(self.total)
 
     @property
     def text(self) -> str:
-        def us(cycles: float) -> str:
-            return f"{cycles / _CLOCK * 1e6:.1f}"
-
         tiles = "1 tile" if self.turns == 1 else f"{self.turns} tiles"
         return (
             f"{us(self.total)} µs: {tiles} on the busiest SM, each {us(self.products)} "
@@ -108,6 +105,6 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     if tile.splits > 1:
         own += _EXCHANGE + partial_bytes(tile) / _LOAD_RATE
     first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
-    memory = region.bytes_moved / arch.bandwidth * _CLOCK
+    memory = region.bytes_moved / arch.bandwidth * CLOCK
     total = _START + first + max(own, memory) + _OVERLAP * min(own, memory)
     return Estimate(turns, products, moves, waiting, finish, memory, total)

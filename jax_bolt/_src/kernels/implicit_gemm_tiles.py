@@ -262,7 +262,7 @@ def _staged(
             return None
 
     pixel_bytes, filter_bytes, store_bytes = _stage_bytes(tile, layout, slot_tiles)
-    room = smem_per_cta(tile, arch) - _BARRIERS - partial_bytes(tile)
+    room = smem_per_cta(tile.ctas, arch) - _BARRIERS - partial_bytes(tile)
 
     def left(pixels: int, filters: int, stores: int) -> int:
         used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
@@ -311,8 +311,9 @@ def _stage_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> tuple[int, int,
     )
 
 
-def smem_per_cta(tile: Tile, arch: GpuArch) -> int:
-    if tile.ctas == 1:
+def smem_per_cta(ctas: int, arch: GpuArch) -> int:
+    """Shared memory of each where so many share an SM."""
+    if ctas == 1:
         return arch.smem_per_block
     return (arch.smem_per_block - 1024) // 2
 

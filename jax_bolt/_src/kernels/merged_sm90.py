@@ -20,7 +20,7 @@ from . import recipe as recipes
 from .chain_support import refusal
 from .chain_tiles import flat
 from .config import CPP_TYPES, Config
-from .geometry import MAX_RINGS, Layout, Rings
+from .geometry import MAX_RINGS, Rings
 from .image import Image, line_of
 from .implicit_gemm_sm90 import varied
 from .implicit_gemm_tiles import (
@@ -113,7 +113,7 @@ def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometries."""
     tile, lines = Tile.of(config), _lines(chain)
     assert lines is not None
-    layouts = [_layout(tile, line) for line in lines]
+    layouts = [tile.layout(line) for line in lines]
     counts = [len(r.epilogue.vectors) for r in (chain.first, chain.second)]
     vectors = [recipes.vector(i) for i in range(sum(counts))]
     first, second = (
@@ -151,11 +151,6 @@ def _lines(chain: ir.Chain) -> tuple[Image, Image] | None:
     return (found[0], found[1]) if found[0].q == found[1].q else None
 
 
-def _layout(tile: Tile, line: Image) -> Layout:
-    count = tile.blocks * tile.warps_n
-    return Layout(line, tile.block, count, tile.pixels)
-
-
 def _as_one(chain: ir.Chain) -> tuple[Image, ir.Region]:
     """One product that does about the work of both."""
     lines = _lines(chain)
@@ -185,9 +180,9 @@ def _tiles(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
 
 def _staged(tile: Tile, line: Image, arch: GpuArch) -> Tile | None:
     """``tile`` with a slot for every block of a warpgroup, better two, or None."""
-    layout = _layout(tile, line)
+    layout = tile.layout(line)
     units = tile.blocks * tile.channel_blocks
-    room = smem_per_cta(tile, arch)
+    room = smem_per_cta(tile.ctas, arch)
     for stores in (2 * units, units):
         if stores > MAX_RINGS[2]:
             continue
