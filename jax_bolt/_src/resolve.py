@@ -95,7 +95,7 @@ def _resolve(
             made = make(options, target)
             if isinstance(made, Rejection):
                 return made
-            return made, results.loaded(site, made, target, options)
+            return made, results.loaded(site, made, target, options, together)
 
     group = agree.group(processes)
     if group is None:

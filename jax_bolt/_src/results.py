@@ -216,7 +216,7 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
     Raises Untunable where there is nothing, or the chain is far behind by ``least_us``,
     an estimate.
     """
-    kernels: list[Executable] = []
+    plans: list[Plan] = []
     chosen: list[db.Entry] = []
     for each in (site.first, site.second):
         made = stored(each.region, target.arch, options, target.origin)
@@ -227,15 +227,15 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
         candidate = plan.named(each.region, target.arch, *names)
         if candidate is None:
             raise Untunable(f"{each.name} has no kernel of its own")
-        kernel = loaded(each, Plan(candidate, "user", entry), target, options)
-        assert isinstance(kernel, Executable)
-        kernels.append(kernel)
+        plans.append(Plan(candidate, "user", entry))
         chosen.append(entry)
     apart_us = sum(entry.kernel_time_us or entry.time_us or 0.0 for entry in chosen)
     if least_us > _FAR * apart_us > 0.0:
         reason = f"about {least_us:.0f} µs in one kernel, {apart_us:.0f} in two"
         raise Untunable(f"{reason}: it was not timed")
-    first, second = kernels
+    first = loaded(site.first, plans[0], target, options)
+    second = loaded(site.second, plans[1], target, options)
+    assert isinstance(first, Executable) and isinstance(second, Executable)
     avals = (site.second.in_avals[i] for i in site.second.operands[:2])
     read = ((aval.shape, aval.dtype) for aval in avals)
     takes = only_views(second.form.name, second.problem, *read)
@@ -248,18 +248,38 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
 
 
 def loaded(
-    site: AnySite, made: Plan, target: Target, options: Options
+    site: AnySite,
+    made: Plan,
+    target: Target,
+    options: Options,
+    together: Sequence[AnySite] = (),
 ) -> AnyExecutable:
-    """The kernel of a plan, from the store or compiled. Raises CompileError."""
+    """The kernel of a plan, from the store or compiled. Raises CompileError.
+
+    What ``together`` is known to run on is compiled with it: compilers run in parallel.
+    """
     candidate = made.candidate
     if made.entry is not None and isinstance(target.tools, CompileError):
         digest = made.entry.digest
         artifact = target.kernels.find(digest) or target.tools
         return executable(site.region, candidate, digest, artifact, target)
-    source = candidate.source
-    digest = target.kernels.digest(target.toolchain, source, target.arch)
-    built = target.kernels.build(target.toolchain, [source], target.arch, options.jobs)
+    sources = [candidate.source]
+    digest = target.kernels.digest(target.toolchain, candidate.source, target.arch)
+    if target.kernels.find(digest) is None:
+        plans = (_untuned(each, target, options) for each in together)
+        sources += [p.candidate.source for p in plans if isinstance(p, Plan)]
+    built = target.kernels.build(target.toolchain, sources, target.arch, options.jobs)
     return executable(site.region, candidate, digest, built[digest], target)
+
+
+def _untuned(
+    site: AnySite, target: Target, options: Options
+) -> Plan | Rejection | None:
+    """What ``site`` runs on if nothing is tuned; None where only that would tell."""
+    known = stored(site.region, target.arch, options, target.origin)
+    if known is None and options.on_miss == "heuristic" and isinstance(site, SiteInfo):
+        return plan.heuristic(site.region, target.arch, options.disable)
+    return known
 
 
 @contextlib.contextmanager

@@ -109,6 +109,20 @@ def warning_of(fun: Any = dense) -> str:
     return message
 
 
+def test_what_a_program_runs_on_is_compiled_together(gpu, nvcc, monkeypatch):
+    asked: list[int] = []
+    build = store.Store.build
+
+    def counted(self: Any, tools: Any, sources: Any, *rest: Any) -> Any:
+        asked.append(len(sources))
+        return build(self, tools, sources, *rest)
+
+    monkeypatch.setattr(store.Store, "build", counted)
+    assert TARGET in lowered(jax_bolt.optimize(two_sites))
+    # All with the first site's, after which each is found.
+    assert asked == [3, 1] and len(nvcc.calls) == 2
+
+
 # --- The machine
 
 
