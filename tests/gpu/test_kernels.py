@@ -228,6 +228,32 @@ def test_every_output_element_is_written():
                 assert worker.time(request).micros > 0
 
 
+def test_small_tiles_of_resident_filters_end():
+    """However often a CTA has another tile, a warp that loads never waits for ever.
+
+    Tens of thousands of launches: what this is for happened once in hundreds.
+    """
+    site = cases.Case("many tiles", *_dense_of(1 << 16, 64, 64)).site()
+    smallest = {}
+    for candidate, tile in tiles(plan.candidates(site.region, target().arch)[0]):
+        best = smallest.get(tile.schedule)
+        if tile.rings.resident and (best is None or tile.pixels < best[1].pixels):
+            smallest[tile.schedule] = (with_tile(candidate, tile), tile)
+    if target().arch.sm == 90:
+        assert set(smallest) == {"cooperative", "pingpong"}
+    with isolate.worker(target().ordinal) as worker:
+        for candidate, _ in smallest.values():
+            digest = target().digest(candidate.source)
+            made = target().kernels.build(
+                target().toolchain, [candidate.source], target().arch
+            )
+            assert not isinstance(made[digest], CompileError), made[digest]
+            request = isolate.request_for(
+                candidate, digest, made[digest], 1, 300, verify=True
+            )
+            assert worker.time(request, 20.0).micros > 0, candidate.text
+
+
 LARGE = [
     cases.Case(
         "input", cases.conv, (cases.shape(700, 56, 56, 512), cases.shape(3, 3, 512, 8))

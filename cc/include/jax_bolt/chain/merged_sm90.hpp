@@ -62,8 +62,8 @@ struct MergedSm90 {
     Ring ring;
     for (int index = Second::first_tile(); index < p.geometry.tiles; index += Second::tile_step()) {
       Tile const tile(p.geometry, index);
-      Second::load_filters(p.first_filters, p.first_geometry, memory, tile, ring, true);
-      Second::load_filters(p.filters, p.geometry, memory, tile, ring, true);
+      Second::load_filters(p.first_filters, p.first_geometry, memory, tile, ring);
+      Second::load_filters(p.filters, p.geometry, memory, tile, ring);
     }
   }
 

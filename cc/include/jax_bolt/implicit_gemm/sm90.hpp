@@ -300,22 +300,21 @@ struct Sm90 {
     Geometry const& g = p.geometry;
     Ring ring;
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
-      load_filters(p.filters, g, memory, Tile(g, index), ring, index == first_tile());
+      load_filters(p.filters, g, memory, Tile(g, index), ring);
+      if (g.resident) return;
     }
   }
 
-  /// A tile's filters. Resident ones stay as they came for the `first` tile.
+  /// A tile's filters.
   __device__ static __forceinline__ void load_filters(ptx::TensorMap const& map, Geometry const& g,
                                                       Memory const& memory, Tile const& tile,
-                                                      Ring& ring, bool first) {
+                                                      Ring& ring) {
     int const taps = count_taps(g);
     for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
       for (int tap = 0; tap < taps; ++tap) {
         memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
-        if (!g.resident || first) {
-          load_stage(map, memory, ring.stage, tile, chunk, g.tap_filter[tap],
-                     g.filter_batch * tile.image);
-        }
+        load_stage(map, memory, ring.stage, tile, chunk, g.tap_filter[tap],
+                   g.filter_batch * tile.image);
         ring.advance(g.filter_stages);
       }
     }
@@ -414,7 +413,10 @@ struct Sm90 {
     if ((threadIdx.x & 31) == 0) empty.arrive();
   }
 
-  /// All products of a tile, the last of them still under way; returns the stages they read.
+  /// All products of a tile, the last of them still under way; returns the stages they read, -1 of
+  /// resident filters, which are never freed. A warp that waited for that without loading anything
+  /// would hold nobody up: two rounds behind, it would take the parity of the next one for its own,
+  /// and wait for ever.
   __device__ static __forceinline__ void multiply(Geometry const& g, Memory const& memory,
                                                   int warpgroup, Ring& pixels, Ring& filters,
                                                   Accumulators& accumulators, int& pixel_stage,
@@ -456,7 +458,7 @@ struct Sm90 {
           if (filter_stage >= 0) release(barriers.filters_empty[filter_stage]);
           if (free_pixels >= 0) release(barriers.pixels_empty[free_pixels]);
           free_pixels = -1;
-          filter_stage = filters.stage;
+          filter_stage = g.resident ? -1 : filters.stage;
           filters.advance(g.filter_stages);
         }
         free_pixels = pixel_stage = pixels.stage;
@@ -474,7 +476,7 @@ struct Sm90 {
     for (int i = 0; i < kPixelBlocks * kChannelBlocks * kPixels / 2; ++i) {
       cute::warpgroup_fence_operand(flat[i]);
     }
-    release(memory.barriers->filters_empty[filter_stage]);
+    if (filter_stage >= 0) release(memory.barriers->filters_empty[filter_stage]);
     release(memory.barriers->pixels_empty[pixel_stage]);
   }
 
