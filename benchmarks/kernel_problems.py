@@ -2,7 +2,7 @@
 """The convs and products that ``bench_kernels.py`` measures, with their epilogues.
 
 Those of the benchmark models are the regions jax_bolt finds in them; those of BERT
-are its four products per layer, and of the models with depthwise convs these alone.
+are its four products per layer, and of the models with convs in groups these alone.
 Everything here works on shapes, without a device.
 """
 
@@ -26,25 +26,27 @@ from .models import models
 # name -> hidden size; rows are batch 32 of 40 tokens (Bolt, fig. 8a), and 4096.
 BERTS = {"bert_base": 768, "bert_large": 1024}
 BERT_ROWS = (1280, 4096)
-# name -> depthwise convs: pixels per side (of a 224x224 image), channels, taps per side
-# and stride. Epilogues are a bias; BatchNorm and relu6; BatchNorm and silu.
+# name -> convs in groups: pixels per side (of a 224x224 image), channels, taps per
+# side, stride and, where they are not depthwise, groups. _EPILOGUES has the rest.
 _LAYERS = {
     "convnext_t_depthwise": "56 96 7 1, 28 192 7 1, 14 384 7 1, 7 768 7 1",
     "mobilenet_v2_depthwise": "112 32 3 1, 112 96 3 2, 56 144 3 1, 56 144 3 2, "
     "28 192 3 1, 28 192 3 2, 14 384 3 1, 14 576 3 1, 14 576 3 2, 7 960 3 1",
     "efficientnet_b0_depthwise": "56 144 5 2, 28 240 5 1, 28 240 3 2, 14 480 3 1, "
     "14 480 5 1, 14 672 5 1, 14 672 5 2, 7 1152 5 1, 7 1152 3 1",
+    "resnext50_grouped": "56 128 3 1 32, 56 256 3 2 32, 28 256 3 1 32, 28 512 3 2 32, "
+    "14 512 3 1 32, 14 1024 3 2 32, 7 1024 3 1 32",
 }
-DEPTHWISE = {
+GROUPED = {
     name: tuple(tuple(map(int, layer.split())) for layer in layers.split(","))
     for name, layers in _LAYERS.items()
 }
-NAMES = (*models.MEASURED, *BERTS, *DEPTHWISE)
+NAMES = (*models.MEASURED, *BERTS, *GROUPED)
 
 CONV3X3, STEM, OTHER = "3x3 conv", "stem", "other"
-DEPTHWISE_CONV = "depthwise conv"
+DEPTHWISE_CONV, GROUPED_CONV = "depthwise conv", "grouped conv"
 COMPUTE, MEMORY = "1x1/GEMM, compute-bound", "1x1/GEMM, memory-bound"
-CLASSES = (CONV3X3, COMPUTE, MEMORY, STEM, DEPTHWISE_CONV, OTHER)
+CLASSES = (CONV3X3, COMPUTE, MEMORY, STEM, DEPTHWISE_CONV, GROUPED_CONV, OTHER)
 _STEM_CHANNELS = 4
 
 
@@ -127,8 +129,8 @@ def is_memory_bound(found: floor.Root, ceilings: floor.Ceilings) -> bool:
 def classify(region: ir.Region, ceilings: floor.Ceilings) -> str:
     """Which of ``CLASSES`` the region belongs to."""
     problem = region.problem
-    if isinstance(problem, ir.ConvProblem) and problem.is_depthwise:
-        return DEPTHWISE_CONV
+    if isinstance(problem, ir.ConvProblem) and problem.groups > 1:
+        return DEPTHWISE_CONV if problem.is_depthwise else GROUPED_CONV
     if isinstance(problem, ir.ConvProblem) and (problem.r, problem.s) != (1, 1):
         if problem.c <= _STEM_CHANNELS:
             return STEM
@@ -161,8 +163,8 @@ def moves_input(site: SiteInfo, form: str) -> bool:
 
 
 def _sites(name: str, batch: int | None, image: int, dtype: Any) -> Iterator[SiteInfo]:
-    if name in DEPTHWISE:
-        for fun, args in _depthwise(name, batch or 1, image, dtype):
+    if name in GROUPED:
+        for fun, args in _in_groups(name, batch or 1, image, dtype):
             yield from _traced(fun, *args)
         return
     if batch is not None:
@@ -179,26 +181,32 @@ def _traced(fun: Callable, *args: Any) -> list[SiteInfo]:
     return rewritten.family.sites
 
 
-def _depthwise(
+# BatchNorm and an activation; a bias where there is none.
+_EPILOGUES: dict[str, Callable | None] = {
+    "convnext_t_depthwise": None,
+    "mobilenet_v2_depthwise": jax.nn.relu6,
+    "efficientnet_b0_depthwise": jax.nn.silu,
+    "resnext50_grouped": jax.nn.relu,
+}
+
+
+def _in_groups(
     name: str, batch: int, image: int, dtype: Any
 ) -> Iterator[tuple[Callable, tuple[Any, ...]]]:
-    for side, channels, taps, stride in DEPTHWISE[name]:
+    for side, channels, taps, stride, *groups in GROUPED[name]:
+        count = groups[0] if groups else channels
         size = max(1, side * image // 224)
         x = jax.ShapeDtypeStruct((batch, size, size, channels), jnp.dtype(dtype))
-        w = jax.ShapeDtypeStruct((taps, taps, 1, channels), x.dtype)
+        w = jax.ShapeDtypeStruct((taps, taps, channels // count, channels), x.dtype)
         vector = jax.ShapeDtypeStruct((channels,), jnp.float32)
-        conv = _depthwise_conv(taps, stride)
-        if name.startswith("convnext"):
+        conv, activation = _grouped_conv(taps, stride), _EPILOGUES[name]
+        if activation is None:
             yield _with_bias(conv), (x, w, vector)
         else:
-            relu6 = name.startswith("mobilenet")
-            yield (
-                _with_norm(conv, jax.nn.relu6 if relu6 else jax.nn.silu),
-                (x, w, *(vector,) * 4),
-            )
+            yield _with_norm(conv, activation), (x, w, *(vector,) * 4)
 
 
-def _depthwise_conv(taps: int, stride: int) -> Callable:
+def _grouped_conv(taps: int, stride: int) -> Callable:
     padding = ((taps // 2, taps // 2),) * 2
 
     def conv(x: Any, w: Any) -> Any:
@@ -208,7 +216,7 @@ def _depthwise_conv(taps: int, stride: int) -> Callable:
             (stride, stride),
             padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[3],
+            feature_group_count=x.shape[3] // w.shape[2],
         )
 
     return conv

@@ -103,7 +103,8 @@ def _plain(spec: str, a: tuple, b: tuple, dtype: Any = BF16) -> Case:
 def _conv(
     n, h, w, c, k, r, s, dtype: Any = BF16, bare: bool = False, **kw: Any
 ) -> Case:
-    x, f = shape(n, h, w, c, dtype=dtype), shape(r, s, c, k, dtype=dtype)
+    x = shape(n, h, w, c, dtype=dtype)
+    f = shape(r, s, c // kw.get("groups", 1), k, dtype=dtype)
     out = jax.eval_shape(lambda x, f: conv(x, f, **kw), x, f)
     tag = f"{jnp.dtype(dtype).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
 
@@ -291,6 +292,16 @@ CONVS = [
     _stores_sum(_conv(2, 9, 11, 16, 40, 5, 3, F16, bare=True)),
     _stores_sum(_conv(2, 10, 10, 12, 20, 3, 3, F32, bare=True)),
 ]
+# Groups of several channels: merged until they have 64 outputs, or all; or wide enough.
+GROUPED = [
+    _conv(2, 15, 13, 128, 128, 3, 3, groups=32),
+    _conv(3, 14, 14, 192, 384, 3, 3, F16, groups=6, stride=2),
+    _conv(2, 9, 11, 72, 72, 3, 3, groups=3),
+    _conv(2, 10, 9, 256, 256, 3, 3, groups=2, dilation=2),
+    _conv(3, 13, 15, 256, 128, 1, 1, groups=8, stride=2),
+    _conv(1, 7, 7, 320, 640, 3, 3, groups=10, padding="VALID", bare=True),
+]
+CONVS += GROUPED
 SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))
 DEPTHWISE = [
     _depthwise(2, 15, 13, 40, 3, 3),

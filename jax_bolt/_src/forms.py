@@ -4,8 +4,9 @@
 A *form* is a region equal to the user's, with its operands rearranged by a few XLA
 operations: filters packed from HWIO to KRSC, channels padded to what tensor cores
 load at once (Bolt, section 3.2.3), a 1x1 conv as a matrix product, an RGB stem in
-its exact space-to-depth form. Their cost is part of what tuning measures; so is that of
-what XLA does after a kernel for only a ``part`` of a region with two outputs.
+its exact space-to-depth form, groups merged until they are as wide as a product. Their
+cost is part of what tuning measures; so is that of what XLA does after a kernel for
+only a ``part`` of a region with two outputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -84,6 +86,8 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
             names.append("pixels_k_major")
     elif problem.groups > 1:
         names.append("hwio")
+        if _merged(problem) > 1:
+            names.append("merged_groups")
     else:
         if _fits_space_to_depth(problem):
             names.append("space_to_depth")
@@ -235,6 +239,39 @@ def _hwio_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return dataclasses.replace(problem, filter_layout="hwio")
 
 
+_WIDEST = 64  # output channels that a kernel multiplies at once
+_MOST_MERGED = 32
+
+
+def _merged(problem: ir.ConvProblem) -> int:
+    """How many groups make one of a multiple of 64 output channels, at the least; all
+    where none do. 1 where there is nothing to gain."""
+    outputs = problem.k // problem.groups
+    count = _WIDEST // math.gcd(outputs, _WIDEST)
+    if problem.groups % count:
+        count = problem.groups
+    return 1 if problem.is_depthwise or count > _MOST_MERGED else count
+
+
+def _merged_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
+    groups = problem.groups // _merged(problem)
+    return dataclasses.replace(problem, filter_layout="hwio", groups=groups)
+
+
+def _merged_groups(problem: ir.ConvProblem, x, hwio):
+    """Several groups as one, with zeros in the filter where one would read another's.
+
+    So a value that is not finite spreads to the groups that are merged with its own.
+    """
+    p, count = problem, _merged(problem)
+    x, hwio = _nhwc(p, x, hwio)
+    inputs, outputs = p.group_channels, p.k // p.groups
+    of_a_group = hwio.reshape(p.r, p.s, 1, inputs, p.groups // count, count, outputs)
+    own = jnp.eye(count, dtype=bool)[:, None, None, :, None]
+    merged = jnp.where(own, of_a_group, jnp.zeros((), hwio.dtype))
+    return x, merged.reshape(p.r, p.s, count * inputs, p.k)
+
+
 def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
     """Strided convs on so few channels that padding would waste most of the work."""
     unit = _unit(problem)
@@ -354,5 +391,6 @@ _FORMS: dict[str, tuple[Callable, Callable]] = {
     "strided_pixels": (_strided_problem, _strided_pixels),
     "hwio": (_hwio_problem, _nhwc),
     "krsc": (_krsc_problem, _krsc),
+    "merged_groups": (_merged_problem, _merged_groups),
     "space_to_depth": (_space_to_depth_problem, _space_to_depth),
 }

@@ -229,17 +229,12 @@ def _read_conv(eqn: JaxprEqn, dtype: ir.DType) -> Root:
         for shape, order in zip(shapes, orders, strict=True)
     )
     groups = int(p["feature_group_count"])
-    if groups not in (1, x[-1]):
-        raise Refused(
-            f"feature_group_count={groups}, {w[-2]} input channels each: grouped, but "
-            "not depthwise"
-        )
     space = _space(p, x[1:-1], w[:-2])
     batch = x[0] * math.prod(axis.size for axis in space[:-2])
     down, right = space[-2:]
     lhs, rhs = (transposition(shapes[i], orders[i]) for i in (0, 1))
     frame = Frame.of(shapes[2], orders[2], 1)
-    label = "depthwise" if groups > 1 else "conv"
+    label = "conv" if groups == 1 else "depthwise" if w[-2] == 1 else "grouped"
     if (down.zeros, right.zeros) != (1, 1):
         if groups > 1:
             raise Refused(f"feature_group_count={groups}: transposed conv in groups")

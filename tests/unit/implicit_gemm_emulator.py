@@ -427,7 +427,7 @@ class Launch:
                 if resident is None:
                     resident = self._filters(channel, g.filter_batch * image)
                 found = resident
-            accumulators = self._multiply(image, row, col, found)
+            accumulators = self._multiply(channel, image, row, col, found)
             for nb in range(self.t.warps_n * self.t.blocks):
                 for mb in range(self.t.filter_blocks):
                     block = accumulators[nb][:, mb * BLOCK : (mb + 1) * BLOCK]
@@ -475,7 +475,12 @@ class Launch:
         return steps
 
     def _multiply(
-        self, image: int, row: int, col: int, filters: list[list[np.ndarray]]
+        self,
+        channel: int,
+        image: int,
+        row: int,
+        col: int,
+        filters: list[list[np.ndarray]],
     ) -> list[np.ndarray]:
         """By pixel block: accumulators [pixels, all output channels]."""
         g, t = self.g, self.t
@@ -483,10 +488,15 @@ class Launch:
         accumulators = [
             np.zeros((t.pixels, width), np.float32) for _ in range(t.warps_n * t.blocks)
         ]
+        group = channel // g.group_outputs * g.group_inputs
+        assert (channel + width - 1) // g.group_outputs * g.group_inputs == group or (
+            g.group_outputs == g.channels
+        )
         for chunk in range(g.chunks):
             tap = 0
             for phase in range(g.phases):
-                stage = self._stage(chunk, phase, image, row, col)
+                first = group + chunk * self.chunk
+                stage = self._stage(first, phase, image, row, col)
                 for _ in range(g.phase_taps[phase]):
                     for nb, accumulator in enumerate(accumulators):
                         at = g.tap_offset[tap] + nb * g.block_bytes
@@ -497,7 +507,7 @@ class Launch:
         return accumulators
 
     def _stage(
-        self, chunk: int, phase: int, image: int, row: int, col: int
+        self, channel: int, phase: int, image: int, row: int, col: int
     ) -> np.ndarray:
         g = self.g
         stage = _nothing(g.stage_bytes, self.chunk)
@@ -507,7 +517,7 @@ class Launch:
                 line, c = divmod(col + i * g.load_cols, g.image_cols)
                 n, r = divmod(line, g.image_rows)
                 box = self.pixels.load(
-                    chunk * self.chunk,
+                    channel,
                     c * g.step_cols + g.first_col,
                     r * g.step_rows + g.first_row,
                     n,
@@ -517,7 +527,7 @@ class Launch:
                 _put(stage, i * g.load_bytes, box)
                 continue
             box = self.pixels.load(
-                chunk * self.chunk + g.phase_channel[phase],
+                channel + g.phase_channel[phase],
                 col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
                 g.phase_parity[phase],
                 row * g.step_rows + g.phase_row[phase],

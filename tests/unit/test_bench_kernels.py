@@ -86,22 +86,26 @@ def test_bert_has_four_products_at_two_sizes() -> None:
     assert found[2].label == "dot+bias+erf"
 
 
-def test_depthwise_layers_are_one_region_each() -> None:
+def test_convs_in_groups_are_one_region_each() -> None:
     epilogues = {"convnext": "bias", "mobilenet": "bn+relu", "efficientnet": "bn+silu"}
-    for name, layers in kernel_problems.DEPTHWISE.items():
+    epilogues["resnext50"] = "bn+relu"
+    for name, layers in kernel_problems.GROUPED.items():
+        depthwise = name.endswith("depthwise")
         found = kernel_problems.collect([name], [32], 224, "bfloat16")
         problems = [p.region.problem for p in found]
         assert [
-            (p.h, p.k, p.r, p.stride[0])
+            (p.h, p.k, p.r, p.stride[0], p.groups)
             for p in problems
-            if isinstance(p, ir.ConvProblem) and p.is_depthwise and p.n == 32
-        ] == list(layers)
+            if isinstance(p, ir.ConvProblem) and p.n == 32
+        ] == [layer if len(layer) == 5 else (*layer, layer[1]) for layer in layers]
         kinds = {kernel_problems.classify(p.region, CEILINGS) for p in found}
-        assert kinds == {kernel_problems.DEPTHWISE_CONV}
+        expected = (kernel_problems.GROUPED_CONV, kernel_problems.DEPTHWISE_CONV)
+        assert kinds == {expected[depthwise]}
         candidates = kernel_problems.candidates(
             found[0], arch.from_name("sm_90a"), (), quick=True
         )
-        assert [c.template.name for c in candidates] == ["depthwise"] * 2
+        template = "depthwise" if depthwise else "implicit_gemm_sm90"
+        assert [c.template.name for c in candidates] == [template] * 2
         labels = {problem.label.partition("+")[2] for problem in found}
         assert labels == {epilogues[name.partition("_")[0]]}
 

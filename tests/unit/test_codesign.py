@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import region_cases as cases
+from jax import lax
 from scipy import special
 
 import jax_bolt
@@ -394,26 +395,30 @@ def test_an_estimate_of_a_chain_counts_what_is_gathered_first(now, then):
 
 
 def test_no_estimate_where_no_kernel_takes_it():
-    grouped = relu_region(conv_problem(groups=4))
-    assert plan.estimate(grouped, HOPPER) is None
+    grouped = relu_region(conv_problem(c=64, k=64, groups=4))
+    assert plan.estimate(grouped, arch_.from_name("sm_80")) is None
 
 
 # --- Advice
 
 
-def model(x: Any, f: Any, g: Any, h: Any, grouped: Any) -> Any:
+def model(x: Any, f: Any, g: Any, h: Any, other: Any) -> Any:
     """Two equal convs, one with no activation, and one that no kernel takes."""
     x = jax.nn.relu(cases.conv(x, f))
     x = jax.nn.relu(cases.conv(x, g))
     x = jax.nn.relu(cases.conv(x, g))
     x = cases.conv(x, h, padding="VALID")
-    return cases.conv(x, grouped, groups=4)
+    return lax.conv_general_dilated(
+        *(x, other, (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        batch_group_count=4,
+    )
 
 
 MODEL = (
     *(cases.shape(8, 28, 28, 16), cases.shape(3, 3, 16, 96)),
     *(cases.shape(3, 3, 96, 96), cases.shape(1, 1, 96, 64)),
-    cases.shape(3, 3, 16, 64),
+    cases.shape(3, 3, 64, 64),
 )
 
 

@@ -68,6 +68,10 @@ CONVS = [
     conv_problem(dtype="bf16", r=1, s=1, stride=(3, 2), c=8, k=16),
     conv_problem(dtype="bf16", c=8, k=8, groups=8, stride=(1, 2)),
     conv_problem(dtype="bf16", c=8, k=16, groups=8, padding=(1, 1, 1, 1)),
+    conv_problem(dtype="bf16", c=64, k=128, groups=32, padding=(1, 1, 1, 1)),
+    conv_problem(dtype="bf16", c=96, k=96, groups=4, stride=(2, 2)),
+    conv_problem(dtype="f16", c=9, k=24, groups=3, r=1, s=1),
+    conv_problem(dtype="bf16", c=128, k=128, groups=2),
 ]
 
 

@@ -133,6 +133,13 @@ CONVS = [
     conv(1, 9, 20, 8, 16, 3, stride=(2, 1), padding=(1, 1, 0, 0)),
     conv(2, 8, 14, 24, 64, 5, dilation=(2, 1), padding=(4, 4, 0, 0)),
     conv(3, 1, 40, 16, 16, 1, 4, padding=(0, 0, 0, 0)),
+    # groups: of one block and chunk, of several, of chunks that are not full
+    conv(2, 9, 13, 128, 128, groups=2),
+    hwio(conv(2, 14, 14, 192, 192, groups=3, stride=(2, 2))),
+    conv(1, 9, 10, 256, 256, groups=2),
+    hwio(conv(2, 8, 9, 48, 128, groups=2)),
+    conv(3, 11, 10, 80, 256, groups=2, stride=(3, 2), padding=(2, 1, 0, 3)),
+    hwio(conv(5, 21, 23, 128, 256, 1, stride=(2, 2), groups=2)),
     # 5x5, 7x7, asymmetric padding
     conv(2, 14, 14, 24, 40, 5),
     conv(2, 9, 9, 64, 64, 5, stride=(2, 2), padding=(1, 2, 1, 2)),

@@ -466,9 +466,14 @@ def test_a_transposed_conv_may_have_fewer_taps_than_its_dilation():
             "dtype int8",
         ),
         (
-            lambda x, w: conv(x, w, feature_group_count=4),
+            lambda x, w: conv(
+                *(x, w),
+                feature_group_count=4,
+                lhs_dilation=(2, 2),
+                padding=((1, 1), (1, 1)),
+            ),
             (X, shape(3, 3, 4, 32)),
-            "feature_group_count=4, 4 input channels each",
+            "feature_group_count=4: transposed conv in groups",
         ),
         (
             lambda x, w: conv(x, w, batch_group_count=2),
@@ -570,6 +575,19 @@ def test_a_depthwise_conv_and_its_epilogue_are_one_region(multiplier):
     assert " g16]" in problem.text
     assert problem.flops == 2 * problem.rows * k * 9
     assert problem.operand_elements == (2 * 8 * 8 * 16, 9 * k)
+
+
+def test_a_grouped_conv():
+    found = one(
+        lambda x, w: jax.nn.relu(conv(x, w, feature_group_count=4)),
+        X,
+        shape(3, 3, 4, 32),
+    )
+    problem = found.region.problem
+    assert found.label == "grouped3x3+relu"
+    assert isinstance(problem, ir.ConvProblem)
+    assert (problem.groups, problem.group_channels, problem.k) == (4, 4, 32)
+    assert problem.flops == 2 * problem.rows * 32 * 9 * 4
 
 
 def test_a_conv_of_one_channel_is_no_depthwise_one():

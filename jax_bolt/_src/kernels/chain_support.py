@@ -24,6 +24,8 @@ def refusal(chain: ir.Chain, arch: GpuArch) -> str | None:
                 return f"takes no tensors of {dtype}"
         if isinstance(problem, ir.GemmProblem) and problem.batch > 1:
             return "a batched product"
+        if isinstance(problem, ir.ConvProblem) and problem.groups > 1:
+            return f"a conv of {problem.groups} groups"
         bare = ir.Region(problem=problem, epilogue=epilogue)
         if reason := implicit_gemm_sm90.supports(bare, arch):
             return reason

@@ -224,7 +224,7 @@ class Layout:
         images, rows, cols = self.store_box
         whole, line = self.whole_images, i.is_line
         numbers = [
-            i.k,
+            *(i.k, i.k // i.groups, i.c),
             *(self.tile_count(filter_blocks), channel_tiles),
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
@@ -243,7 +243,7 @@ class Layout:
             *self._images,
         ]
         numbers += _filled(
-            [c.remainder * i.c if i.folds else 0 for _, c in phases], MAX_PHASES
+            [c.remainder * i.channels if i.folds else 0 for _, c in phases], MAX_PHASES
         )
         numbers += _filled(
             [c.base if i.folds else c.base * right + c.remainder for _, c in phases],
@@ -315,7 +315,7 @@ class Layout:
         return TensorMap(
             operand=operand,
             dtype=dtype,
-            dims=(sw * i.c, i.w // sw, sh, i.h // sh, i.n),
+            dims=(sw * i.channels, i.w // sw, sh, i.h // sh, i.n),
             strides=(sw * i.pixel * i.item, row, sh * row, i.h * row),
             box=(i.chunk, cols, 1, rows, images),
             steps=(1, right, 1, down, 1),
@@ -330,7 +330,7 @@ class Layout:
         return TensorMap(
             operand=operand,
             dtype=dtype,
-            dims=(i.c, i.w, i.h, i.n),
+            dims=(i.channels, i.w, i.h, i.n),
             strides=(i.pixel * i.item, row, i.h * row),
             box=(i.chunk, self.box[2], 1, 1),
             steps=(1, i.stride[1], i.stride[0], 1),

@@ -24,6 +24,7 @@ class Image:
 
     ``pixel`` and ``row`` are elements from one input pixel or row to the next.
     ``k_outer``: the filter has its output channels outermost (KRSC), not innermost.
+    ``c`` are the input channels of one of ``groups``, ``k`` the output channels of all.
     With ``packing`` it is the conv that a prologue leaves, its operands a workspace.
     With ``source`` it is a line of all that image's output pixels (``line_of``).
     """
@@ -47,6 +48,7 @@ class Image:
     dtype: ir.DType
     packing: Packing | None = None
     source: Image | None = None
+    groups: int = 1
 
     @staticmethod
     def of(problem: ir.Problem) -> Image:
@@ -64,7 +66,8 @@ class Image:
         packing = Packing.of(problem)
         p = problem if packing is None else packing.packed
         image = Image(
-            *(p.n, p.h, p.w, p.c, p.k, p.r, p.s, p.p, p.q, p.c, p.w * p.c),
+            *(p.n, p.h, p.w, p.group_channels, p.k, p.r, p.s, p.p, p.q),
+            *(p.c, p.w * p.c),
             stride=p.stride,
             padding=(p.padding[0], p.padding[2]),
             dilation=p.dilation,
@@ -72,8 +75,10 @@ class Image:
             filters=1,
             dtype=p.dtype,
             packing=packing,
+            groups=p.groups,
         )
-        return image.with_wide_pixels if p.padding[2:] == (0, 0) else image
+        alone = p.groups == 1 and p.padding[2:] == (0, 0)
+        return image.with_wide_pixels if alone else image
 
     @property
     def with_wide_pixels(self) -> Image:
@@ -107,6 +112,11 @@ class Image:
         return -(-self.c // self.chunk)
 
     @property
+    def channels(self) -> int:
+        """Input channels of all groups."""
+        return self.c * self.groups
+
+    @property
     def k_steps(self) -> int:
         """Products in a chunk, those of zeros alone left out."""
         return -(-min(ROW, self.c * self.item) // STEP)
@@ -126,7 +136,7 @@ class Image:
         """
         return (
             self.stride != (1, 1)
-            and self.c % self.chunk == 0
+            and self.channels % self.chunk == 0
             and self.h % self.stride[0] == 0
             and self.w % self.stride[1] == 0
         )
@@ -151,7 +161,7 @@ def line_of(image: Image) -> Image | None:
     that only strided convs, and padded ones of one tap, are seen so.
     """
     one_tap, padded = (image.r, image.s) == (1, 1), image.padding != (0, 0)
-    if image.is_line or image.filters > 1 or image.pixel != image.c:
+    if image.is_line or image.filters > 1 or image.pixel != image.channels:
         return None
     if image.stride == (1, 1) and not (one_tap and padded):
         return None

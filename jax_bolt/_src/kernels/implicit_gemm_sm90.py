@@ -14,7 +14,7 @@ from . import implicit_gemm_rank as rank
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
 from .geometry import MAX_PHASES, MAX_TAPS
-from .image import Image, cols_of, rows_of
+from .image import BLOCK, Image, cols_of, rows_of
 from .implicit_gemm_tiles import (
     NAME,
     Tile,
@@ -49,7 +49,9 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     if too_many := epilogue_limit(epilogue):
         return too_many
     if isinstance(problem, ir.ConvProblem) and problem.groups > 1:
-        return f"a conv of {problem.groups} groups"
+        outputs = problem.k // problem.groups
+        if outputs % BLOCK:
+            return f"groups of {outputs} output channels, not of a multiple of {BLOCK}"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
     image = Image.of(problem)

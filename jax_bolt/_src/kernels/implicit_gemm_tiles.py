@@ -119,7 +119,7 @@ layout_of = functools.lru_cache(maxsize=1024)(Layout)
 
 def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Tile]:
     columns = len(hoist.columns(epilogue))
-    line = line_of(image)
+    line, group = line_of(image), image.k // image.groups
     found = [(False, *block) for block in blocks_of(image)]
     if line is not None and image.r * image.s <= MAX_PHASES:
         found += [(True, *block) for block in blocks_of(line)]
@@ -130,6 +130,8 @@ def tiles_of(image: Image, epilogue: ir.Epilogue, arch: GpuArch) -> Iterator[Til
                 continue
             if (channel_blocks * warps_m - 1) * BLOCK >= image.k:
                 continue  # blocks of channels that do not exist
+            if image.groups > 1 and group % (channel_blocks * warps_m * BLOCK):
+                continue  # of two groups
             base = Tile(*(pixels, *shape, block), im2col=im2col)
             layout = base.layout(image)
             if layout.problem() is not None:

@@ -34,7 +34,9 @@ class Packing:
         """None for a conv that needs none, or is not one for it."""
         p = problem
         fold = p.stride[0]
-        if p.c % _UNIT == 0 or p.filter_layout != "hwio" or p.dilation != (1, 1):
+        if p.c % _UNIT == 0 or p.groups > 1:
+            return None
+        if p.filter_layout != "hwio" or p.dilation != (1, 1):
             return None
         if p.dtype == "f32":  # TF32 does not take filters as the prologue packs them
             return None

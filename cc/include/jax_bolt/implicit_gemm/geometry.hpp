@@ -21,8 +21,8 @@ inline constexpr int kMaxFilterStages = 64;
 inline constexpr int kMaxStoreStages = 8;
 
 struct Geometry {
-  // Output channels.
-  std::int32_t channels;
+  // Output channels; those of a group (all, where there are no groups), and its input channels.
+  std::int32_t channels, group_outputs, group_inputs;
 
   // Tiles of a launch: images x rows x columns x channels, channels varying fastest, and the
   // outputs that one covers. Where CTAs share filters in pairs, `tiles` counts pairs of tiles.

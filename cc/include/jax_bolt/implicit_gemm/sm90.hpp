@@ -260,12 +260,14 @@ struct Sm90 {
     }
   }
 
-  /// A tile's input pixels.
+  /// A tile's input pixels, of the group that its output channels are of.
   __device__ static __forceinline__ void load_pixels(ptx::TensorMap const& map, Geometry const& g,
                                                      Memory const& memory, Tile const& tile,
                                                      Ring& ring) {
     Barriers& barriers = *memory.barriers;
+    int const group = tile.channel / g.group_outputs * g.group_inputs;
     for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
+      int const channel = group + chunk * kChunk;
       for (int phase = 0; phase < g.phases; ++phase) {
         ptx::Barrier& full = barriers.pixels_full[ring.stage];
         barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
@@ -273,11 +275,11 @@ struct Sm90 {
         std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
         for (int i = 0; i < g.loads; ++i) {
           if (g.image_cols > 0) {
-            gather_pixels(map, g, full, to + i * g.load_bytes, chunk, phase,
+            gather_pixels(map, g, full, to + i * g.load_bytes, channel, phase,
                           tile.col + i * g.load_cols);
             continue;
           }
-          ptx::load(map, full, to + i * g.load_bytes, chunk * kChunk + g.phase_channel[phase],
+          ptx::load(map, full, to + i * g.load_bytes, channel + g.phase_channel[phase],
                     tile.col * g.step_cols + g.phase_col[phase] + i * g.load_cols,
                     g.phase_parity[phase], tile.row * g.step_rows + g.phase_row[phase], tile.image);
         }
@@ -289,10 +291,10 @@ struct Sm90 {
   /// One tap's inputs of output pixels from `pixel` on, counted over all images.
   __device__ static __forceinline__ void gather_pixels(ptx::TensorMap const& map, Geometry const& g,
                                                        ptx::Barrier& full, std::uint32_t to,
-                                                       int chunk, int phase, int pixel) {
+                                                       int channel, int phase, int pixel) {
     int const line = pixel / g.image_cols, image = line / g.image_rows;
     int const col = pixel - line * g.image_cols, row = line - image * g.image_rows;
-    ptx::gather(map, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
+    ptx::gather(map, full, to, channel, col * g.step_cols + g.first_col,
                 row * g.step_rows + g.first_row, image, g.phase_col[phase], g.phase_row[phase]);
   }
 
