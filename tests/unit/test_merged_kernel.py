@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import chain_cases as cases
+import implicit_gemm_emulator as emulator
 import numpy as np
 import pytest
 
@@ -42,10 +43,11 @@ def test_every_tile_can_be_launched(case: cases.Case) -> None:
         assert tuple(each.operand for each in made.maps) == order
         assert made.pointers == tuple(map(recipes.vector, range(8)))
         # Two geometries, of the same tiles and the same stages.
-        first, second = np.split(np.array(made.ints), 2)
-        assert (first[:8] == second[:8]).all()
-        assert first[8] == -(-depth(chain.first) // 64)
-        assert second[8] == -(-depth(chain.second) // 64)
+        first, second = (emulator.geometry(n) for n in np.split(np.array(made.ints), 2))
+        for name in ("channels", "tiles", "channel_tiles", "tile_cols"):
+            assert getattr(first, name) == getattr(second, name)
+        assert first.chunks == -(-depth(chain.first) // 64)
+        assert second.chunks == -(-depth(chain.second) // 64)
 
 
 def depth(region: ir.Region) -> int:
