@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU, in one call: builds and installs the package into the
-# current Python, then the benchmarks of models, kernels, chains and tuning, the
-# second-process check, tests/gpu and, over the ragged cases, three tools of
-# compute-sanitizer.
+# current Python, then the benchmarks of models (PyTorch's, too, where it is installed),
+# kernels, chains and tuning, the second-process check, tests/gpu and, over the ragged
+# cases, three tools of compute-sanitizer.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
-# Stages: install, models, kernels, chains, tuning, second, tests, memcheck, racecheck,
-# synccheck. Each one's output is kept in DIR/<stage>.log; a stage that fails does not
+# Stages: install, models, torch, kernels, chains, tuning, second, tests, memcheck,
+# racecheck, synccheck. Each one's output is kept in DIR/<stage>.log; a stage that fails does not
 # stop the later ones, except install. Uses no network: JAX with CUDA, flax, pytest, pybind11,
 # scikit-build-core and nvidia-cutlass must be there. PYTHON names the interpreter
 # (default: python3).
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
 done
 for stage in ${skip//,/ }; do
   case "$stage" in
-    install|models|kernels|chains|tuning|second|tests|memcheck|racecheck|synccheck) ;;
+    install|models|torch|kernels|chains|tuning|second|tests|memcheck|racecheck|synccheck) ;;
     *) echo "unknown stage: $stage" >&2; exit 2 ;;
   esac
 done
@@ -59,6 +59,10 @@ run install "$python" -m pip install --no-index --no-build-isolation --no-deps \
 # The pytest program and scripts run by path leave the repository's root off sys.path,
 # where the source tree would shadow the package just installed.
 run models "$python" benchmarks/bench_models.py --without chain --out "$out" "$@"
+if "$python" -c "import torch" 2>/dev/null; then
+  run torch "$python" benchmarks/bench_torch.py --out "$out" \
+    --beside "$(ls -t "$out"/models-*.json | head -1)"
+fi
 run kernels "$python" benchmarks/bench_kernels.py --out "$out"
 run chains "$python" benchmarks/bench_chains.py --out "$out"
 run tuning "$python" benchmarks/bench_tuning.py --space 12 --out "$out"
