@@ -157,9 +157,9 @@ def moves_input(site: SiteInfo, form: str) -> bool:
 
     A filter can be rearranged once and for all, activations only at every call.
     """
-    lhs, rhs = (site.in_avals[i] for i in site.operands[:2])
-    like = ((aval.shape, aval.dtype) for aval in (lhs, rhs))
-    return not forms.only_views(form, site.region.problem, *like)
+    lhs = site.in_avals[site.operands[0]]
+    like = lhs.shape, lhs.dtype
+    return not forms.only_views(form, site.region.problem, *like, right=False)
 
 
 def _sites(name: str, batch: int | None, image: int, dtype: Any) -> Iterator[SiteInfo]:

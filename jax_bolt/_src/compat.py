@@ -139,14 +139,16 @@ def aval_of(atom: Any) -> Any:
 
 def transposed(aval: Any, permutation: Sequence[int]) -> Any:
     """The abstract value of a transpose."""
-    return _result_aval(transpose_p, [aval], {"permutation": tuple(permutation)})
+    (made,) = _result_avals(transpose_p, [aval], {"permutation": tuple(permutation)})
+    return made
 
 
-def _result_aval(primitive: Primitive, avals: Iterable[Any], params: Any) -> Any:
+def _result_avals(primitive: Primitive, avals: Iterable[Any], params: Any) -> list[Any]:
     # On, the result varies over the manual axes that the operands do, if any.
     with _config._check_vma(True):
         found = primitive.abstract_eval(*avals, **params)
-    return found[0] if isinstance(found, tuple) else found
+    made = found[0] if isinstance(found, tuple) else found  # the others are effects
+    return list(made) if primitive.multiple_results else [made]
 
 
 def variables(atoms: Sequence[Any]) -> list[Var]:
@@ -268,8 +270,7 @@ def equations_of(
 ) -> tuple[list[JaxprEqn], Var]:
     """``fun`` of ``var`` as equations with the source and context of ``like``.
 
-    Returns them and the variable that holds the result; ``fun`` makes no constants and
-    its equations have one result each.
+    Returns them and the variable that holds the result; ``fun`` makes no constants.
     """
     like_var = jax.ShapeDtypeStruct(aval_of(var).shape, aval_of(var).dtype)
     traced = jax.make_jaxpr(fun)(like_var).jaxpr
@@ -278,9 +279,10 @@ def equations_of(
     for eqn in traced.eqns:
         invars = [substituted(names, v) for v in eqn.invars]
         # From the variable's own: that may vary over manual axes, or be weakly typed.
-        aval = _result_aval(eqn.primitive, map(aval_of, invars), eqn.params)
-        made = names[eqn.outvars[0]] = make_var(aval)
-        eqns.append(call_equation(invars, [made], eqn.primitive, eqn.params, like))
+        avals = _result_avals(eqn.primitive, map(aval_of, invars), eqn.params)
+        made = [make_var(aval) for aval in avals]
+        names.update(zip(eqn.outvars, made, strict=True))
+        eqns.append(call_equation(invars, made, eqn.primitive, eqn.params, like))
     return eqns, names[traced.outvars[0]]
 
 

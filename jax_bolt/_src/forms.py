@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,39 +119,64 @@ def form(region: ir.Region, name: str) -> Form | None:
     return next((f for f in forms(region) if f.name == name), None)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ready:
+    """A right operand as the user has it, and as some form wants it."""
+
+    given: jax.Array
+    made: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.given.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.given.dtype
+
+
+def whole(name: str) -> str:
+    """The name of a form, or of the one that it is a part of."""
+    return name.removesuffix(_THEN_XLA)
+
+
 def prepare(
-    name: str, problem: ir.Problem, lhs: jax.Array, rhs: jax.Array
+    name: str, problem: ir.Problem, lhs: jax.Array, rhs: jax.Array | Ready
 ) -> tuple[jax.Array, jax.Array]:
     """The operands a kernel reads, from the user's.
 
     Args:
       name: a form's name.
       problem: the user's problem (not the form's).
-      lhs, rhs: the root's operands, in the user's shapes.
+      lhs, rhs: the root's operands, in the user's shapes; the right one may be ready
+        for this form.
     """
-    return _FORMS[name.removesuffix(_THEN_XLA)][1](problem, lhs, rhs)
+    _, left, _ = _FORMS[whole(name)]
+    return left(problem, lhs), prepare_right(name, problem, rhs)
+
+
+def prepare_right(name: str, problem: ir.Problem, rhs: jax.Array | Ready) -> jax.Array:
+    """As ``prepare``, of the right operand alone."""
+    _, _, right = _FORMS[whole(name)]
+    return rhs.made if isinstance(rhs, Ready) else right(problem, rhs)
 
 
 @functools.lru_cache(maxsize=4096)
-def only_views(name: str, problem: ir.Problem, lhs: tuple, rhs: tuple) -> bool:
-    """Whether the form takes the left operand's bytes as they lie.
+def only_views(
+    name: str, problem: ir.Problem, shape: tuple[int, ...], dtype: Any, *, right: bool
+) -> bool:
+    """Whether the form takes an operand's bytes as they lie.
 
     Args:
       name: a form's name.
       problem: the user's problem.
-      lhs, rhs: the operands' ``(shape, dtype)``.
+      shape, dtype: the operand's.
+      right: whether it is the right one.
     """
-    jaxpr = jax.make_jaxpr(lambda x, w: prepare(name, problem, x, w)[0])(
-        jax.ShapeDtypeStruct(*lhs), jax.ShapeDtypeStruct(*rhs)
-    ).jaxpr
-    derived = {jaxpr.invars[0]}
-    for eqn in jaxpr.eqns:
-        read = {v for v in eqn.invars if isinstance(v, type(jaxpr.invars[0]))}
-        if read & derived:
-            if eqn.primitive.name not in ("reshape", "squeeze"):
-                return False
-            derived.update(eqn.outvars)
-    return True
+    _, *sides = _FORMS[whole(name)]
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    jaxpr = jax.make_jaxpr(functools.partial(sides[right], problem))(like).jaxpr
+    return all(eqn.primitive.name in ("reshape", "squeeze") for eqn in jaxpr.eqns)
 
 
 def _unit(problem: ir.Problem) -> int:
@@ -178,10 +204,14 @@ def _matrix(x: jax.Array, batch: int, layout: str, rows: int, cols: int) -> jax.
     return x.reshape((batch, *shape) if batch > 1 else shape)
 
 
-def _direct(problem: ir.GemmProblem, lhs, rhs):
+def _direct_left(problem: ir.GemmProblem, lhs):
     p = problem
-    a = _matrix(lhs, p.batch, p.a_layout, p.m, p.k)
-    return a, _matrix(rhs, p.batch, p.b_layout, p.k, p.n)
+    return _matrix(lhs, p.batch, p.a_layout, p.m, p.k)
+
+
+def _direct_right(problem: ir.GemmProblem, rhs):
+    p = problem
+    return _matrix(rhs, p.batch, p.b_layout, p.k, p.n)
 
 
 def _wants_k_major(problem: ir.GemmProblem) -> bool:
@@ -198,13 +228,17 @@ def _k_major_problem(problem: ir.GemmProblem) -> ir.GemmProblem:
     return dataclasses.replace(problem, k=k, a_layout="row", b_layout="col")
 
 
-def _k_major(problem: ir.GemmProblem, lhs, rhs):
-    """Both operands with K innermost and padded with zeros: any N, M and K align."""
-    a, b = _direct(problem, lhs, rhs)
+def _k_major_left(problem: ir.GemmProblem, lhs):
+    """With K innermost and padded with zeros: any N, M and K align."""
+    a = _direct_left(problem, lhs)
     a = a if problem.a_layout == "row" else jnp.swapaxes(a, -1, -2)
+    return _pad_axis(a, a.ndim - 1, _up(problem.k, _unit(problem)))
+
+
+def _k_major_right(problem: ir.GemmProblem, rhs):
+    b = _direct_right(problem, rhs)
     b = b if problem.b_layout == "col" else jnp.swapaxes(b, -1, -2)
-    k = _up(problem.k, _unit(problem))
-    return _pad_axis(a, a.ndim - 1, k), _pad_axis(b, b.ndim - 1, k)
+    return _pad_axis(b, b.ndim - 1, _up(problem.k, _unit(problem)))
 
 
 def _as_gemm(problem: ir.ConvProblem) -> ir.GemmProblem:
@@ -223,16 +257,24 @@ def _krsc_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return dataclasses.replace(problem, c=_up(problem.c, _unit(problem)))
 
 
-def _nhwc(problem: ir.ConvProblem, x, hwio):
-    """The operands with two spatial axes, whatever a conv of one or three has."""
+def _nhwc(problem: ir.ConvProblem, x):
+    """With two spatial axes, whatever a conv of one or three has."""
     p = problem
-    return x.reshape(p.n, p.h, p.w, p.c), hwio.reshape(p.r, p.s, p.group_channels, p.k)
+    return x.reshape(p.n, p.h, p.w, p.c)
 
 
-def _krsc(problem: ir.ConvProblem, x, hwio):
-    c = _up(problem.c, _unit(problem))
-    x, hwio = _nhwc(problem, x, hwio)
-    return _pad_axis(x, 3, c), _pad_axis(jnp.transpose(hwio, (3, 0, 1, 2)), 3, c)
+def _hwio(problem: ir.ConvProblem, w):
+    p = problem
+    return w.reshape(p.r, p.s, p.group_channels, p.k)
+
+
+def _padded_nhwc(problem: ir.ConvProblem, x):
+    return _pad_axis(_nhwc(problem, x), 3, _up(problem.c, _unit(problem)))
+
+
+def _krsc(problem: ir.ConvProblem, w):
+    krsc = jnp.transpose(_hwio(problem, w), (3, 0, 1, 2))
+    return _pad_axis(krsc, 3, _up(problem.c, _unit(problem)))
 
 
 def _hwio_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
@@ -258,18 +300,17 @@ def _merged_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return dataclasses.replace(problem, filter_layout="hwio", groups=groups)
 
 
-def _merged_groups(problem: ir.ConvProblem, x, hwio):
+def _merged_groups(problem: ir.ConvProblem, w):
     """Several groups as one, with zeros in the filter where one would read another's.
 
     So a value that is not finite spreads to the groups that are merged with its own.
     """
     p, count = problem, _merged(problem)
-    x, hwio = _nhwc(p, x, hwio)
     inputs, outputs = p.group_channels, p.k // p.groups
-    of_a_group = hwio.reshape(p.r, p.s, 1, inputs, p.groups // count, count, outputs)
+    of_a_group = w.reshape(p.r, p.s, 1, inputs, p.groups // count, count, outputs)
     own = jnp.eye(count, dtype=bool)[:, None, None, :, None]
-    merged = jnp.where(own, of_a_group, jnp.zeros((), hwio.dtype))
-    return x, merged.reshape(p.r, p.s, count * inputs, p.k)
+    merged = jnp.where(own, of_a_group, jnp.zeros((), w.dtype))
+    return merged.reshape(p.r, p.s, count * inputs, p.k)
 
 
 def _fits_space_to_depth(problem: ir.ConvProblem) -> bool:
@@ -340,11 +381,10 @@ def _space_to_depth_problem(problem: ir.ConvProblem) -> ir.ConvProblem:
     return folded(problem, _up(4 * problem.c, _unit(problem)))
 
 
-def _space_to_depth(problem: ir.ConvProblem, x, hwio):
-    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C] and the filter's taps to match."""
+def _space_to_depth(problem: ir.ConvProblem, x):
+    """Exact: [N, H, W, C] -> [N, H/2, W/2, 4C], with the filter's taps to match."""
     fh, fw = folds(problem)
-    c = _up(4 * problem.c, _unit(problem))
-    x, hwio = _nhwc(problem, x, hwio)
+    x = _nhwc(problem, x)
     zero = jnp.zeros((), x.dtype)
     down = (0, 2 * fh.blocks - x.shape[1], 0)
     right = (2 * fw.lead, 2 * (fw.blocks + fw.trail) - x.shape[2], 0)
@@ -353,44 +393,52 @@ def _space_to_depth(problem: ir.ConvProblem, x, hwio):
     x = x.reshape(x.shape[0], fh.blocks, 2, width, 2, problem.c)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(*x.shape[:3], 4 * problem.c)
+    return _pad_axis(x, 3, _up(4 * problem.c, _unit(problem)))
+
+
+def _folded_filter(problem: ir.ConvProblem, w):
+    fh, fw = folds(problem)
     taps = [
         (f.shift, 2 * f.taps - f.shift - n, 0)
         for f, n in ((fh, problem.r), (fw, problem.s))
     ]
-    w = lax.pad(hwio, zero, [*taps, (0, 0, 0), (0, 0, 0)])
+    zero = jnp.zeros((), w.dtype)
+    w = lax.pad(_hwio(problem, w), zero, [*taps, (0, 0, 0), (0, 0, 0)])
     w = w.reshape(fh.taps, 2, fw.taps, 2, problem.c, problem.k)
     w = w.transpose(5, 0, 2, 1, 3, 4).reshape(
         problem.k, fh.taps, fw.taps, 4 * problem.c
     )
-    return _pad_axis(x, 3, c), _pad_axis(w, 3, c)
+    return _pad_axis(w, 3, _up(4 * problem.c, _unit(problem)))
 
 
 def _strided_problem(problem: ir.ConvProblem) -> ir.GemmProblem:
     return dataclasses.replace(_as_gemm(problem), m=problem.rows)
 
 
-def _strided_pixels(problem: ir.ConvProblem, x, hwio):
+def _strided_pixels(problem: ir.ConvProblem, x):
     """A strided 1x1 conv as a product over the pixels it reads, gathered first."""
-    x, hwio = _nhwc(problem, x, hwio)
-    strides = (1, *problem.stride, 1)
-    return _direct(
-        _strided_problem(problem), lax.slice(x, (0,) * 4, x.shape, strides), hwio
-    )
+    x = _nhwc(problem, x)
+    x = lax.slice(x, (0,) * 4, x.shape, (1, *problem.stride, 1))
+    return _direct_left(_strided_problem(problem), x)
 
 
 def _pixels(prepare_gemm: Callable) -> Callable:
-    return lambda problem, x, hwio: prepare_gemm(_as_gemm(problem), x, hwio)
+    return lambda problem, operand: prepare_gemm(_as_gemm(problem), operand)
 
 
-# name -> (the user's problem -> the kernel's, the user's operands -> the kernel's)
-_FORMS: dict[str, tuple[Callable, Callable]] = {
-    "direct": (lambda problem: problem, _direct),
-    "k_major": (_k_major_problem, _k_major),
-    "pixels": (_as_gemm, _pixels(_direct)),
-    "pixels_k_major": (lambda p: _k_major_problem(_as_gemm(p)), _pixels(_k_major)),
-    "strided_pixels": (_strided_problem, _strided_pixels),
-    "hwio": (_hwio_problem, _nhwc),
-    "krsc": (_krsc_problem, _krsc),
-    "merged_groups": (_merged_problem, _merged_groups),
-    "space_to_depth": (_space_to_depth_problem, _space_to_depth),
+# name -> (the user's problem -> the kernel's; the left and the right operand likewise)
+_FORMS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "direct": (lambda problem: problem, _direct_left, _direct_right),
+    "k_major": (_k_major_problem, _k_major_left, _k_major_right),
+    "pixels": (_as_gemm, _pixels(_direct_left), _pixels(_direct_right)),
+    "pixels_k_major": (
+        lambda problem: _k_major_problem(_as_gemm(problem)),
+        _pixels(_k_major_left),
+        _pixels(_k_major_right),
+    ),
+    "strided_pixels": (_strided_problem, _strided_pixels, _pixels(_direct_right)),
+    "hwio": (_hwio_problem, _nhwc, _hwio),
+    "krsc": (_krsc_problem, _padded_nhwc, _krsc),
+    "merged_groups": (_merged_problem, _nhwc, _merged_groups),
+    "space_to_depth": (_space_to_depth_problem, _space_to_depth, _folded_filter),
 }

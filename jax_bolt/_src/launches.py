@@ -88,8 +88,8 @@ class Launches:
             if isinstance(rhs, Promise):
                 return False
             if isinstance(lhs, Promise):
-                like = ((tuple(x.shape), jnp.dtype(x.dtype)) for x in (lhs, rhs))
-                if not forms.only_views(form.name, problem, *like):
+                like = tuple(lhs.shape), jnp.dtype(lhs.dtype)
+                if not forms.only_views(form.name, problem, *like, right=False):
                     return False
         return True
 
@@ -193,11 +193,9 @@ class Launches:
 
 def _prepared(form: str, problem: ir.Problem, lhs: Value, rhs: Value) -> Any:
     """The kernel's operands; a promise is taken as it lies."""
-    if not isinstance(lhs, Promise):
-        return forms.prepare(form, problem, lhs, rhs)
-    # Of the form's operands only the filter is made.
-    like = jnp.broadcast_to(jnp.zeros((), lhs.dtype), lhs.shape)
-    return lhs, forms.prepare(form, problem, like, rhs)[1]
+    if isinstance(lhs, Promise):
+        return lhs, forms.prepare_right(form, problem, rhs)
+    return forms.prepare(form, problem, lhs, rhs)
 
 
 class _Arena:

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import agree, cast, chain, compat, invoke, passes, resolve
+from . import agree, cast, chain, compat, forms, invoke, passes, resolve
 from . import pool as pools
 from .compat import ClosedJaxpr, JaxprEqn, mlir
 from .errors import UnsupportedError
+from .forms import ChainForm, Form
 from .launches import Launches, Promise, Roles
 from .options import Options
 from .plan import Plan, Rejection
@@ -60,7 +61,7 @@ def _lower_cuda(
     def region(*operands: Any) -> list[Any]:
         # The name that profiles and XLA's metadata show (contract 11).
         with jax.named_scope(site.label):
-            return invoke.call(kernel, *measure.split(site, operands), shape)
+            return invoke.call(kernel, *_roles(site, kernel.form, operands), shape)
 
     return mlir.lower_fun(region, multiple_results=True)(ctx, *args)
 
@@ -105,6 +106,14 @@ def _lower_sequence_cuda(
     return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
 
 
+def _roles(site: SiteInfo, form: Form | None, operands: Sequence[Any]) -> Roles:
+    """A call's operands by role, its right one ready where it was made for ``form``."""
+    lhs, rhs, sides, vectors = measure.split(site, operands)
+    if form is not None and site.ready == forms.whole(form.name):
+        rhs = forms.Ready(rhs, operands[-1])
+    return lhs, rhs, sides, vectors
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Step:
     """A call of a sequence and its kernel, or None for XLA; of a chain two calls."""
@@ -126,9 +135,12 @@ class _Step:
 
     def roles(self, values: Mapping[Any, Any]) -> list[Roles]:
         """The operands of each call; None for what the step itself makes."""
+        form = None if self.kernel is None else self.kernel.form
+        both = isinstance(form, ChainForm)
+        each = (form.first, form.second) if both else (form,)
         return [
-            measure.split(eqn.params["site"], [values.get(v) for v in eqn.invars])
-            for eqn in self.eqns
+            _roles(eqn.params["site"], form, [values.get(v) for v in eqn.invars])
+            for eqn, form in zip(self.eqns, each, strict=True)
         ]
 
     def products(self, values: Mapping[Any, Any]) -> list[tuple[Any, Any]]:

@@ -41,7 +41,9 @@ class SiteInfo:
     vector, its position among the equation's inputs. ``views`` are what the program
     around it makes of its own values for each input, ``result`` of the outputs; None
     where nothing is done, or where it can be expected to cancel. ``prologue`` names
-    elementwise work on the left operand that is done ahead of the region.
+    elementwise work on the left operand that is done ahead of the region. ``ready`` is
+    the form that the last of the equation's inputs is the right operand of, where there
+    is such an input, which the reference does not read.
     """
 
     region: ir.Region
@@ -54,6 +56,7 @@ class SiteInfo:
     views: tuple[View | None, ...]
     result: View | None
     prologue: str = ""
+    ready: str | None = None
 
     @property
     def in_avals(self) -> list[Any]:

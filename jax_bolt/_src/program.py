@@ -16,6 +16,7 @@ from . import arch as arch_
 from . import (
     chain,
     compat,
+    filters,
     floor,
     options,
     passes,
@@ -78,7 +79,8 @@ def parted(
     parts = split_.split(traced, frozen)
     if parts is None:
         return None
-    rewritten = rewrite.rewrite(parts.rest, active)
+    prepare = filters.for_device(active)
+    rewritten = rewrite.rewrite(parts.rest, active, len(parts.sources), prepare)
     parts = split_.further(parts, rewritten.program)
     rewritten = dataclasses.replace(rewritten, program=parts.rest)
     if active.dump_dir is not None:

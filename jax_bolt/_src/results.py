@@ -236,9 +236,9 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
     first = loaded(site.first, plans[0], target, options)
     second = loaded(site.second, plans[1], target, options)
     assert isinstance(first, Executable) and isinstance(second, Executable)
-    avals = (site.second.in_avals[i] for i in site.second.operands[:2])
-    read = ((aval.shape, aval.dtype) for aval in avals)
-    takes = only_views(second.form.name, second.problem, *read)
+    read = site.second.in_avals[site.second.operands[0]]
+    like = read.shape, read.dtype
+    takes = only_views(second.form.name, second.problem, *like, right=False)
     # A side input is read as it lies by every kernel.
     if site.region.side is None and not takes:
         raise Untunable(f"{site.second.name} rearranges what it reads")

@@ -10,14 +10,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
 
 from . import cast, ir, layout, pool, sequence
 from .canonicalize import inline_calls
 from .compat import (
     ClosedJaxpr,
     JaxprEqn,
+    Var,
     call_equation,
     closed,
     equations_of,
@@ -38,6 +41,12 @@ from .primitive import Family, SiteInfo, bolt_call_p
 from .views import View
 
 _Named = TypeVar("_Named", bound=Match | Refusal | SiteInfo)
+# A region, and its right operand's shape and dtype -> the form of the kernel that will
+# run it, and what makes the operand that this reads; None where there is nothing to
+# make.
+Prepare: TypeAlias = Callable[
+    [ir.Region, Any], tuple[str, Callable[[jax.Array], jax.Array]] | None
+]
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,15 +69,24 @@ class Rewritten:
         return [root for root in self.roots if isinstance(root, Refusal)]
 
 
-def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
+def rewrite(
+    program: ClosedJaxpr,
+    options: Options,
+    frozen: int = 0,
+    prepare: Prepare | None = None,
+) -> Rewritten:
     """Replaces the regions of ``program`` and of the bodies inside it.
+
+    Right operands that are among the first ``frozen`` arguments are also given to their
+    regions as ``prepare`` makes them.
 
     Bodies of ``scan``, ``while``, ``cond``, ``remat``, ``shard_map`` and of calls that
     could not be inlined are rewritten in place; any other higher-order primitive is
     left alone. Rewriting a rewritten program changes nothing.
     """
-    pass_ = _Pass(options)
-    done = pass_.program(inline_calls(program))
+    program = inline_calls(program)
+    pass_ = _Pass(options, program.jaxpr.invars[:frozen], prepare)
+    done = pass_.program(program)
     if cast.NAME not in options.disable:
         done = cast.gather(done, pass_.family, options)
     done = pass_.gathered(done)
@@ -78,8 +96,11 @@ def rewrite(program: ClosedJaxpr, options: Options) -> Rewritten:
 class _Pass:
     """One rewriting of a program: what it found so far."""
 
-    def __init__(self, options: Options):
+    def __init__(
+        self, options: Options, frozen: Sequence[Var], prepare: Prepare | None
+    ):
         self.options = options
+        self._frozen, self._prepare = frozenset(frozen), prepare
         self.family = Family()
         self.roots: list[SiteInfo | Refusal] = []
         self.pools: list[PoolInfo] = []
@@ -139,6 +160,7 @@ class _Pass:
         """The call, between views where the root is not as kernels take it."""
         root = jaxpr.eqns[match.root]
         edges = _Edges(match, root)
+        ready = self._ready(match, edges)
         indices = sorted({*match.eqns, *match.absorbed})
         body = [jaxpr.eqns[i] for i in indices]
         site = SiteInfo(
@@ -154,6 +176,7 @@ class _Pass:
             prologue=match.prologue,
             views=edges.views,
             result=None if match.shares_layout else match.result,
+            ready=ready,
         )
         self.family.sites.append(site)
         self.roots.append(site)
@@ -165,6 +188,18 @@ class _Pass:
         }
         call = call_equation(edges.operands, edges.outputs, bolt_call_p, params, root)
         return [*edges.before, call, *edges.after]
+
+    def _ready(self, match: Match, edges: _Edges) -> str | None:
+        """Adds the right operand as a kernel will read it; its form, or None."""
+        if self._prepare is None or match.inputs[1] not in self._frozen:
+            return None
+        given = edges.operands[edges.positions[1]]
+        found = self._prepare(match.region, given.aval)
+        if found is None:
+            return None
+        form, prepare = found
+        edges.add(prepare, given)
+        return form
 
     def _with_bodies(self, eqn: JaxprEqn) -> JaxprEqn:
         """``eqn`` with its bodies rewritten."""
@@ -246,6 +281,13 @@ class _Edges:
                 self.outputs[i] = self._make_var(self.results[i].aval)
                 after, back = self._applied(match.result.back, self.outputs[i])
                 self.after += renamed(after, {back: output})
+
+    def add(self, fun: Any, var: Any) -> None:
+        """Another operand, ``fun`` of ``var``, that the reference does not read."""
+        eqns, made = self._applied(fun, var)
+        self.before += live_equations(eqns, [made], lambda _: True)
+        self.operands.append(made)
+        self.views = (*self.views, None)
 
     def around(self, body: list[JaxprEqn]) -> list[JaxprEqn]:
         """The reference's equations."""

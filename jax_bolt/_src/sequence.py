@@ -55,6 +55,18 @@ def sites_of(eqn: JaxprEqn) -> list[SiteInfo]:
     return []
 
 
+def ready_operands(eqn: JaxprEqn) -> list[Any]:
+    """The operands of a call, or of a sequence's calls, that are made for a kernel."""
+    if eqn.primitive is bolt_call_p:
+        return [] if eqn.params["site"].ready is None else [eqn.invars[-1]]
+    if eqn.primitive is bolt_sequence_p:
+        calls = eqn.params["calls"].jaxpr
+        outside = dict(zip(calls.invars, eqn.invars, strict=True))
+        ready = [v for call in calls.eqns for v in ready_operands(call)]
+        return [outside[v] for v in ready if v in outside]
+    return []
+
+
 def gather(program: ClosedJaxpr, family: Family, options: Options) -> ClosedJaxpr:
     """Puts runs of ``family``'s calls together; bodies are left alone.
 

@@ -9,7 +9,7 @@ equation stays in the rest if it has effects, which happen at every call; its bo
 not taken apart. Two kinds that could move stay as well, since keeping their results
 would cost more than computing them: what reads no argument at all, and what only
 spreads a smaller value (and the elementwise work on it), which XLA or a kernel makes
-where it is read.
+where it is read. But the operands that calls have ready (``filters.py``) move.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .compat import (
     program_like,
     variables,
 )
+from .sequence import ready_operands
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +128,7 @@ def _times(jaxpr: Jaxpr, frozen: int) -> dict[int, _When]:
     of: dict[Var, _When] = dict.fromkeys(jaxpr.constvars, _When.ONCE)
     of.update(dict.fromkeys(jaxpr.invars[:frozen], _When.ONCE))
     of.update(dict.fromkeys(jaxpr.invars[frozen:], _When.CALL))
+    ready = {v for eqn in jaxpr.eqns for v in ready_operands(eqn)}
     found: dict[int, _When] = {}
     for eqn in jaxpr.eqns:
         inputs = {of[v] for v in variables(eqn.invars)}
@@ -138,6 +140,8 @@ def _times(jaxpr: Jaxpr, frozen: int) -> dict[int, _When]:
             when = _When.SPREAD
         else:
             when = _When.SPREAD if _spreads(eqn) else _When.ONCE
+        if when is _When.SPREAD and not ready.isdisjoint(eqn.outvars):
+            when = _When.ONCE
         found[id(eqn)] = when
         of.update(dict.fromkeys(eqn.outvars, when))
     return found

@@ -12,7 +12,7 @@ import pytest
 import region_cases as cases
 
 import jax_bolt
-from jax_bolt._src import results
+from jax_bolt._src import compat, results
 from jax_bolt._src.jit import loader, store
 
 
@@ -69,6 +69,25 @@ def test_kernels_are_all_that_runs(params, x, forced):
     for gone in ("convert", "rsqrt", "transpose"):
         assert gone not in text, gone
     close(frozen(x), jax.jit(layers)(params, x))
+
+
+def test_groups_are_merged_once(x, forced):
+    """The filter comes as the kernel reads it, in a sequence and by itself."""
+    if compat.cuda_device().compute_capability != "9.0":
+        pytest.skip("only Hopper's kernels take convs in groups")
+    w = jax.random.normal(jax.random.key(1), (3, 3, 8, 64)).astype(x.dtype) / 8
+
+    def grouped(w, x):
+        return jax.nn.relu(cases.conv(x, w, groups=8))
+
+    def twice(w, x):
+        return grouped(w, grouped(w, x) / 4)
+
+    for fun in (grouped, twice):
+        frozen = jax_bolt.freeze(fun, w)
+        text = frozen.lower(x).as_text()
+        assert text.count("@jax_bolt.launch") == 1 and "select" not in text
+        close(frozen(x), jax.jit(fun)(w, x))
 
 
 def test_the_same_kernels_give_the_same_bits(params, x, forced):

@@ -247,10 +247,9 @@ def test_small_tiles_of_resident_filters_end():
             made = target().kernels.build(
                 target().toolchain, [candidate.source], target().arch
             )
-            assert not isinstance(made[digest], CompileError), made[digest]
-            request = isolate.request_for(
-                candidate, digest, made[digest], 1, 300, verify=True
-            )
+            path = made[digest]
+            assert not isinstance(path, CompileError), path
+            request = isolate.request_for(candidate, digest, path, 1, 300, verify=True)
             assert worker.time(request, 20.0).micros > 0, candidate.text
 
 

@@ -93,8 +93,10 @@ def _random(site: AnySite, position: int, rng: np.random.Generator) -> np.ndarra
         site, position = site.owner(position)
     aval = site.in_avals[position]
     drawn = min(aval.size, _DRAWN)
-    # Of several roles the last: the square of a matrix is scaled as a filter is.
-    (*_, role) = (r for r, p in enumerate(site.operands) if p == position)
+    roles = [r for r, p in enumerate(site.operands) if p == position]
+    if not roles:  # made of another operand, and read in its place
+        return np.zeros(aval.shape, aval.dtype)
+    role = roles[-1]  # of several the last: a matrix's square is scaled as a filter is
     if aval.dtype == bool:
         value = rng.random(drawn) < 0.5
     elif role >= 2 + len(site.region.epilogue.sides):
