@@ -54,6 +54,14 @@ def test_groups_are_merged_ahead_of_all_calls(gpu, nvcc):  # noqa: F811
     assert site.ready == "merged_groups"
 
 
+def test_in_a_sequence_too(gpu, nvcc):  # noqa: F811
+    w = filter_of(3, 3, 4, 64)
+    frozen = jax_bolt.freeze(lambda w, x: grouped(w, grouped(w, x) / 4), w)
+    text = lowered(frozen, X)
+    assert text.count(f"@{TARGET}") == 1 and "stablehlo.select" not in text
+    assert [site.ready for site in sites_of(frozen, X)] == ["merged_groups"] * 2
+
+
 def test_what_was_made_is_what_the_form_makes(gpu, nvcc):  # noqa: F811
     w = filter_of(3, 3, 4, 64)
     frozen = jax_bolt.freeze(grouped, w)
