@@ -58,11 +58,13 @@ run install "$python" -m pip install --no-index --no-build-isolation --no-deps \
   --force-reinstall . || exit 1
 # The pytest program and scripts run by path leave the repository's root off sys.path,
 # where the source tree would shadow the package just installed.
+begun=$(mktemp)
 run models "$python" benchmarks/bench_models.py --without chain --out "$out" "$@"
 if "$python" -c "import torch" 2>/dev/null; then
-  run torch "$python" benchmarks/bench_torch.py --out "$out" \
-    --beside "$(ls -t "$out"/models-*.json | head -1)"
+  measured=$(find "$out" -name 'models-*.json' -newer "$begun" | head -1)
+  run torch "$python" benchmarks/bench_torch.py --out "$out" ${measured:+--beside "$measured"}
 fi
+rm -f "$begun"
 run kernels "$python" benchmarks/bench_kernels.py --out "$out"
 run chains "$python" benchmarks/bench_chains.py --out "$out"
 run tuning "$python" benchmarks/bench_tuning.py --space 12 --out "$out"

@@ -11,7 +11,6 @@ does not run the kernel of that form takes the operand as the user has it.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +22,6 @@ from .plan import Plan
 from .rewrite import Prepare
 from .tune import target as targets
 
-logger = logging.getLogger(__name__)
-
 
 def for_device(options: Options) -> Prepare | None:
     """For the GPU that programs run on; None where there is none."""
@@ -35,11 +32,7 @@ def for_device(options: Options) -> Prepare | None:
     def prepare(
         region: ir.Region, aval: Any
     ) -> tuple[str, Callable[[jax.Array], jax.Array]] | None:
-        try:
-            name = form_of(region, device, options)
-        except Exception as error:  # then it is prepared at every call
-            logger.info("%s: %s", region.problem.text, error)
-            return None
+        name = form_of(region, device, options)
         like = aval.shape, aval.dtype
         if name is None or forms.only_views(name, region.problem, *like, right=True):
             return None
@@ -54,18 +47,19 @@ def form_of(region: ir.Region, device: Any, options: Options) -> str | None:
     Of several processes each may have other tuning results, and all the same program:
     there only a form that is the only one.
     """
-    arch = resolve.arch_of(device)
-    alone = agree.group() is None
-    known = None
-    if alone:
-        tools = resolve.tools_for(options)
-        known = results.stored(region, arch, options, targets.origin(tools))
-    if known is None and alone and options.on_miss == "heuristic":
-        known = plan.heuristic(region, arch, options.disable)
-    if isinstance(known, Plan):
-        return forms.whole(known.candidate.form.name)
-    if known is not None:
-        return None
+    if agree.group() is None:
+        arch = resolve.arch_of(device)
+        origin = targets.origin(resolve.tools_for(options))
+        known = results.stored(region, arch, options, origin)
+        if known is None and options.on_miss == "heuristic":
+            known = plan.heuristic(region, arch, options.disable)
+        if isinstance(known, Plan):
+            return forms.whole(known.candidate.form.name)
+        failed = results.failure(arch, region)
+        if known is not None or failed or options.on_miss != "tune":
+            return None
+    # By what JAX says of the device, which is the same in every process.
+    arch = resolve.board_of(device)
     found, _ = plan.candidates(region, arch, options.disable)
     names = {forms.whole(candidate.form.name) for candidate in found}
     return names.pop() if len(names) == 1 else None

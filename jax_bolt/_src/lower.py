@@ -33,7 +33,7 @@ from .primitive import (
     lower_reference,
     reference_fun,
 )
-from .sequence import bolt_sequence_p
+from .sequence import bolt_sequence_p, lower_calls
 from .tune import measure
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,13 @@ def _lower_cuda(
         with jax.named_scope(site.label):
             return invoke.call(kernel, *_roles(site, kernel.form, operands), shape)
 
-    return mlir.lower_fun(region, multiple_results=True)(ctx, *args)
+    try:
+        return mlir.lower_fun(region, multiple_results=True)(ctx, *args)
+    except Exception as error:  # a form cannot split an axis that is sharded, say
+        if options.on_error == "raise":
+            raise
+        _warn(f"{site.name} ({site.label}) runs", error)
+        return lower_reference(ctx, *args, site=site, **params)
 
 
 def _lower_sequence_cuda(
@@ -103,7 +109,14 @@ def _lower_sequence_cuda(
         flush(len(steps))
         return [values[v] for v in calls.jaxpr.outvars]
 
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
+    try:
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
+    except Exception as error:
+        if options.on_error == "raise":
+            raise
+        names = [eqn.params["site"].name for eqn in calls.jaxpr.eqns]
+        _warn(f"{names[0]} to {names[-1]} run", error)
+        return lower_calls(ctx, *args, calls=calls)
 
 
 def _roles(site: SiteInfo, form: Form | None, operands: Sequence[Any]) -> Roles:

@@ -266,8 +266,12 @@ def loaded(
     sources = [candidate.source]
     digest = target.kernels.digest(target.toolchain, candidate.source, target.arch)
     if target.kernels.find(digest) is None:
-        plans = (_untuned(each, target, options) for each in together)
-        sources += [p.candidate.source for p in plans if isinstance(p, Plan)]
+        for each in together:
+            # What is wrong with another site is said where that one is resolved.
+            with contextlib.suppress(Exception):
+                plan_ = _untuned(each, target, options)
+                if isinstance(plan_, Plan):
+                    sources.append(plan_.candidate.source)
     built = target.kernels.build(target.toolchain, sources, target.arch, options.jobs)
     return executable(site.region, candidate, digest, built[digest], target)
 
@@ -277,6 +281,8 @@ def _untuned(
 ) -> Plan | Rejection | None:
     """What ``site`` runs on if nothing is tuned; None where only that would tell."""
     known = stored(site.region, target.arch, options, target.origin)
+    if known is None and failure(target.arch, site.region) is not None:
+        return None
     if known is None and options.on_miss == "heuristic" and isinstance(site, SiteInfo):
         return plan.heuristic(site.region, target.arch, options.disable)
     return known

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -39,6 +40,8 @@ from .options import Options
 from .pool import PoolInfo
 from .primitive import Family, SiteInfo, bolt_call_p
 from .views import View
+
+logger = logging.getLogger(__name__)
 
 _Named = TypeVar("_Named", bound=Match | Refusal | SiteInfo)
 # A region, and its right operand's shape and dtype -> the form of the kernel that will
@@ -194,12 +197,14 @@ class _Pass:
         if self._prepare is None or match.inputs[1] not in self._frozen:
             return None
         given = edges.operands[edges.positions[1]]
-        found = self._prepare(match.region, given.aval)
-        if found is None:
+        try:
+            found = self._prepare(match.region, given.aval)
+            if found is not None:
+                edges.add(found[1], given)
+        except Exception as error:  # then it is prepared at every call
+            logger.info("%s: %s", match.name, error)
             return None
-        form, prepare = found
-        edges.add(prepare, given)
-        return form
+        return None if found is None else found[0]
 
     def _with_bodies(self, eqn: JaxprEqn) -> JaxprEqn:
         """``eqn`` with its bodies rewritten."""

@@ -56,6 +56,14 @@ def test_without_pytorch_it_says_so(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_result_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "models.json")
+    assert bench_torch.main(["--out", str(tmp_path), "--beside", missing]) == 2
+    assert missing in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("name", models.MEASURED)
 def test_the_models_are_the_same(name: str) -> None:

@@ -123,6 +123,18 @@ def test_what_a_program_runs_on_is_compiled_together(gpu, nvcc, monkeypatch):
     assert asked == [3, 1] and len(nvcc.calls) == 2
 
 
+def test_a_fault_of_another_site_is_not_this_ones(gpu, nvcc, monkeypatch):
+    untuned = results._untuned
+
+    def broken(site: Any, *rest: Any) -> Any:
+        if site.label == "dot+tanh":
+            raise RuntimeError("a fault")
+        return untuned(site, *rest)
+
+    monkeypatch.setattr(results, "_untuned", broken)
+    assert TARGET in lowered(jax_bolt.optimize(lambda x, w: two_sites(x, w)))
+
+
 # --- The machine
 
 

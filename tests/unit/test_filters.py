@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -147,6 +148,28 @@ def test_several_processes_have_the_same_program(gpu, nvcc, monkeypatch):  # noq
     assert filters.form_of(alone.region, device, active) == "merged_groups"
     assert filters.form_of(several, device, active) is None
     assert resolve.arch_of(device).sm == 90
+
+
+def test_a_filter_that_is_sharded_as_it_cannot_be_split(gpu, nvcc):  # noqa: F811
+    """Its channels' axis cannot be reshaped then: XLA takes it as it is."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec(None, None, None, "i")
+    w = jax.device_put(filter_of(3, 3, 4, 64), jax.NamedSharding(mesh, spec))
+    x = jnp.ones(X.shape, X.dtype)
+    with jax.set_mesh(mesh):
+        want = jax.jit(grouped)(w, x)
+        frozen = jax_bolt.freeze(grouped, w)
+        np.testing.assert_array_equal(frozen(x), want)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert "stablehlo.convolution" in lowered(jax_bolt.optimize(grouped), w, x)
+
+
+@pytest.mark.parametrize("on_miss", ["xla", "error"])
+def test_nothing_is_made_where_nothing_runs(gpu, nvcc, monkeypatch, on_miss):  # noqa: F811
+    with options.options(on_miss=on_miss):
+        (site,) = sites_of(jax_bolt.freeze(grouped, filter_of(3, 3, 4, 64)), X)
+    assert site.ready is None
 
 
 def test_what_fails_is_made_at_every_call(gpu, nvcc, monkeypatch):  # noqa: F811

@@ -14,7 +14,7 @@ from . import implicit_gemm_rank as rank
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
 from .geometry import MAX_PHASES, MAX_TAPS
-from .image import BLOCK, Image, cols_of, rows_of
+from .image import BLOCK, ROW, STEP, Image, cols_of, rows_of
 from .implicit_gemm_tiles import (
     NAME,
     Tile,
@@ -52,6 +52,9 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         outputs = problem.k // problem.groups
         if outputs % BLOCK:
             return f"groups of {outputs} output channels, not of a multiple of {BLOCK}"
+        if not _ends_whole(problem):
+            # What a box or a step has beyond a group is the next one's, times zero.
+            return f"groups of {problem.group_channels} input channels"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
     image = Image.of(problem)
@@ -78,6 +81,12 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     if next(tiles_of(image, region.epilogue, arch), None) is None:
         return "no tile fits shared memory"
     return None
+
+
+def _ends_whole(problem: ir.ConvProblem) -> bool:
+    """Whether products end where a group's input channels do."""
+    row = problem.group_channels * ir.ITEM_BYTES[problem.dtype]
+    return row % (STEP if row < ROW else ROW) == 0
 
 
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
