@@ -29,8 +29,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import bench_models, environment
+
 EAGER, COMPILED = "eager", "compiled"
-FROZEN = "jax_bolt+freeze"  # of bench_models.py
+FROZEN = bench_models.FROZEN
 # Of bfloat16 through 54 layers; a wrong model is off by far more.
 MAX_ERROR = 0.05
 
@@ -177,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python": platform.python_version(),
         "versions": {"torch": torch.__version__},
     }
-    slug = "-".join(device.lower().split())
-    path = args.out / f"torch-{slug}-{date[:10]}.json"
+    path = args.out / f"torch-{environment.slug(device)}-{date[:10]}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     failed = False

@@ -50,9 +50,7 @@ def form_of(region: ir.Region, device: Any, options: Options) -> str | None:
     if agree.group() is None:
         arch = resolve.arch_of(device)
         origin = targets.origin(resolve.tools_for(options))
-        known = results.stored(region, arch, options, origin)
-        if known is None and options.on_miss == "heuristic":
-            known = plan.heuristic(region, arch, options.disable)
+        known = results.foreseen(region, arch, options, origin)
         if isinstance(known, Plan):
             return forms.whole(known.candidate.form.name)
         failed = results.failure(arch, region)

@@ -63,13 +63,29 @@ def _lower_cuda(
         with jax.named_scope(site.label):
             return invoke.call(kernel, *_roles(site, kernel.form, operands), shape)
 
+    def on_xla() -> Any:
+        return lower_reference(ctx, *args, site=site, **params)
+
+    what = f"{site.name} ({site.label}) runs"
+    return _lowered(ctx, args, region, options, what, on_xla)
+
+
+def _lowered(
+    ctx: mlir.LoweringRuleContext,
+    args: Sequence[Any],
+    fun: Callable[..., list[Any]],
+    options: Options,
+    what: str,
+    on_xla: Callable[[], Any],
+) -> Any:
+    """``fun`` of ``args``; ``on_xla`` where it cannot be made, and ``what`` is said."""
     try:
-        return mlir.lower_fun(region, multiple_results=True)(ctx, *args)
+        return mlir.lower_fun(fun, multiple_results=True)(ctx, *args)
     except Exception as error:  # a form cannot split an axis that is sharded, say
         if options.on_error == "raise":
             raise
-        _warn(f"{site.name} ({site.label}) runs", error)
-        return lower_reference(ctx, *args, site=site, **params)
+        _warn(what, error)
+        return on_xla()
 
 
 def _lower_sequence_cuda(
@@ -109,14 +125,11 @@ def _lower_sequence_cuda(
         flush(len(steps))
         return [values[v] for v in calls.jaxpr.outvars]
 
-    try:
-        return mlir.lower_fun(run, multiple_results=True)(ctx, *args)
-    except Exception as error:
-        if options.on_error == "raise":
-            raise
-        names = [eqn.params["site"].name for eqn in calls.jaxpr.eqns]
-        _warn(f"{names[0]} to {names[-1]} run", error)
+    def on_xla() -> Any:
         return lower_calls(ctx, *args, calls=calls)
+
+    names = [eqn.params["site"].name for eqn in calls.jaxpr.eqns]
+    return _lowered(ctx, args, run, options, f"{names[0]} to {names[-1]} run", on_xla)
 
 
 def _roles(site: SiteInfo, form: Form | None, operands: Sequence[Any]) -> Roles:

@@ -269,23 +269,23 @@ def loaded(
         for each in together:
             # What is wrong with another site is said where that one is resolved.
             with contextlib.suppress(Exception):
-                plan_ = _untuned(each, target, options)
-                if isinstance(plan_, Plan):
-                    sources.append(plan_.candidate.source)
+                known = foreseen(each.region, target.arch, options, target.origin)
+                if isinstance(known, Plan):
+                    sources.append(known.candidate.source)
     built = target.kernels.build(target.toolchain, sources, target.arch, options.jobs)
     return executable(site.region, candidate, digest, built[digest], target)
 
 
-def _untuned(
-    site: AnySite, target: Target, options: Options
+def foreseen(
+    region: ir.Work, arch: GpuArch, options: Options, origin: plan.Origin
 ) -> Plan | Rejection | None:
-    """What ``site`` runs on if nothing is tuned; None where only that would tell."""
-    known = stored(site.region, target.arch, options, target.origin)
-    if known is None and failure(target.arch, site.region) is not None:
-        return None
-    if known is None and options.on_miss == "heuristic" and isinstance(site, SiteInfo):
-        return plan.heuristic(site.region, target.arch, options.disable)
-    return known
+    """What ``region`` runs on if nothing is tuned; None where only that would tell."""
+    known = stored(region, arch, options, origin)
+    if known is not None or failure(arch, region) is not None:
+        return known
+    if options.on_miss == "heuristic" and not isinstance(region, ir.Chain):
+        return plan.heuristic(region, arch, options.disable)
+    return None
 
 
 @contextlib.contextmanager
