@@ -8,8 +8,8 @@ Run by path, after bench_models.py and on the same machine:
 
 bfloat16 and channels_last, inference mode. "compiled" is ``torch.compile`` with its
 parameters frozen, so that BatchNorm is folded into the convs (``--mode``, default
-max-autotune). ``queued_ms`` is the device's time per call while the host is ahead, as
-in bench_models.py. Writes ``torch-<device>-<date>.json`` after every model, and prints
+max-autotune). ``queued_ms``, ``wall_ms`` and ``back_to_back_ms`` are as in
+bench_models.py. Writes ``torch-<device>-<date>.json`` after every model, and prints
 how the frozen jax_bolt of ``--beside`` compares. Exits with 1 where a model failed or
 is far from float32, with 2 without PyTorch and a GPU.
 """
@@ -85,9 +85,15 @@ def _times(call: Callable[[], Any], runs: int, device: str) -> dict[str, float]:
 
     for _ in range(5):
         call()
-    wall, queued = [], []
+    wall, among, queued = [], [], []
     for _ in range(3):
         each = []
+        begin = time.perf_counter()
+        for _ in range(runs):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        among.append((time.perf_counter() - begin) / runs * 1e3)
         for _ in range(runs):
             start = time.perf_counter()
             call()
@@ -98,6 +104,7 @@ def _times(call: Callable[[], Any], runs: int, device: str) -> dict[str, float]:
         if device == "cuda":
             queued.append(_queued(call, runs))
     found = {"wall_ms": statistics.median(wall)}
+    found["back_to_back_ms"] = statistics.median(among)
     return found | ({"queued_ms": statistics.median(queued)} if queued else {})
 
 
