@@ -255,16 +255,60 @@ def test_operation_against_numpy(singles, index):
     assert same.all(), cases
 
 
-def test_erfc_of_narrow_results(build):
-    """Within a quarter of float16's rounding; NaN and the limits are erfc's."""
-    epilogue = dataclasses.replace(single("erfc", None), out_dtype="bf16")
-    assert "erfc_narrow" in codegen.functor(epilogue)
+# Operations on a value y (the first), and what they are.
+IDIOMS: dict[str, tuple[list[ir.Op], Callable[[Array], Array]]] = {
+    "erfc": ([ir.Op("erfc", (0,))], special.erfc),
+    "logistic": (
+        [ir.Op("const", attr=3.0), ir.Op("mul", (0, 1)), ir.Op("logistic", (2,))],
+        lambda y: special.expit(3 * y),
+    ),
+    "silu": (
+        [ir.Op("logistic", (0,)), ir.Op("mul", (0, 1))],
+        lambda y: y * special.expit(y),
+    ),
+    "gelu": (
+        [
+            *(ir.Op("const", attr=0.5), ir.Op("mul", (0, 1)), ir.Op("neg", (0,))),
+            *(ir.Op("const", attr=0.75), ir.Op("mul", (3, 4)), ir.Op("erfc", (5,))),
+            ir.Op("mul", (2, 6)),
+        ],
+        lambda y: 0.5 * y * special.erfc(-0.75 * y),
+    ),
+    "gelu of erf": (
+        [
+            *(ir.Op("const", attr=1.25), ir.Op("div", (0, 1)), ir.Op("erf", (2,))),
+            *(ir.Op("const", attr=1.0), ir.Op("add", (4, 3)), ir.Op("mul", (0, 5))),
+            *(ir.Op("const", attr=0.5), ir.Op("mul", (6, 7))),
+        ],
+        lambda y: 0.5 * y * special.erfc(-0.8 * y),
+    ),
+    "gelu of tanh": (
+        [
+            *(ir.Op("const", attr=0.75), ir.Op("mul", (0, 1)), ir.Op("tanh", (2,))),
+            *(ir.Op("const", attr=1.0), ir.Op("add", (3, 4))),
+            *(ir.Op("const", attr=0.5), ir.Op("mul", (5, 6)), ir.Op("mul", (0, 7))),
+        ],
+        lambda y: y * special.expit(1.5 * y),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype, rtol", [("bf16", 6e-4), ("f16", 1.2e-4)])
+@pytest.mark.parametrize("name", IDIOMS)
+def test_idioms_of_narrow_results(build, name, dtype, rtol):
+    """Within a sixth of bfloat16's rounding, a quarter of float16's; NaN and limits."""
+    ops, reference = IDIOMS[name]
+    made = ir.Epilogue((ir.Op("acc"), *ops), len(ops), dtype, (), ())
     x = np.concatenate([np.linspace(-40, 40, 400_001, dtype=np.float32), SPECIAL])
-    got, want = build([epilogue])(0, x, sides=[x]), special.erfc(x.astype(float))
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(x))
-    near = x < 3.6
-    np.testing.assert_allclose(got[near], want[near], rtol=1.2e-4)
-    assert np.nanmax(np.abs(got - want)[~near]) < 1e-9
+    got = build([made])(0, x)
+    with np.errstate(all="ignore"):
+        want = reference(x.astype(float))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(got, want.astype(np.float32), rtol=rtol, atol=1e-7)
+    plain = codegen.functor(dataclasses.replace(made, out_dtype="f32"))
+    assert ("erfc_" in codegen.functor(made)) == ("erf" in plain)
+    assert "erfc_" not in plain and "logistic_" not in plain
 
 
 @pytest.mark.parametrize("name", ["max", "min"])

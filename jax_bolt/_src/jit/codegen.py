@@ -11,13 +11,14 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from .. import ir
 from ..arch import GpuArch
 from ..kernels import hoist
 from ..kernels.config import CPP_TYPES, Config
+from ..kernels.idioms import Idiom, idioms
 from ..kernels.template import Artifact, ChainTemplate, CubinTemplate, Template
 
 # What the last line of a TU calls; compiler.artifact() tells the artifact by it.
@@ -25,8 +26,6 @@ _MACROS: dict[Artifact, str] = {
     "module": "JAX_BOLT_KERNEL",
     "cubin": "JAX_BOLT_DEVICE_KERNEL",
 }
-# What is exact enough where 16 bits are kept of the result (epilogue/math.hpp).
-_NARROW = {"erfc": "erfc_narrow"}
 _CAST_TYPES = {"bfloat16": "__nv_bfloat16", "float16": "__half"}
 _INFIX = {
     "add": "+",
@@ -161,14 +160,15 @@ def _body(
 
     ``given`` are values that arrive as floats; ``leaf`` names an input.
     """
-    kinds, narrow = epilogue.kinds(), hoist.is_narrow(epilogue)
+    kinds, short = epilogue.kinds(), idioms(epilogue)
     needed: set[int] = set()
     pending = list(wanted)
     while pending:
         i = pending.pop()
         if i not in needed:
             needed.add(i)
-            pending.extend(() if i in given else epilogue.ops[i].args)
+            args = short.get(i, epilogue.ops[i]).args
+            pending.extend(() if i in given else args)
 
     lines: list[str] = []
     names: dict[int, str] = {}
@@ -183,10 +183,12 @@ def _body(
         else:
             names[i] = f"x{i}"
             inverse = _reciprocal(op, epilogue.ops)
-            if inverse is not None:
+            if i in short:
+                expression = _short(short[i], names)
+            elif inverse is not None:
                 expression = f"{names[op.args[0]]} * {inverse}"
             else:
-                expression = _expression(op, [names[a] for a in op.args], narrow)
+                expression = _expression(op, [names[a] for a in op.args])
             lines.append(f"    {kinds[i]} const x{i} = {expression};")
     return lines, names
 
@@ -204,7 +206,13 @@ def _reciprocal(op: ir.Op, ops: Sequence[ir.Op]) -> str | None:
     return literal(1.0 / divisor)
 
 
-def _expression(op: ir.Op, args: list[str], narrow: bool) -> str:
+def _short(idiom: Idiom, names: Mapping[int, str]) -> str:
+    factors = f"{literal(idiom.scale)}, {literal(idiom.factor)}"
+    call = f"jax_bolt::math::{idiom.function}({names[idiom.operand]}, {factors})"
+    return call if idiom.times is None else f"{names[idiom.times]} * {call}"
+
+
+def _expression(op: ir.Op, args: list[str]) -> str:
     if op.name in _INFIX:
         return f"{args[0]} {_INFIX[op.name]} {args[1]}"
     if op.name == "neg":
@@ -214,7 +222,7 @@ def _expression(op: ir.Op, args: list[str], narrow: bool) -> str:
     if op.name == "select":
         predicate, where_false, where_true = args
         return f"{predicate} ? {where_true} : {where_false}"
-    function = _NARROW.get(op.name, op.name) if narrow else op.name
+    function = op.name
     if function == "integer_pow":
         exponent = int(op.attr or 0)
         if not -(2**31) < exponent < 2**31:

@@ -4,27 +4,32 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from .. import ir
+from .idioms import Idiom, idioms
 
 # Instructions, about, of what takes more than one.
 _COSTS = {
     **{"div": 6, "sqrt": 6, "rsqrt": 6, "cbrt": 20},
     **{"exp": 9, "exp2": 8, "expm1": 20, "log": 12, "log1p": 20, "pow": 40},
     **{"tanh": 14, "logistic": 12, "erf": 25, "erfc": 24, "erf_inv": 40},
+    **{"logistic_narrow": 4, "erfc_bf16": 8, "erfc_f16": 10},
     **{"sin": 20, "cos": 20, "tan": 30},
 }
 
 
-def live(epilogue: ir.Epilogue) -> frozenset[int]:
-    """The values that the outputs depend on."""
+def live(
+    epilogue: ir.Epilogue, short: Mapping[int, Idiom] | None = None
+) -> frozenset[int]:
+    """The values that the outputs depend on, some computed by the idioms ``short``."""
     found: set[int] = set()
     pending = [output.value for output in epilogue.outputs]
     while pending:
         i = pending.pop()
         if i not in found:
             found.add(i)
-            pending.extend(epilogue.ops[i].args)
+            pending.extend((short or {}).get(i, epilogue.ops[i]).args)
     return frozenset(found)
 
 
@@ -52,20 +57,16 @@ def columns(epilogue: ir.Epilogue) -> tuple[int, ...]:
     return tuple(i for i in sorted(read) if same[i] and not known[i])
 
 
-def is_narrow(epilogue: ir.Epilogue) -> bool:
-    """Whether at most 16 bits are kept of all that is stored."""
-    return all(ir.ITEM_BYTES[output.dtype] <= 2 for output in epilogue.outputs)
-
-
 @functools.lru_cache(maxsize=1024)  # every tile asks
 def work(epilogue: ir.Epilogue) -> int:
     """Instructions per element, about: what ranks tiles, not what is exact."""
     same, known = epilogue.per_channel(), constant(epilogue)
-    costs = _COSTS
-    if is_narrow(epilogue):
-        costs = costs | {"erfc": 12}  # erfc_narrow
-    return sum(
-        costs.get(epilogue.ops[i].name, 1)
-        for i in live(epilogue)
-        if not same[i] and not known[i] and epilogue.ops[i].name not in ir.LEAVES
-    )
+    short = idioms(epilogue)
+    total = 0
+    for i in live(epilogue, short):
+        name = epilogue.ops[i].name
+        if i in short:
+            total += _COSTS[short[i].function] + (short[i].times is not None)
+        elif not same[i] and not known[i] and name not in ir.LEAVES:
+            total += _COSTS.get(name, 1)
+    return total
