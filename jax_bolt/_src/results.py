@@ -243,15 +243,8 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
     if site.region.side is None and not takes:
         raise Untunable(f"{site.second.name} rearranges what it reads")
     times = [e.time_us if e.choice == "kernel" else e.xla_time_us for e in chosen]
-    mixed = any(entry.choice == "xla" for entry in chosen)
-    xla_us = _sum([entry.xla_time_us for entry in chosen])
-    return Rival((first, second), _sum(times) if mixed else None, xla_us)
-
-
-def _sum(times: Sequence[float | None]) -> float | None:
-    """None where one is not known."""
-    known = [time for time in times if time is not None]
-    return sum(known) if len(known) == len(times) else None
+    mixed = any(entry.choice == "xla" for entry in chosen) and None not in times
+    return Rival((first, second), sum(t or 0.0 for t in times) if mixed else None)
 
 
 def loaded(

@@ -75,7 +75,6 @@ class World(test_search.World):
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch):
         super().__init__(root, monkeypatch)
         self.xla_us, self.apart_us = 120.0, 60.0
-        self.sum_us: float | None = None  # of both regions on XLA
         monkeypatch.setattr(measure, "time_apart", self.time_apart)
 
     def time_apart(self, kernels: Any, operands: Any, ordinal: int) -> measure.Run:
@@ -90,7 +89,7 @@ class World(test_search.World):
             self._candidates[self.key(candidate)] = candidate, False  # type: ignore
         by_text = dict(zip([c.config.text for c in found], times, strict=True))
         self.micros = lambda c, is_base: by_text[c.config.text]
-        rival = Rival((None, None), chosen_us, self.sum_us)  # type: ignore[arg-type]
+        rival = Rival((None, None), chosen_us)  # type: ignore[arg-type]
         rivals = {site.region.text: rival}
         return search.tune([site], self.target(), None, False, rivals)
 
@@ -141,25 +140,6 @@ def test_what_it_has_to_beat(
     assert tuner.tune_chain(chosen_us) == {}
     assert tuner.found().choice == choice
     assert tuner.found().apart_time_us == min(apart_us, chosen_us or apart_us)
-
-
-def test_xla_is_not_timed_again(
-    tuner: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It does both regions one by one, and was timed on each; it runs for its error."""
-    runs: list[Any] = []
-
-    def run_once(fun: Any, operands: measure.Operands) -> Any:
-        runs.append(fun)
-        return tuner.time_region(fun, operands, 0).outputs
-
-    monkeypatch.setattr(measure, "run_once", run_once)
-    monkeypatch.delattr(measure, "time_region")
-    tuner.sum_us = 100.0
-    assert tuner.tune_chain() == {} and len(runs) == 1
-    assert (tuner.found().choice, tuner.found().xla_time_us) == ("kernel", 100.0)
-    tuner.sum_us = 40.0
-    assert tuner.tune_chain() == {} and tuner.found().choice == "apart"
 
 
 def test_what_was_chosen_stays_unless_clearly_beaten(tuner: World) -> None:
@@ -367,7 +347,7 @@ def test_chains_are_tuned_after_their_sites(
     assert [s.region for s in sites] == [site.first.region, site.second.region]
     assert none is None and [c.region for c in chains] == [site.region]
     (rival,) = rivals.values()
-    assert (rival.chosen_us, rival.xla_us) == (None, 9.0 + 9.0)
+    assert rival.chosen_us is None
     wanted = [site.first.region.problem, site.second.region.problem]
     assert [kernel.problem for kernel in rival.kernels] == wanted
     assert all(isinstance(kernel, Executable) for kernel in rival.kernels)

@@ -14,7 +14,6 @@ _COSTS = {
     **{"div": 6, "sqrt": 6, "rsqrt": 6, "cbrt": 20},
     **{"exp": 9, "exp2": 8, "expm1": 20, "log": 12, "log1p": 20, "pow": 40},
     **{"tanh": 14, "logistic": 12, "erf": 25, "erfc": 24, "erf_inv": 40},
-    **{"logistic_narrow": 4, "erfc_bf16": 8, "erfc_f16": 10},
     **{"sin": 20, "cos": 20, "tan": 30},
 }
 
@@ -66,7 +65,7 @@ def work(epilogue: ir.Epilogue) -> int:
     for i in live(epilogue, short):
         name = epilogue.ops[i].name
         if i in short:
-            total += _COSTS[short[i].function] + (short[i].times is not None)
+            total += short[i].cost
         elif not same[i] and not known[i] and name not in ir.LEAVES:
             total += _COSTS.get(name, 1)
     return total

@@ -160,20 +160,17 @@ class Yardstick:
     """The outputs of a region on the first set of operands, from its IR in float32."""
 
     def __init__(self, operands: Operands):
-        self._truth = run_once(lambda *v: truth(operands.site, v), operands)
+        site, values = operands.site, operands.sets[0]
+        # It runs once: XLA need not look for the fastest way.
+        on_gpu = any(device.platform == "gpu" for device in values[0].devices())
+        how = {"xla_gpu_autotune_level": 0} if on_gpu else {}
+        evaluated = jax.jit(lambda *v: truth(site, v), compiler_options=how)
+        self._truth = evaluated(*values)
 
     def errors(self, results: Sequence[jax.Array]) -> list[float]:
         """Of the outputs for that set, in the region's own shape."""
         pairs = zip(results, self._truth, strict=True)
         return [float(_relative(result, truth)) for result, truth in pairs]
-
-
-def run_once(fun: Callable, operands: Operands) -> Any:
-    """Its results on the first set. XLA need not look for the fastest way."""
-    values = operands.sets[0]
-    on_gpu = any(device.platform == "gpu" for device in values[0].devices())
-    how = {"xla_gpu_autotune_level": 0} if on_gpu else {}
-    return jax.jit(fun, compiler_options=how)(*values)
 
 
 def errors(operands: Operands, kernel: AnyExecutable) -> Errors:

@@ -15,13 +15,11 @@ class Rival:
     """The best kernel of each region.
 
     ``chosen_us`` is what both take as they were chosen, where that is XLA's lowering of
-    one; else None. ``xla_us`` is what both took on XLA when they were tuned, where that
-    is known: XLA joins no conv or product with another, so the chain need not be timed.
+    one; else None.
     """
 
     kernels: tuple[Executable, Executable]
     chosen_us: float | None = None
-    xla_us: float | None = None
 
     def time_us(self, operands: measure.Operands, ordinal: int) -> float:
         """Both kernels one after the other, timed as the chain is; or as chosen."""

@@ -380,10 +380,7 @@ class _Run:
             yardstick = measure.Yardstick(operands)
         with _spending_on("XLA"):
             xla = reference_fun(site.reference)
-            if job.rival is not None and job.rival.xla_us is not None:
-                xla_us, outputs = job.rival.xla_us, measure.run_once(xla, operands)
-            else:
-                xla_us, outputs = measure.time_region(xla, operands, target.ordinal)
+            xla_us, outputs = measure.time_region(xla, operands, target.ordinal)
             xla_errors = yardstick.errors(outputs)
         entry = dataclasses.replace(
             entry, xla_time_us=xla_us, xla_error=max(xla_errors)

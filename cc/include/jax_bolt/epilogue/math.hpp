@@ -213,23 +213,24 @@ JAX_BOLT_HOST_DEVICE float odd(float x, float scale, float const (&coefficients)
   return x * p;
 }
 
-// What follows is for results of which 16 bits are kept: factor f(scale x), in few instructions.
+// What follows is for results of which 16 bits are kept: factor f(y), where y = scale x, in few
+// instructions. Both factors are constants of moderate size (kernels/idioms.py).
 
-/// Of 1 / (1 + exp(-y)): the relative error is that of the exponential's rounded argument.
+/// Of 1 / (1 + exp(-y)), whose relative error is that of the exponential's rounded argument.
 JAX_BOLT_HOST_DEVICE float logistic_narrow(float x, float scale, float factor) {
   return over_power(factor, (-1.44269504f * scale) * x);
 }
 
-/// Of erfc: relative error below 1.2e-4 for y < 3.6, a quarter of float16's, and below 1e-9
-/// absolute beyond. As 2 / (1 + 2^w), w being y times the minimax polynomial in y^2 of log2((2 -
-/// erfc) / erfc) / y.
+/// Of erfc, for float16: relative error below 1.2e-4 for y < 3.6, an eighth of float16's spacing,
+/// and below 1e-9 absolute beyond. As 2 / (1 + 2^w), w being y times the minimax polynomial in y^2
+/// of log2((2 - erfc) / erfc) / y.
 JAX_BOLT_HOST_DEVICE float erfc_f16(float x, float scale, float factor) {
   float const coefficients[] = {3.2548900f,     2.9902998e-01f,  -2.5787249e-03f, -1.0801989e-03f,
                                 1.3389476e-04f, -7.0440483e-06f, 1.4365479e-07f};
   return over_power(2.0f * factor, odd(x, scale, coefficients));
 }
 
-/// As erfc_f16: below 6e-4 for y < 3.2, a sixth of bfloat16's, and below 2e-8 absolute beyond.
+/// The same for bfloat16: below 6e-4 for y < 3.2, a sixth of its spacing, and 2e-8 beyond.
 JAX_BOLT_HOST_DEVICE float erfc_bf16(float x, float scale, float factor) {
   float const coefficients[] = {3.2516798f, 3.0558141e-01f, -6.5216103e-03f, -6.6425911e-05f,
                                 9.6385581e-06f};
