@@ -313,7 +313,7 @@ def test_idioms_of_narrow_results(build, name, dtype):
         want = reference(x.astype(float))
         rounded = want.astype(np.float32)
     if "erf" not in plain:
-        np.testing.assert_allclose(got, rounded, rtol=1e-5, atol=F32.tiny)
+        np.testing.assert_allclose(got, rounded, rtol=1e-5, atol=float(F32.tiny))
         return
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     rtol, limit, atol = SHORT[dtype]
