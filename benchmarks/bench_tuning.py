@@ -11,7 +11,7 @@ the results that come with jax_bolt.
 ``--space N`` then times all tiles of N problems, drawn from the benchmark's, with base
 programs, compiles the best of them with the region's own epilogue as well, and compares
 with what the tuner's two stages take of it and with the rank model's order. With
-``--budget-s`` no problem is begun later than that.
+``--budget-s`` no problem is begun later than that; ``--tiles`` keeps all their times.
 
 Writes ``tuning-<device>-<date>.json``. Exits with 1 where a process did not end well or
 the "next" one compiled or tuned.
@@ -172,9 +172,16 @@ def whole_space(site: Any, arch: Any) -> list[Any]:
 
 
 def against_the_space(
-    problems: Sequence[Any], target: Any, budget_s: float = math.inf
+    problems: Sequence[Any],
+    target: Any,
+    budget_s: float = math.inf,
+    tiles: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """For each problem: the best tile there is, and what the two stages take."""
+    """For each problem: the best tile there is, and what the two stages take.
+
+    ``tiles`` gets the time of every tile's base program, by region and candidate.
+    """
+    every: dict[str, dict[str, float]] = {}
     deadline = time.monotonic() + budget_s
     from benchmarks.kernel_problems import short
     from jax_bolt._src import base
@@ -213,6 +220,9 @@ def against_the_space(
             timed = times([p for _, p in pairs if p is not None], sets, built)
             micros = {c: timed[p] for c, p in pairs if p in timed}
             best = sorted(micros, key=micros.__getitem__)[:_BEST]
+            every[region.text] = {c.text: us for c, us in micros.items()}
+            if tiles is not None:
+                tiles.write_text(json.dumps(every, indent=0) + "\n")
             offered = listed(problem.site, target.arch)
             stage1 = {c: micros[c] for c in offered if c in micros and base.stand_in(c)}
             chosen = stages.finalists(offered, stage1, None)
@@ -291,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     document["cpus"] = len(os.sched_getaffinity(0))
     if args.space:
         target = resolve.target_for(compat.cuda_device(), options.current())
-        found = against_the_space(drawn_problems(args.space), target, args.budget_s)
+        drawn = drawn_problems(args.space)
+        found = against_the_space(drawn, target, args.budget_s, args.tiles)
         document["space"] = found
         if found:
             document["space_summary"] = summary(found)
@@ -311,6 +322,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", type=int, default=224, help="pixels per side")
     parser.add_argument("--space", type=int, default=0, metavar="N", help="problems")
     parser.add_argument("--budget-s", type=float, default=math.inf, metavar="S")
+    parser.add_argument(
+        "--tiles", type=Path, metavar="FILE", help="every tile's time: for the model"
+    )
     parser.add_argument("--export", type=Path, metavar="FILE", help="the tuned cache")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
