@@ -61,7 +61,7 @@ def tuned_here(name: str, batch: int, image: int) -> dict[str, Any]:
     tuned = time.perf_counter()
     jax.block_until_ready(fun(variables, x))
     counters = report.counters
-    from jax_bolt._src.tune import search
+    from jax_bolt._src.tune import job
 
     return {
         "import_s": imported - start,
@@ -70,7 +70,7 @@ def tuned_here(name: str, batch: int, image: int) -> dict[str, Any]:
         "from_import_s": tuned - start,
         "first_call_s": time.perf_counter() - tuned,
         "sites": len(report.sites),
-        "spent_s": {what: round(s, 2) for what, s in search.spent.items()},
+        "spent_s": {what: round(s, 2) for what, s in job.spent.items()},
         "counters": {name: int(counters.get(name, 0)) for name in _COUNTED},
     }
 

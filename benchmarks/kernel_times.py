@@ -29,7 +29,7 @@ from jax_bolt._src.chain import AnySite
 from jax_bolt._src.errors import CompileError, UnsupportedError
 from jax_bolt._src.plan import AnyCandidate, Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
-from jax_bolt._src.tune import builder, isolate, measure, search
+from jax_bolt._src.tune import builder, isolate, measure, verdict
 from jax_bolt._src.tune.target import Target, executable
 
 from . import environment, floor, kernel_problems, kernel_table
@@ -292,7 +292,7 @@ def _fastest_accurate(
         except CompileError as error:
             entry["failure"] = _first_line(error)
             continue
-        run = search.time_in_program(kernel, operands, target)
+        run = verdict.time_in_program(kernel, operands, target)
         found = yardstick.errors(run.outputs)
         errors = measure.worst(found, xla_errors, region)
         entry["error"], entry["xla_error"] = errors.kernel, errors.xla

@@ -27,8 +27,8 @@ from .options import Options
 from .plan import Plan, Rejection
 from .primitive import SiteInfo
 from .tune import adopt, db, search
+from .tune.job import Untunable
 from .tune.rival import Rival
-from .tune.search import Untunable
 from .tune.target import Target, executable
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import store
 from jax_bolt._src.jit import toolchain as toolchains
 from jax_bolt._src.site import Site
-from jax_bolt._src.tune import adopt, db, isolate, measure, search
+from jax_bolt._src.tune import adopt, db, isolate, job, measure, search
 from jax_bolt._src.tune.target import Target
 
 
@@ -127,7 +127,7 @@ def test_a_result_of_other_versions_is_checked_once_and_kept(
 
 def test_an_inaccurate_kernel_is_not_used(world):
     def inaccurate() -> measure.Errors:
-        raise search.Untunable("its error is too large")
+        raise job.Untunable("its error is too large")
 
     world.verdict = inaccurate
     world.save(world.entry())
@@ -251,7 +251,7 @@ def test_the_check_itself(world, monkeypatch):
     assert check(None, 1.2e-3).kernel == 1.2e-3
     with pytest.raises(isolate.Failed, match="unwritten"):
         check(isolate.Failed("left elements unwritten"), 0.0)
-    with pytest.raises(search.Untunable, match="its error is"):
+    with pytest.raises(job.Untunable, match="its error is"):
         check(None, 1.3e-3)
     with pytest.raises(isolate.Failed, match="crashed"):
         check(isolate.Failed("crashed the worker", fatal=True), 0.0)
@@ -286,7 +286,7 @@ def test_explain_says_what_will_be_taken_over(world):
 
 def test_explain_when_the_check_has_failed(world):
     def inaccurate() -> measure.Errors:
-        raise search.Untunable("its error is too large")
+        raise job.Untunable("its error is too large")
 
     world.verdict = inaccurate
     world.save(world.entry())

@@ -43,7 +43,7 @@ from jax_bolt._src.invoke import Executable
 from jax_bolt._src.jit import toolchain
 from jax_bolt._src.primitive import SiteInfo
 from jax_bolt._src.site import Link, Site, totals
-from jax_bolt._src.tune import db, measure, search
+from jax_bolt._src.tune import db, job, measure, search
 from jax_bolt._src.tune.rival import Rival
 
 HOPPER = arch.from_name("sm_90a")
@@ -464,7 +464,7 @@ def test_a_second_kernel_that_has_its_input_rearranged(
         first, second = results._rival(site, 1.0, machine, options.current()).kernels
         assert first.form.name == second.form.name == "pixels_k_major"
         return
-    with pytest.raises(search.Untunable, match="rearranges what it reads"):
+    with pytest.raises(job.Untunable, match="rearranges what it reads"):
         results._rival(site, 1.0, machine, options.current())
 
 

@@ -24,7 +24,7 @@ from jax_bolt._src.errors import CacheError, CompileError
 from jax_bolt._src.jit import store
 from jax_bolt._src.plan import Candidate
 from jax_bolt._src.primitive import SiteInfo
-from jax_bolt._src.tune import db, isolate, measure, search, stages
+from jax_bolt._src.tune import db, isolate, measure, search, stages, verdict
 from jax_bolt._src.tune.isolate import Failed, NoMemory, Timing, Unavailable
 from jax_bolt._src.tune.target import Target
 
@@ -71,7 +71,7 @@ class World:
         monkeypatch.setattr(search, "time", clock)
         made = types.SimpleNamespace
         for module, name, fake in (
-            (search, "executable", self.executable),
+            (verdict, "executable", self.executable),
             (measure, "make_operands", lambda site, l2_bytes: made(site=site)),
             (measure, "Yardstick", lambda operands: self),
             (measure, "time_region", self.time_region),
@@ -713,7 +713,7 @@ def test_the_real_worker(
         )
 
     monkeypatch.setattr(world, "build", compile_all)
-    monkeypatch.setattr(search, "executable", executable)
+    monkeypatch.setattr(verdict, "executable", executable)
     assert world.tune(site, arch=ampere) == {}
     entry = world.results.get(ampere, site.region)
     assert entry is not None

@@ -22,9 +22,10 @@ from ..chain import AnySite
 from ..errors import CompileError
 from ..jit import store
 from ..plan import AnyCandidate
-from . import builder, db, isolate, measure, search
+from . import builder, db, isolate, measure
 from .builder import Stopped
 from .failures import Failures
+from .job import Untunable
 from .target import Target, executable
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def check(
 ) -> measure.Errors:
     """Runs a kernel on random operands, as tuning does before it trusts one.
 
-    Raises search.Untunable where it is wrong, and isolate's errors where it does not
+    Raises Untunable where it is wrong, and isolate's errors where it does not
     run or leaves elements unwritten.
     """
     request = isolate.request_for(candidate, digest, artifact, 1, 1, verify=True)
@@ -129,7 +130,5 @@ def check(
     operands = measure.make_operands(site, l2_bytes=0)
     errors = measure.errors(operands, kernel)
     if not measure.is_accurate(errors, site.region):
-        raise search.Untunable(
-            f"its error is {errors.kernel:.2e}, XLA's {errors.xla:.2e}"
-        )
+        raise Untunable(f"its error is {errors.kernel:.2e}, XLA's {errors.xla:.2e}")
     return errors

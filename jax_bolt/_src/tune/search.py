@@ -3,7 +3,8 @@
 
 Stage 1 times base programs (``base.py``): nothing is compiled. Stage 2 compiles the
 best few with the region's own epilogue, times them, verifies the fastest and compares
-it with XLA's own lowering. Compilers work on the next regions while the GPU times one.
+it with XLA's own lowering (``verdict.py``). Compilers work on the next regions while
+the GPU times one.
 
 Chains have no base programs. They are tuned once their regions are, and are compared
 with these, too (``rival.py``).
@@ -18,7 +19,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import datetime
 import logging
 import threading
 import time
@@ -30,39 +30,23 @@ import jax
 from .. import base, ir, plan
 from ..chain import AnySite
 from ..errors import CacheError, CompileError
-from ..invoke import AnyExecutable
 from ..jit import store
 from ..plan import AnyCandidate, Candidate
-from ..primitive import reference_fun
 from . import db, isolate, measure, stages
 from .builder import Builder, Built, Stopped
 from .failures import Failures
 from .isolate import Timing
+from .job import Job, Untunable, first_line, spending_on
 from .progress import Progress
 from .rival import Rival
 from .stages import Timed
-from .target import Target, executable
+from .target import Target
+from .verdict import decided
 
 logger = logging.getLogger(__name__)
 
 _REPEATS_BASE, _REPEATS = 3, 7
 _END_S = 5.0
-
-# What tuning took in this process, in seconds: for the benchmark.
-spent: dict[str, float] = {}
-
-
-@contextlib.contextmanager
-def _spending_on(what: str) -> Iterator[None]:
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        spent[what] = spent.get(what, 0.0) + time.monotonic() - start
-
-
-class Untunable(Exception):
-    """Why a region could not be tuned; it runs on XLA in this process."""
 
 
 def tune(
@@ -108,30 +92,6 @@ def tune(
     return run.failures
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Job:
-    """A region that is being tuned.
-
-    ``before`` is an earlier result for it. ``problems`` are for the log, ``notes`` for
-    the entry: candidates that crashed or did not end. ``parts`` are candidates for a
-    part of the region, which are tried where XLA is faster than ``found``. ``rival`` is
-    a chain's.
-    """
-
-    site: AnySite
-    found: list[AnyCandidate]
-    before: db.Entry | None
-    sets: int
-    rival: Rival | None
-    parts: list[AnyCandidate]
-    problems: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def sources(self) -> list[str]:
-        return [c.source for c in self.found]
-
-
 class _Run:
     """One tuning of several regions."""
 
@@ -152,7 +112,7 @@ class _Run:
         self._finish_s = 0.0  # the longest that the end of a region took
         self._crashes = Failures(target.results.root)
         self._builder = Builder(target)
-        self._jobs: list[_Job] = []  # those that have neither a result nor a reason
+        self._jobs: list[Job] = []  # those that have neither a result nor a reason
         self._base: dict[str, tuple[str, Path]] = {}
 
     def check(self, reserve_s: float = 0.0) -> None:
@@ -181,12 +141,12 @@ class _Run:
             measure.release()
 
     def _tune_all(self) -> None:
-        with _spending_on("base programs"):
+        with spending_on("base programs"):
             self._build_base_programs()
-        ready: collections.deque[_Job] = collections.deque()
+        ready: collections.deque[Job] = collections.deque()
         for job in list(self._jobs):
             with self._giving_a_reason(job):
-                with _spending_on("stage 1"):
+                with spending_on("stage 1"):
                     self._first_stage(job)
                 self._builder.add(job.sources)
                 ready.append(job)
@@ -196,14 +156,14 @@ class _Run:
         while ready:
             self._second_stage(ready.popleft())
 
-    def _job(self, site: AnySite) -> _Job | None:
+    def _job(self, site: AnySite) -> Job | None:
         target = self.target
         found: Sequence[AnyCandidate]
         try:
             found, reasons = _candidates(site.region, target)
         except Exception as error:  # a fault of ours: the other regions have none
             logger.info("%s", site, exc_info=True)
-            found, reasons = [], [_first_line(error)]
+            found, reasons = [], [first_line(error)]
         if not found:
             reason = "no kernel takes it: " + "; ".join(reasons)
             self.failures[site.region.text] = reason
@@ -214,10 +174,10 @@ class _Run:
         parts = [c for c in found if c.form.part is not None]
         rival = self._rivals.get(site.region.text)
         # Where there are none for the whole, those for a part at once.
-        return _Job(site, whole or parts, before, sets, rival, parts if whole else [])
+        return Job(site, whole or parts, before, sets, rival, parts if whole else [])
 
     @contextlib.contextmanager
-    def _giving_a_reason(self, job: _Job) -> Iterator[None]:
+    def _giving_a_reason(self, job: Job) -> Iterator[None]:
         """What ends the tuning of a region is its reason to run on XLA."""
         try:
             with _memory_guard():
@@ -228,7 +188,7 @@ class _Run:
             reason = str(error)
         except Exception as error:  # a fault of the device, say: the others may work
             logger.info("%s", job.site, exc_info=True)
-            reason = f"tuning failed: {_first_line(error)}"
+            reason = f"tuning failed: {first_line(error)}"
         else:
             return
         self._jobs.remove(job)
@@ -264,7 +224,7 @@ class _Run:
             self._base[source] = digest, path
         return self._base[source]
 
-    def _first_stage(self, job: _Job) -> None:
+    def _first_stage(self, job: Job) -> None:
         """Leaves those candidates in ``job`` that are to be built."""
         self._check_for_finish()
         times: dict[AnyCandidate, float] = {}
@@ -285,16 +245,16 @@ class _Run:
 
     # --- Stage 2
 
-    def _second_stage(self, job: _Job) -> None:
+    def _second_stage(self, job: Job) -> None:
         site = job.site
         self.progress.step(site.label, self._builder.left())
         with self._giving_a_reason(job):
-            with _spending_on("compilers"):
+            with spending_on("compilers"):
                 built = self._builder.wait(job.sources, self._check_for_finish)
-            with _spending_on("stage 2"):
+            with spending_on("stage 2"):
                 groups = self._time_all(job, built)
             start = time.monotonic()
-            entry = self._finish(job, groups, built)
+            entry = decided(job, groups, built, self.target, self._is_late)
             self._finish_s = max(self._finish_s, time.monotonic() - start)
             if entry.choice == "xla" and job.parts:
                 entry = self._with_parts(job, entry)
@@ -305,21 +265,21 @@ class _Run:
         for problem in job.problems:
             logger.info("%s: %s", site, problem)
 
-    def _with_parts(self, job: _Job, whole: db.Entry) -> db.Entry:
+    def _with_parts(self, job: Job, whole: db.Entry) -> db.Entry:
         """What a kernel for a part of the region gives, if it beats XLA, or ``whole``.
 
         Kernels that end early are compiled only here: mostly they are not needed.
         """
         job.found, job.parts = job.parts, []
         try:
-            with _spending_on("stage 1"):
+            with spending_on("stage 1"):
                 self._first_stage(job)
             self._builder.add(job.sources)
-            with _spending_on("compilers"):
+            with spending_on("compilers"):
                 built = self._builder.wait(job.sources, self._check_for_finish)
-            with _spending_on("stage 2"):
+            with spending_on("stage 2"):
                 groups = self._time_all(job, built)
-            entry = self._finish(job, groups, built)
+            entry = decided(job, groups, built, self.target, self._is_late)
         except (Stopped, Untunable) as error:
             if self.stop.is_set():
                 raise
@@ -333,7 +293,7 @@ class _Run:
         """As ``check``, keeping the time that verifying what was found takes."""
         self.check(self._finish_s)
 
-    def _time_all(self, job: _Job, built: Built) -> list[list[Timed]]:
+    def _time_all(self, job: Job, built: Built) -> list[list[Timed]]:
         """The candidates of each form that ran, the choice first.
 
         Those for which there is no time any more are left out, if there are others.
@@ -344,7 +304,7 @@ class _Run:
                 self._check_for_finish()
                 digest, path = built[candidate.source]
                 if isinstance(path, CompileError):
-                    job.problems.append(f"{candidate.text}: {_first_line(path)}")
+                    job.problems.append(f"{candidate.text}: {first_line(path)}")
                     continue
                 timing = self._time(job, candidate, digest, path, _REPEATS, verify=True)
                 if timing is not None:
@@ -360,105 +320,14 @@ class _Run:
             ordered, key=lambda group: not stages.is_of(job.before, group[0].candidate)
         )
 
-    def _finish(self, job: _Job, groups: list[list[Timed]], built: Built) -> db.Entry:
-        """Verifies the fastest and compares it with XLA."""
-        site, target = job.site, self.target
-        if not groups:
-            raise Untunable("no candidate ran: " + "; ".join(job.problems))
-        with _spending_on("operands"):
-            operands = measure.make_operands(site, target.arch.l2_bytes)
-        entry = db.Entry(
-            choice="xla",
-            sources=target.origin.sources_of(site.region),
-            compiler=target.origin.compiler or "",
-            candidates=sum(map(len, groups)),
-            versions=db.versions(),
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            notes="; ".join(job.notes)[:500],
-        )
-        with _spending_on("yardstick"):
-            yardstick = measure.Yardstick(operands)
-        with _spending_on("XLA"):
-            xla = reference_fun(site.reference)
-            xla_us, outputs = measure.time_region(xla, operands, target.ordinal)
-            xla_errors = yardstick.errors(outputs)
-        entry = dataclasses.replace(
-            entry, xla_time_us=xla_us, xla_error=max(xla_errors)
-        )
-        del outputs
-        for group in groups:
-            if entry.time_us is not None and self._is_late():
-                break
-            entry = self._with_best(
-                entry, job, group, built, operands, yardstick, xla_errors
-            )
-        time_us = entry.time_us
-        if time_us is None:
-            raise Untunable("no candidate is right: " + "; ".join(job.problems))
-        if job.rival is None:
-            chosen = stages.choice(time_us, xla_us, job.before)
-            return dataclasses.replace(entry, choice=chosen)
-        with _spending_on("apart"):
-            apart_us = job.rival.time_us(operands, target.ordinal)
-        bound_us = min(xla_us, apart_us)
-        wins = stages.choice(time_us, bound_us, job.before) == "kernel"
-        return dataclasses.replace(
-            entry, apart_time_us=apart_us, choice="kernel" if wins else "apart"
-        )
-
     def _is_late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
-
-    def _with_best(
-        self,
-        entry: db.Entry,
-        job: _Job,
-        group: list[Timed],
-        built: Built,
-        operands: measure.Operands,
-        yardstick: measure.Yardstick,
-        xla_errors: Sequence[float],
-    ) -> db.Entry:
-        """``entry`` with a form's first accurate kernel, if it is clearly faster."""
-        region, target = job.site.region, self.target
-        for timed in group:
-            candidate = timed.candidate
-            path = built[candidate.source][1]
-            try:
-                kernel = executable(region, candidate, timed.digest, path, target)
-            except CompileError as error:
-                job.problems.append(f"{candidate.text}: {_first_line(error)}")
-                continue
-            with _spending_on("in program"):
-                time_us, outputs = time_in_program(kernel, operands, target)
-                errors = measure.worst(yardstick.errors(outputs), xla_errors, region)
-            if not measure.is_accurate(errors, region):
-                job.problems.append(
-                    f"{candidate.text}: error {errors.kernel:.2e}, "
-                    f"XLA's {errors.xla:.2e}"
-                )
-                continue
-            if entry.time_us is not None and time_us >= stages.MARGIN * entry.time_us:
-                return entry
-            return dataclasses.replace(
-                entry,
-                form=candidate.form.name,
-                template=candidate.template.name,
-                config=candidate.config.text,
-                digest=timed.digest,
-                time_us=time_us,
-                kernel_time_us=timed.timing.micros,
-                spread=timed.timing.spread,
-                error=errors.kernel,
-                xla_error=errors.xla,
-            )
-        return entry
 
     # --- Both
 
     def _time(
         self,
-        job: _Job,
+        job: Job,
         candidate: AnyCandidate,
         digest: str,
         path: Path,
@@ -516,17 +385,3 @@ def _candidates(
 
 def _stand_in(candidate: AnyCandidate) -> Candidate | None:
     return base.stand_in(candidate) if isinstance(candidate, Candidate) else None
-
-
-def time_in_program(
-    kernel: AnyExecutable, operands: measure.Operands, target: Target
-) -> measure.Run:
-    """The region on ``kernel``, as programs for ``target`` run it."""
-    if "sequence" not in target.disable and kernel.form.part is None:
-        return measure.time_in_sequence(kernel, operands, target.ordinal)
-    fun = measure.kernel_function(operands.site, kernel)
-    return measure.time_region(fun, operands, target.ordinal)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
