@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,6 +30,8 @@ from .options import OnError, OnMiss, Options
 if TYPE_CHECKING:
     from .rewrite import Rewritten
     from .split import Split
+
+logger = logging.getLogger(__name__)
 
 _Signature: TypeAlias = tuple[Any, ...]
 _NUMBERS = (bool, int, float, complex)
@@ -147,7 +150,11 @@ class Frozen(Optimized):
             parts = known[full]
         if parts is None:
             return self._function.plain, self._frozen
-        values = [*self._leaves, *self._computed(parts.prepare)]
+        try:
+            values = [*self._leaves, *self._computed(parts.prepare)]
+        except Exception:  # a fault of the user's own is one at every call, too
+            logger.info("%s: computed at every call", self.__name__, exc_info=True)
+            return self._function.plain, self._frozen
         return parts.run, ([values[i] for i in parts.split.sources],)
 
     def _may_part(self) -> bool:

@@ -200,6 +200,8 @@ class _Pass:
         try:
             found = self._prepare(match.region, given.aval)
             if found is not None:
+                # As it is sharded, which may forbid it.
+                jax.eval_shape(found[1], given.aval)
                 edges.add(found[1], given)
         except Exception as error:  # then it is prepared at every call
             logger.info("%s: %s", match.name, error)

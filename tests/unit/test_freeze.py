@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.experimental import io_callback
 
 import jax_bolt
-from jax_bolt._src import resolve
+from jax_bolt._src import freeze, resolve
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -174,6 +174,15 @@ def test_a_larger_value_that_takes_work_is_kept(x):
     frozen = jax_bolt.freeze(fun, w)
     assert [r.shape for r in residuals(frozen, x)] == [(4, 4)]
     equal(frozen(x), jax.jit(fun)(w, x))
+
+
+def test_what_cannot_be_computed_once_is_computed_at_every_call(params, x, monkeypatch):
+    def fail(self, prepare):
+        raise RuntimeError("out of memory")
+
+    want = jax_bolt.optimize(block)(params, x)
+    monkeypatch.setattr(freeze.Frozen, "_computed", fail)
+    equal(jax_bolt.freeze(block, params)(x), want)
 
 
 def test_results_that_are_frozen_themselves(params, x):
