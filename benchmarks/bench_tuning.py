@@ -179,9 +179,9 @@ def against_the_space(
 ) -> list[dict[str, Any]]:
     """For each problem: the best tile there is, and what the two stages take.
 
-    ``tiles`` gets the time of every tile's base program, by region and candidate.
+    ``tiles`` gets a line of JSON for each: every tile's base program's time, by region
+    and candidate.
     """
-    every: dict[str, dict[str, float]] = {}
     deadline = time.monotonic() + budget_s
     from benchmarks.kernel_problems import short
     from jax_bolt._src import base
@@ -220,9 +220,10 @@ def against_the_space(
             timed = times([p for _, p in pairs if p is not None], sets, built)
             micros = {c: timed[p] for c, p in pairs if p in timed}
             best = sorted(micros, key=micros.__getitem__)[:_BEST]
-            every[region.text] = {c.text: us for c, us in micros.items()}
             if tiles is not None:
-                tiles.write_text(json.dumps(every, indent=0) + "\n")
+                with tiles.open("a") as file:
+                    every = {c.text: us for c, us in micros.items()}
+                    file.write(json.dumps({region.text: every}) + "\n")
             offered = listed(problem.site, target.arch)
             stage1 = {c: micros[c] for c in offered if c in micros and base.stand_in(c)}
             chosen = stages.finalists(offered, stage1, None)

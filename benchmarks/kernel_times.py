@@ -30,6 +30,7 @@ from jax_bolt._src.errors import CompileError, UnsupportedError
 from jax_bolt._src.plan import AnyCandidate, Candidate
 from jax_bolt._src.primitive import SiteInfo, reference_fun
 from jax_bolt._src.tune import builder, isolate, measure, verdict
+from jax_bolt._src.tune.job import first_line
 from jax_bolt._src.tune.target import Target, executable
 
 from . import environment, floor, kernel_problems, kernel_table
@@ -245,7 +246,7 @@ def _kernels(
         try:
             entry["rot_us"] = micros(candidate, len(operands.sets))
         except (CompileError, isolate.Failed) as error:
-            entry["failure"] = _first_line(error)
+            entry["failure"] = first_line(error)
         else:
             groups.setdefault(key, []).append((candidate, entry))
     site = operands.site
@@ -290,7 +291,7 @@ def _fastest_accurate(
         try:
             kernel = executable(region, candidate, *built[candidate.source], target)
         except CompileError as error:
-            entry["failure"] = _first_line(error)
+            entry["failure"] = first_line(error)
             continue
         run = verdict.time_in_program(kernel, operands, target)
         found = yardstick.errors(run.outputs)
@@ -359,8 +360,4 @@ def _noting(failures: list[str], what: str) -> Iterator[None]:
     except builder.Stopped:
         raise
     except Exception as error:
-        failures.append(f"{what}: {type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        failures.append(f"{what}: {type(error).__name__}: {first_line(error)}")

@@ -17,7 +17,7 @@ A value on the way may be stored as well: an auxiliary output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
 DType: TypeAlias = Literal["bf16", "f16", "f32", "bool"]
@@ -400,6 +400,20 @@ class Chain:
 
 # What one kernel computes.
 Work: TypeAlias = Region | Chain
+
+
+def needed(
+    wanted: Iterable[int], args: Callable[[int], Iterable[int]]
+) -> frozenset[int]:
+    """``wanted``, and all that these are computed from by each value's ``args``."""
+    found: set[int] = set()
+    pending = list(wanted)
+    while pending:
+        i = pending.pop()
+        if i not in found:
+            found.add(i)
+            pending.extend(args(i))
+    return frozenset(found)
 
 
 def _number(value: float | int) -> str:

@@ -161,18 +161,13 @@ def _body(
     ``given`` are values that arrive as floats; ``leaf`` names an input.
     """
     kinds, short = epilogue.kinds(), idioms(epilogue)
-    needed: set[int] = set()
-    pending = list(wanted)
-    while pending:
-        i = pending.pop()
-        if i not in needed:
-            needed.add(i)
-            args = short.get(i, epilogue.ops[i]).args
-            pending.extend(() if i in given else args)
+
+    def read(i: int) -> tuple[int, ...]:
+        return () if i in given else short.get(i, epilogue.ops[i]).args
 
     lines: list[str] = []
     names: dict[int, str] = {}
-    for i in sorted(needed):
+    for i in sorted(ir.needed(wanted, read)):
         op = epilogue.ops[i]
         if i in given or op.name in ("acc", "vector", "side"):
             text = given[i] if i in given else leaf(op)

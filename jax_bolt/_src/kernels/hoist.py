@@ -22,14 +22,8 @@ def live(
     epilogue: ir.Epilogue, short: Mapping[int, Idiom] | None = None
 ) -> frozenset[int]:
     """The values that the outputs depend on, some computed by the idioms ``short``."""
-    found: set[int] = set()
-    pending = [output.value for output in epilogue.outputs]
-    while pending:
-        i = pending.pop()
-        if i not in found:
-            found.add(i)
-            pending.extend((short or {}).get(i, epilogue.ops[i]).args)
-    return frozenset(found)
+    stored = (output.value for output in epilogue.outputs)
+    return ir.needed(stored, lambda i: (short or {}).get(i, epilogue.ops[i]).args)
 
 
 def constant(epilogue: ir.Epilogue) -> tuple[bool, ...]:

@@ -116,11 +116,9 @@ def idioms(epilogue: ir.Epilogue) -> dict[int, Idiom]:
 
 def _uses(epilogue: ir.Epilogue) -> collections.Counter[int]:
     """How often what is stored needs each value."""
-    uses = collections.Counter(output.value for output in epilogue.outputs)
-    for i in reversed(range(len(epilogue.ops))):
-        if uses[i]:
-            uses.update(epilogue.ops[i].args)
-    return uses
+    ops, stored = epilogue.ops, [output.value for output in epilogue.outputs]
+    live = ir.needed(stored, lambda i: ops[i].args)
+    return collections.Counter([*stored, *(arg for i in live for arg in ops[i].args)])
 
 
 def _scaled(
