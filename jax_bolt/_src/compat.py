@@ -52,6 +52,7 @@ __all__ = [
     "fresh_vars",
     "has_bound_axes",
     "is_drop",
+    "is_outermost",
     "jaxpr_as_fun",
     "like_body",
     "live_equations",
@@ -120,6 +121,11 @@ def make_jaxpr(fun: Callable, static_argnums: Sequence[int], args, kwargs):
 def trace_context() -> Any:
     """What of JAX's state a trace depends on; hashable."""
     return _config.trace_context()
+
+
+def is_outermost() -> bool:
+    """Whether nothing is being traced: arrays are what they seem."""
+    return _jax_core.trace_state_clean()
 
 
 def has_bound_axes() -> bool:

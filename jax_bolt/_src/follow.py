@@ -31,7 +31,10 @@ def question(about: AnySite | str, device: Any) -> str:
 
 def call_digest(kernel: AnyExecutable) -> str:
     """Over what a program's text says of a kernel beyond its region."""
-    parts = kernel.digest, kernel.form.name, kernel.workspace_bytes, kernel.recipe
+    parts = (
+        *(kernel.digest, kernel.form.name, kernel.workspace_bytes),
+        *(kernel.recipe, kernel.held_recipe),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -53,6 +53,9 @@ class Frozen(Optimized):
         self._function = function
         self._frozen = frozen
         self._leaves, self._tree = jax.tree.flatten(frozen)
+        self._is_abstract = any(
+            isinstance(x, jax.ShapeDtypeStruct) for x in self._leaves
+        )
         # For each signature a jitted function and its first arguments.
         self._calls: dict[_Signature, tuple[Any, tuple[Any, ...]]] = {}
         self._active: tuple[Options | None, int] = (None, 0)
@@ -132,11 +135,13 @@ class Frozen(Optimized):
         named += sorted(static.items())
         # 1 equals True.
         fixed = [(name, type(value), value) for name, value in named]
+        # Traced by another program, the kept arrays are what that makes of them.
+        hold = compat.is_outermost() and not self._is_abstract
         active, known = options.current(), self._active
         if active is not known[0]:
             # Hashing the options at every call would cost more than all of this.
             known = self._active = active, self._function.shared.number(active)
-        return (tree, *avals, *fixed, known[1], compat.trace_context())
+        return (tree, *avals, *fixed, known[1], compat.trace_context(), hold)
 
     def _bind(
         self, args: Any, kwargs: Any, signature: _Signature
@@ -146,7 +151,7 @@ class Frozen(Optimized):
             full = (self._tree, *map(jax.typeof, self._leaves), signature)
             known = self._function.shared.parts
             if full not in known:
-                known[full] = self._part(args, kwargs)
+                known[full] = self._part(args, kwargs, hold=signature[-1])
             parts = known[full]
         if parts is None:
             return self._function.plain, self._frozen
@@ -155,7 +160,9 @@ class Frozen(Optimized):
         except Exception:  # a fault of the user's own is one at every call, too
             logger.info("%s: computed at every call", self.__name__, exc_info=True)
             return self._function.plain, self._frozen
-        return parts.run, ([values[i] for i in parts.split.sources],)
+        kept = [values[i] for i in parts.split.sources]
+        # Held arrays are read without waiting for whatever computes them.
+        return parts.run, (jax.block_until_ready(kept) if signature[-1] else kept,)
 
     def _may_part(self) -> bool:
         from . import compat
@@ -164,8 +171,11 @@ class Frozen(Optimized):
         traced = any(isinstance(x, Tracer) for x in self._leaves)
         return not traced and not compat.has_bound_axes()
 
-    def _part(self, args: Any, kwargs: Any) -> _Parts | None:
-        """The function, traced and parted; None where it cannot be parted."""
+    def _part(self, args: Any, kwargs: Any, *, hold: bool = False) -> _Parts | None:
+        """The function, traced and parted; None where it cannot be parted.
+
+        With ``hold`` what is kept is ready before any call.
+        """
         from . import program
 
         shared, fun, tree = self._function.shared, self._function.fun, self._tree
@@ -179,7 +189,9 @@ class Frozen(Optimized):
         positions = [i + 1 for i in api.within(self._static, args)]
         active = dataclasses.replace(options.current(), **self._changes)
         made = program.parted(
-            whole, positions, (self._leaves, *args), others, len(self._leaves), active
+            *(whole, positions, (self._leaves, *args), others, len(self._leaves)),
+            active,
+            hold=hold,
         )
         if made is None:
             return None
@@ -201,7 +213,7 @@ class Frozen(Optimized):
         return _Parts(split, rewritten, shared.prepare(split), run)
 
     def _computed(self, prepare: _Prepare) -> list[Any]:
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in self._leaves):
+        if self._is_abstract:
             return prepare.abstract()
         known = self._function.shared.known(self._leaves)
         if prepare not in known:

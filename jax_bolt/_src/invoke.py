@@ -29,7 +29,8 @@ JAX_DTYPES = {
 class Executable:
     """A kernel loaded under ``digest``, and the user's problem it runs as ``form``.
 
-    ``recipe`` is how a cubin is launched (``kernels.recipe``), empty for a module.
+    ``recipe`` is how a cubin is launched (``kernels.recipe``), empty for a module, and
+    ``held_recipe`` how where its parameters are held (``held``).
     """
 
     digest: str
@@ -37,6 +38,7 @@ class Executable:
     form: Form
     workspace_bytes: int
     recipe: tuple[int, ...] = ()
+    held_recipe: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class ChainExecutable:
     form: ChainForm
     workspace_bytes: int
     recipe: tuple[int, ...]
+    held_recipe: tuple[int, ...] = ()
 
 
 AnyExecutable: TypeAlias = Executable | ChainExecutable

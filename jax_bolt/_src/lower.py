@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import agree, cast, chain, compat, forms, invoke, passes, resolve
+from . import agree, cast, chain, compat, forms, held, invoke, passes, resolve
 from . import pool as pools
 from .compat import ClosedJaxpr, JaxprEqn, mlir
 from .errors import UnsupportedError
@@ -56,6 +56,7 @@ def _lower_cuda(
     kernel = _kernel_or_none(ctx, site, family, options)
     if kernel is None:
         return lower_reference(ctx, *args, site=site, **params)
+    kernel = held.early(kernel, [{"site": site, **params}])
     shape = ctx.avals_out[0].shape
 
     def region(*operands: Any) -> list[Any]:
@@ -208,10 +209,16 @@ def _steps(
     for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
         if index in places:
             pair, both = places[index]
-            steps.append(_Step((eqns[pair.producer], eqns[pair.consumer]), both))
+            steps.append(_step(both, eqns[pair.producer], eqns[pair.consumer]))
         elif index not in inside:
-            steps.append(_Step((eqn,), kernel))
+            steps.append(_step(kernel, eqn))
     return steps
+
+
+def _step(kernel: invoke.AnyExecutable | None, *eqns: JaxprEqn) -> _Step:
+    if kernel is not None:
+        kernel = held.early(kernel, [eqn.params for eqn in eqns])
+    return _Step(eqns, kernel)
 
 
 def _chains(

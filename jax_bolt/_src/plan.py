@@ -42,10 +42,18 @@ class Candidate:
     @property
     def recipe(self) -> tuple[int, ...]:
         """How the artifact is launched; empty for a module, which knows it itself."""
+        return self._recipe(held=False)
+
+    @property
+    def held_recipe(self) -> tuple[int, ...]:
+        """The same where its filter and its per-channel inputs are held (``held``)."""
+        return self._recipe(held=True)
+
+    def _recipe(self, *, held: bool) -> tuple[int, ...]:
         if self.template.artifact == "module":
             return ()
-        template = cast(CubinTemplate, self.template)
-        return template.recipe(self.form.region, self.config, self.arch).encode()
+        template, region = cast(CubinTemplate, self.template), self.form.region
+        return template.recipe(region, self.config, self.arch, held=held).encode()
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -87,8 +95,17 @@ class ChainCandidate:
     @property
     def recipe(self) -> tuple[int, ...]:
         """How the artifact is launched."""
+        return self._recipe(held=False)
+
+    @property
+    def held_recipe(self) -> tuple[int, ...]:
+        """As of ``Candidate``."""
+        return self._recipe(held=True)
+
+    def _recipe(self, *, held: bool) -> tuple[int, ...]:
         region = self.form.region
-        return self.template.recipe(region, self.config, self.arch).encode()
+        made = self.template.recipe(region, self.config, self.arch, held=held)
+        return made.encode()
 
     @property
     def micros(self) -> float:

@@ -18,6 +18,7 @@ from . import (
     compat,
     filters,
     floor,
+    held,
     options,
     passes,
     paths,
@@ -70,10 +71,13 @@ def parted(
     kwargs: Any,
     frozen: int,
     active: Options,
+    *,
+    hold: bool = False,
 ) -> tuple[Split, Rewritten, Any] | None:
     """As ``trace``, with what the first ``frozen`` leaves decide apart from the rest.
 
-    None where the program cannot be parted.
+    ``hold``: the rest's leading arguments will be ``held``. None where the program
+    cannot be parted.
     """
     traced, tree = compat.make_jaxpr(fun, static_argnums, args, kwargs)
     parts = split_.split(traced, frozen)
@@ -82,6 +86,9 @@ def parted(
     prepare = filters.for_device(active)
     rewritten = rewrite.rewrite(parts.rest, active, len(parts.sources), prepare)
     parts = split_.further(parts, rewritten.program)
+    if hold:
+        rest = held.marked(parts.rest, len(parts.sources))
+        parts = dataclasses.replace(parts, rest=rest)
     rewritten = dataclasses.replace(rewritten, program=parts.rest)
     if active.dump_dir is not None:
         _dump(active.dump_dir, getattr(fun, "__name__", "function"), traced, rewritten)

@@ -188,6 +188,7 @@ class _Pass:
             "site": site,
             "family": self.family,
             "options": self.options,
+            "held": frozenset(),
         }
         call = call_equation(edges.operands, edges.outputs, bolt_call_p, params, root)
         return [*edges.before, call, *edges.after]

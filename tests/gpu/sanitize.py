@@ -85,7 +85,9 @@ def _launched(kernel, arrays):
     address = jax.tree.map(lambda x: x.unsafe_buffer_pointer(), arrays)
     kind, dims = invoke.launched(kernel.form.region)
     ordinal = kernels.target().ordinal
-    loader.native().run(kernel.digest, kind, dims, address, ordinal, kernel.recipe)
+    # Nothing else runs: what is read without waiting may be.
+    recipe = kernel.held_recipe
+    loader.native().run(kernel.digest, kind, dims, address, ordinal, recipe)
     return arrays
 
 

@@ -210,6 +210,44 @@ def test_a_dependent_read_never_sees_stale_data(forced):
         assert (got == want[i % 4]).all(), i
 
 
+def test_held_filters_are_never_read_stale(forced):
+    """What ``freeze`` keeps is read while the kernel ahead still runs.
+
+    The parameters of every call were computed just before, by a program that ends in
+    kernels of ours; and the memory of the last ones is free for these.
+    """
+
+    def chain(filters, biases, x):
+        for w, b in zip(filters, biases, strict=True):
+            x = jax.nn.relu(cases.conv(x, w) + cases.over_channels(b, x))
+        return x
+
+    def made(seed):
+        w = normal(seed, 6, 3, 3, 64, 64) * 0.05
+        return [*w], [*normal(30 + seed, 6, 64)]
+
+    @jax_bolt.optimize
+    def scaled(parameters, factor):
+        return jax.tree.map(
+            lambda p: (p.reshape(-1, 64) @ factor).reshape(p.shape), parameters
+        )
+
+    x = normal(9, 1, 14, 14, 64)
+    factors = [jnp.eye(64, dtype=jnp.bfloat16) * s for s in (1, 0.5, -1, 0.25)]
+    parameters = made(0)
+    plain = jax_bolt.optimize(chain)
+    want = [
+        np.asarray(plain(*scaled(parameters, f), x)).view(np.uint16) for f in factors
+    ]
+    frozen = jax_bolt.freeze(chain, *parameters)
+    close(frozen(x), jax.jit(chain)(*parameters, x))
+    for i in range(500):
+        frozen = frozen.replace(*scaled(parameters, factors[i % 4]))
+        for _ in range(2):
+            got = np.asarray(frozen(x)).view(np.uint16)
+            assert (got == want[i % 4]).all(), i
+
+
 def preactivation(x, filters, scales):
     """Blocks that read the sum, and what a scale and a relu make of it."""
     for w, (first, second) in zip(filters, scales, strict=True):

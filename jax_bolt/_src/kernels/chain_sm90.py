@@ -106,7 +106,9 @@ def prologue(chain: ir.Chain) -> str | None:
     return None if packing is None else packing.instance
 
 
-def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
+def recipe(
+    chain: ir.Chain, config: Config, arch: GpuArch, *, held: bool = False
+) -> Recipe:
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometry."""
     tile, shape = Tile.of(config), shape_of(chain)
     layout, packing = tile.layout(shape.image), shape.image.packing
@@ -123,7 +125,7 @@ def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
             *(vectors[first:] or (recipes.NULL,)),
         ),
         ints=(
-            *layout.integers(shape.blocks, tile.rings),
+            *layout.integers(shape.blocks, tile.rings, held=held),
             *(shape.blocks, shape.channels),
         ),
         workspace_bytes=packing.workspace_bytes if packing else 0,

@@ -97,8 +97,11 @@ def prologue(region: ir.Region) -> str | None:
     del region
 
 
-def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
+def recipe(
+    region: ir.Region, config: Config, arch: GpuArch, *, held: bool = False
+) -> Recipe:
     """How to launch it: the grid, shared memory, and the kernel's Sizes."""
+    del held  # it waits before it reads anything
     tile = Tile.of(config)
     shape = Shape(tile, region)
     p, epilogue = shape.problem, region.epilogue

@@ -215,8 +215,13 @@ class Layout:
     def tile_count(self, filter_blocks: int) -> int:
         return math.prod(self.tiles) * self.image.channel_tiles(filter_blocks)
 
-    def integers(self, filter_blocks: int, rings: Rings) -> tuple[int, ...]:
-        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile."""
+    def integers(
+        self, filter_blocks: int, rings: Rings, *, held: bool = False
+    ) -> tuple[int, ...]:
+        """The kernel's Geometry; ``filter_blocks`` of 64 channels make a tile.
+
+        ``held`` as ``CubinTemplate.recipe`` has it; what a prologue packs is not.
+        """
         i, phases, taps = self.image, self.phases, self.taps
         _, row_tiles, col_tiles = self.tiles
         channel_tiles = i.channel_tiles(filter_blocks)
@@ -240,6 +245,7 @@ class Layout:
             *(self.stores, self.pitch * ROW, self.slot_bytes),
             images * rows * cols * ROW,
             int(i.filters > 1),
+            int(held and i.packing is None),
             *self._images,
         ]
         numbers += _filled(

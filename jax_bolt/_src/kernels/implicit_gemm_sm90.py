@@ -157,7 +157,9 @@ def prologue(region: ir.Region) -> str | None:
     return None if packing is None else packing.instance
 
 
-def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
+def recipe(
+    region: ir.Region, config: Config, arch: GpuArch, *, held: bool = False
+) -> Recipe:
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometry."""
     tile, image = Tile.of(config), Image.of(region.problem)
     layout = tile.layout(image)
@@ -171,7 +173,7 @@ def recipe(region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
         programmatic=True,
         maps=layout.maps(tile.filter_blocks, epilogue),
         pointers=vectors or (recipes.NULL,),
-        ints=layout.integers(tile.filter_blocks, tile.rings),
+        ints=layout.integers(tile.filter_blocks, tile.rings, held=held),
         workspace_bytes=image.packing.workspace_bytes if image.packing else 0,
         prologue=image.packing.recipe() if image.packing else None,
     )

@@ -109,7 +109,9 @@ def prologue(chain: ir.Chain) -> str | None:
     return None
 
 
-def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
+def recipe(
+    chain: ir.Chain, config: Config, arch: GpuArch, *, held: bool = False
+) -> Recipe:
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometries."""
     tile, lines = Tile.of(config), _lines(chain)
     assert lines is not None
@@ -134,7 +136,7 @@ def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
         ints=tuple(
             n
             for layout in layouts
-            for n in layout.integers(tile.filter_blocks, tile.rings)
+            for n in layout.integers(tile.filter_blocks, tile.rings, held=held)
         ),
     )
 

@@ -60,8 +60,14 @@ class CubinTemplate(Template, Protocol):
         """The C++ type of a kernel that the recipe launches first, or None."""
         ...
 
-    def recipe(self, region: ir.Region, config: Config, arch: GpuArch) -> Recipe:
-        """How to launch what ``instantiate`` names on the region's sizes."""
+    def recipe(
+        self, region: ir.Region, config: Config, arch: GpuArch, *, held: bool = False
+    ) -> Recipe:
+        """How to launch what ``instantiate`` names on the region's sizes.
+
+        ``held``: no kernel that may still run when this one starts writes its filter or
+        its per-channel inputs, so that it may read them at once.
+        """
         ...
 
 
@@ -82,4 +88,6 @@ class ChainTemplate(Protocol):
     def reasoning(self, chain: ir.Chain, config: Config, arch: GpuArch) -> str: ...
     def micros(self, chain: ir.Chain, config: Config, arch: GpuArch) -> float: ...
     def prologue(self, chain: ir.Chain) -> str | None: ...
-    def recipe(self, chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe: ...
+    def recipe(
+        self, chain: ir.Chain, config: Config, arch: GpuArch, *, held: bool = False
+    ) -> Recipe: ...

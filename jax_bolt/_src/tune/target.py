@@ -67,7 +67,7 @@ def executable(
     kind, dims = launched(candidate.form.region)
     native = loader.native()
     try:
-        recipe = candidate.recipe
+        recipe, held = candidate.recipe, candidate.held_recipe
     except ValueError as error:
         raise CompileError(f"{candidate.text} cannot be launched: {error}") from error
     reason = native.check(digest, kind, dims, recipe)
@@ -79,6 +79,8 @@ def executable(
     if isinstance(candidate, ChainCandidate):
         assert isinstance(region, ir.Chain)
         problems = (region.first.problem, region.second.problem)
-        return ChainExecutable(digest, problems, candidate.form, workspace, recipe)
+        launch = candidate.form, workspace, recipe, held
+        return ChainExecutable(digest, problems, *launch)
     assert isinstance(region, ir.Region)
-    return Executable(digest, region.problem, candidate.form, workspace, recipe)
+    launch = candidate.form, workspace, recipe, held
+    return Executable(digest, region.problem, *launch)

@@ -51,10 +51,11 @@ struct MergedSm90 {
 
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
     Ring ring;
+    bool waits = true;
     for (int index = Second::first_tile(); index < p.geometry.tiles; index += Second::tile_step()) {
       Tile const tile(p.geometry, index);
-      Second::load_pixels(p.first_pixels, p.first_geometry, memory, tile, ring);
-      Second::load_pixels(p.pixels, p.geometry, memory, tile, ring);
+      Second::load_pixels(p.first_pixels, p.first_geometry, memory, tile, ring, waits);
+      Second::load_pixels(p.pixels, p.geometry, memory, tile, ring, waits);
     }
   }
 
@@ -174,10 +175,10 @@ struct MergedSm90 {
       ptx::arrive(Second::kSetUp, kThreads);
       if (warp == 0) ptx::allow_next_kernel();
       if (elected && warp < 2) {
-        ptx::wait_for_earlier_kernels();
         if (warp == 0) {
           load_pixels(p, memory);
         } else {
+          if (!g.held) ptx::wait_for_earlier_kernels();
           load_filters(p, memory);
         }
       }
@@ -185,7 +186,7 @@ struct MergedSm90 {
       if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
       if ((threadIdx.x & 127) == 0) ptx::prefetch(p.output);
       ptx::sync(Second::kSetUp, kThreads);
-      ptx::wait_for_earlier_kernels();
+      if (!g.held) ptx::wait_for_earlier_kernels();
       consume(p, memory, warpgroup);
     }
   }

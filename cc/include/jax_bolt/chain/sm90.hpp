@@ -630,7 +630,7 @@ struct Sm90 {
       ptx::arrive(kSetUp, kThreads);
       if (warp == 0) ptx::allow_next_kernel();
       if (elected) {
-        ptx::wait_for_earlier_kernels();
+        if (warp != 1 || !g.held) ptx::wait_for_earlier_kernels();
         if (warp == 0) {
           load_pixels(p, memory);
         } else if (warp == 1) {
@@ -647,7 +647,7 @@ struct Sm90 {
       }
       clear_tails(g, memory, warpgroup);
       ptx::sync(kSetUp, kThreads);
-      ptx::wait_for_earlier_kernels();
+      if (!g.held) ptx::wait_for_earlier_kernels();
       tabulate<First>(p.vectors, g.channels, p.joint.blocks, memory.columns);
       tabulate<Second>(p.second_vectors, p.joint.channels, kOutputs, memory.second_columns);
       ptx::sync(kColumns, 128 * kWarpgroups);

@@ -25,7 +25,7 @@ struct Geometry {
   std::int32_t channels, group_outputs, group_inputs;
 
   // Tiles of a launch: images x rows x columns x channels, channels varying fastest, and the
-  // outputs that one covers. Where CTAs share filters in pairs, `tiles` counts pairs of tiles.
+  // outputs that one covers.
   std::int32_t tiles, channel_tiles, col_tiles, row_tiles;
   std::int32_t tile_images, tile_rows, tile_cols;
 
@@ -48,6 +48,10 @@ struct Geometry {
 
   // 1 where every image has a filter of its own: a batched product.
   std::int32_t filter_batch;
+
+  // 1 where no kernel that may still run writes the filter or the per-channel inputs: they are read
+  // without waiting for earlier kernels.
+  std::int32_t held;
 
   // Where a tile's line is gathered from images, by TMA's im2col mode: the rows and columns of an
   // image of output pixels, and where the first one's first tap reads. A phase is then one tap, its

@@ -9,8 +9,7 @@
 // pixels, warp 1 the filters, warps 2 and 3 the side inputs of a warpgroup each. Rings of stages in
 // shared memory, each with a full and an empty barrier, connect them. From load to store:
 // load_pixels, load_filters, load_sides; then multiply, finish, store. The CTAs of a cluster may
-// share a tile, each with some of the input channels: combine and gather connect them. Or two have
-// tiles of the same channels, and each loads half of the filter for both.
+// share a tile, each with some of the input channels: combine and gather connect them.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 
@@ -255,15 +254,17 @@ struct Sm90 {
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Ring ring;
+    bool waits = true;
     for (int index = first_tile(); index < g.tiles; index += tile_step()) {
-      load_pixels(p.pixels, g, memory, Tile(g, index), ring);
+      load_pixels(p.pixels, g, memory, Tile(g, index), ring, waits);
     }
   }
 
-  /// A tile's input pixels, of the group that its output channels are of.
+  /// A tile's input pixels, of the group that its output channels are of. The first load `waits`
+  /// for earlier kernels, and what leads to it does not: divisions take a while.
   __device__ static __forceinline__ void load_pixels(ptx::TensorMap const& map, Geometry const& g,
                                                      Memory const& memory, Tile const& tile,
-                                                     Ring& ring) {
+                                                     Ring& ring, bool& waits) {
     Barriers& barriers = *memory.barriers;
     int const group = tile.channel / g.group_outputs * g.group_inputs;
     for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
@@ -272,6 +273,8 @@ struct Sm90 {
         ptx::Barrier& full = barriers.pixels_full[ring.stage];
         barriers.pixels_empty[ring.stage].wait(ring.parity ^ 1);
         full.arrive_and_expect(g.loads * g.load_bytes);
+        if (waits) ptx::wait_for_earlier_kernels();
+        waits = false;
         std::uint32_t const to = memory.pixels + ring.stage * g.stage_bytes;
         for (int i = 0; i < g.loads; ++i) {
           if (g.image_cols > 0) {
@@ -799,7 +802,7 @@ struct Sm90 {
       if constexpr (kSplits > 1) ptx::arrive_cluster();
       if (warp == 0) ptx::allow_next_kernel();
       if (elected) {
-        ptx::wait_for_earlier_kernels();
+        if (warp > 1 || (warp == 1 && !g.held)) ptx::wait_for_earlier_kernels();
         if (warp == 0) {
           load_pixels(p, memory);
         } else if (warp == 1) {
@@ -826,7 +829,8 @@ struct Sm90 {
       }
       clear_tails(g, memory, threadIdx.x);
       ptx::sync(kSetUp, kThreads);
-      ptx::wait_for_earlier_kernels();
+      // For per-channel inputs: what is stored comes after pixels, which were waited for.
+      if (!g.held) ptx::wait_for_earlier_kernels();
       consume(p, memory, warpgroup);
     }
   }
