@@ -109,8 +109,9 @@ def launch(
     """The custom call alone, on prepared operands; outputs ``[rows, channels]``."""
     region = kernel.form.region
     full = (region.problem.rows, region.problem.channels)
+    stored = (region.stored_rows, region.problem.channels)
     dtypes = [JAX_DTYPES[output.dtype] for output in region.epilogue.outputs]
-    outputs = [jax.ShapeDtypeStruct(full, dtype) for dtype in dtypes]
+    outputs = [jax.ShapeDtypeStruct(stored, dtype) for dtype in dtypes]
     if kernel.workspace_bytes:
         outputs.append(jax.ShapeDtypeStruct((kernel.workspace_bytes,), jnp.uint8))
     kind, dims = abi_problem(region.problem)
