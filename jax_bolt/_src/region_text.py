@@ -80,7 +80,9 @@ def _region(text: str) -> ir.Region:
 def _pool(text: str) -> ir.Pool:
     found = _match(_POOL, text)
     counts = {"window": 2, "stride": 2, "padding": 4}
-    return ir.Pool(**{name: _dims(found[name], n) for name, n in counts.items()})
+    sizes: dict[str, Any]
+    sizes = {name: _dims(found[name], count) for name, count in counts.items()}
+    return ir.Pool(**sizes)
 
 
 def _problem(text: str) -> ir.Problem:
