@@ -53,6 +53,7 @@ ARITHMETIC: dict[str, tuple[int, str]] = {
 MAX_VECTORS = 8
 MAX_SIDES = 2
 MAX_AUXILIARY = 1
+MAX_WINDOW = 16  # results in a window of a pool, over which a kernel's loop is unrolled
 
 LEAVES = ("acc", "vector", "side", "const")
 
@@ -331,6 +332,13 @@ class Pool:
             raise ValueError(f"{self.text} has a size below its least")
         if max(top, bottom) >= r or max(left, right) >= s:
             raise ValueError(f"{self.text} has windows of padding alone")
+
+    @property
+    def label(self) -> str:
+        """Such as "max3x3/2"."""
+        down, right = self.stride
+        strides = f"{down}" if down == right else _dims(self.stride)
+        return f"max{_dims(self.window)}" + ("" if strides == "1" else f"/{strides}")
 
     def sizes(self, p: int, q: int) -> tuple[int, int]:
         """Rows and columns of what ``p`` rows and ``q`` columns become."""

@@ -33,7 +33,6 @@ artifact: Artifact = "cubin"
 _CANDIDATES = 24
 # Neighbours in size are near-ties: few of a kind, fewer yet among the first.
 _FIRST, _OF_A_KIND_FIRST, _OF_A_KIND = 8, 3, 8
-_MAX_WINDOW = 16  # of a pool: the kernel's loop over one is unrolled
 _MAX_EXTENT = 2**31 - 1 - 65536  # the kernel counts pixels and tiles in 32 bits
 
 
@@ -90,8 +89,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
 def _pool_limit(region: ir.Region, pool: ir.Pool) -> str | None:
     """Why the kernel cannot pool the region's result, or None."""
     r, s = pool.window
-    if r * s > _MAX_WINDOW:
-        return f"a pool of {r}x{s}, more than {_MAX_WINDOW} results"
+    if r * s > ir.MAX_WINDOW:
+        return f"a pool of {r}x{s}, more than {ir.MAX_WINDOW} results"
     if region.epilogue.sides:
         return "a pool after side inputs"
     if region.epilogue.out_dtype not in ("bf16", "f16"):
