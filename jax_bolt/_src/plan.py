@@ -22,6 +22,7 @@ _WORTH = 0.1
 _CHAIN_CONFIGS = 6  # of a chain, to build
 _LEAST_US = 0.01
 _POOLING = 2.0  # times as long as its bytes take: XLA's pools of ResNet's and VGG's
+_LAUNCH_US = 2.0
 
 Provenance: TypeAlias = Literal["shipped", "user", "heuristic", "xla"]
 
@@ -345,7 +346,7 @@ def _around(region: ir.Region, form: forms.Form, arch: GpuArch) -> float:
     rows = region.problem.rows + region.stored_rows
     item = ir.ITEM_BYTES[region.epilogue.out_dtype]
     moved = rows * region.problem.channels * item
-    return before + _POOLING * moved / arch.bandwidth * 1e6
+    return before + _LAUNCH_US + _POOLING * moved / arch.bandwidth * 1e6
 
 
 def _gathering(region: ir.Region, form: forms.Form, arch: GpuArch) -> float:
