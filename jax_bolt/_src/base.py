@@ -53,11 +53,16 @@ def stand_in(candidate: Candidate) -> Candidate | None:
 
 
 def plain(candidate: Candidate) -> Candidate | None:
-    """As ``stand_in``, whether or not the library has it; None for other dtypes."""
+    """As ``stand_in``, whether or not the library has it.
+
+    None for other dtypes, and for a pool, which the kernel's type names.
+    """
     region = candidate.form.region
     problem, epilogue = region.problem, region.epilogue
     dtype = _TIMED_AS.get(problem.dtype)
     full = epilogue.tensors
+    if region.pool is not None:
+        return None
     if dtype is None or any(ir.ITEM_BYTES[d] != ir.ITEM_BYTES[dtype] for d in full):
         return None
     # What follows a stock template's main loop takes all its tiles as long.

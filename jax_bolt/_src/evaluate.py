@@ -121,10 +121,29 @@ def _from(
     """The outputs, from the root's result, and in its dtype."""
     values: dict[int, Any] = {}
     _values(values, enumerate(region.epilogue.ops), acc, sides, vectors)
-    return tuple(
+    results = [
         jnp.broadcast_to(values[output.value], acc.shape).astype(acc.dtype)
         for output in region.epilogue.outputs
+    ]
+    if region.pool is not None:
+        results = [pooled(region, result) for result in results]
+    return tuple(results)
+
+
+def pooled(region: ir.Region, result: jax.Array) -> jax.Array:
+    """``[rows, channels]`` of a conv's result, as the region's pool leaves it."""
+    pool, p = region.pool, region.problem
+    assert pool is not None and isinstance(p, ir.ConvProblem)
+    top, bottom, left, right = pool.padding
+    found = lax.reduce_window(
+        result.reshape(p.n, p.p, p.q, p.k),
+        jnp.asarray(-jnp.inf, result.dtype),
+        lax.max,
+        (1, *pool.window, 1),
+        (1, *pool.stride, 1),
+        ((0, 0), (top, bottom), (left, right), (0, 0)),
     )
+    return found.reshape(region.stored_rows, p.k)
 
 
 def rest(

@@ -6,7 +6,7 @@ operations: filters packed from HWIO to KRSC, channels padded to what tensor cor
 load at once (Bolt, section 3.2.3), a 1x1 conv as a matrix product, an RGB stem in
 its exact space-to-depth form, groups merged until they are as wide as a product. Their
 cost is part of what tuning measures; so is that of what XLA does after a kernel for
-only a ``part`` of a region with two outputs.
+only a ``part`` of a region with two outputs, or for all of a region but its pool.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ _THEN_XLA = "+xla"  # at the end of the name of a form with a part
 class Form:
     """A name, and the region a kernel runs in this form.
 
-    With a ``part``, that ends at the auxiliary output, and XLA computes the rest.
+    With a ``part``, that ends at the auxiliary output, and XLA computes the rest. With
+    a ``pool`` it ends before that, and XLA pools.
     """
 
     name: str
     region: ir.Region
     part: Part | None = None
+    pool: ir.Pool | None = None
+
+    @property
+    def ends_on_xla(self) -> bool:
+        return self.part is not None or self.pool is not None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +61,14 @@ class ChainForm:
     @property
     def part(self) -> None:
         """A chain's kernel computes all of it."""
+
+    @property
+    def pool(self) -> None:
+        """As ``part``."""
+
+    @property
+    def ends_on_xla(self) -> bool:
+        return False
 
 
 def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
@@ -74,8 +88,46 @@ def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
 
 
 def forms(region: ir.Region) -> tuple[Form, ...]:
-    """Every form of ``region``, the plainest first, and those with a part last."""
-    problem = region.problem
+    """Every form of ``region``, the plainest first, and those that XLA ends last."""
+    if region.pool is not None:
+        return _pooled_forms(region, region.pool)
+    made = [_form(region, name) for name in _names(region.problem)]
+    leading = part.of(region.epilogue)
+    if leading is not None:
+        made += [
+            Form(
+                whole.name + _THEN_XLA,
+                dataclasses.replace(whole.region, epilogue=leading.epilogue),
+                leading,
+            )
+            for whole in made
+        ]
+    return tuple(made)
+
+
+def _pooled_forms(region: ir.Region, pool: ir.Pool) -> tuple[Form, ...]:
+    names = _names(region.problem)
+    # A product has no rows and columns to pool.
+    inside = [name for name in names if name in _CONVS]
+    if not inside and region.problem.channels % _unit(region.problem) == 0:
+        inside.append("hwio")
+    apart = dataclasses.replace(region, pool=None)
+    return (
+        *(_form(region, name) for name in inside),
+        *(
+            Form(name + _THEN_XLA, _form(apart, name).region, pool=pool)
+            for name in names
+        ),
+    )
+
+
+def _form(region: ir.Region, name: str) -> Form:
+    problem = _FORMS[name][0](region.problem)
+    return Form(name, dataclasses.replace(region, problem=problem))
+
+
+def _names(problem: ir.Problem) -> list[str]:
+    """Of the forms that ``problem`` has, the plainest first."""
     names: list[str] = []
     if isinstance(problem, ir.GemmProblem):
         names.append("direct")
@@ -97,21 +149,7 @@ def forms(region: ir.Region) -> tuple[Form, ...]:
         if (problem.r, problem.s, *problem.padding) == (1, 1, 0, 0, 0, 0):
             names.append("strided_pixels")
         names.append("krsc")
-    made = [
-        Form(name, dataclasses.replace(region, problem=_FORMS[name][0](problem)))
-        for name in names
-    ]
-    leading = part.of(region.epilogue)
-    if leading is not None:
-        made += [
-            Form(
-                whole.name + _THEN_XLA,
-                dataclasses.replace(whole.region, epilogue=leading.epilogue),
-                leading,
-            )
-            for whole in made
-        ]
-    return tuple(made)
+    return names
 
 
 def form(region: ir.Region, name: str) -> Form | None:
@@ -426,6 +464,7 @@ def _pixels(prepare_gemm: Callable) -> Callable:
     return lambda problem, operand: prepare_gemm(_as_gemm(problem), operand)
 
 
+_CONVS = ("hwio", "krsc", "merged_groups", "space_to_depth")  # with rows and columns
 # name -> (the user's problem -> the kernel's; the left and the right operand likewise)
 _FORMS: dict[str, tuple[Callable, Callable, Callable]] = {
     "direct": (lambda problem: problem, _direct_left, _direct_right),

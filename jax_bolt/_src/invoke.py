@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import evaluate, forms, ir
+from . import evaluate, forms, ir, pool
 from .forms import ChainForm, Form
 from .jit import loader
 
@@ -89,7 +89,10 @@ def call(
     """
     a, b = forms.prepare(kernel.form.name, kernel.problem, lhs, rhs)
     part = kernel.form.part
-    if part is None:
+    if kernel.form.pool is not None:
+        (stored,) = launch(kernel, a, b, sides, vectors)
+        outputs = [pooled(kernel, stored)]
+    elif part is None:
         outputs = launch(kernel, a, b, sides, vectors)
     else:
         read = [sides[i] for i in part.sides], [vectors[i] for i in part.vectors]
@@ -97,6 +100,13 @@ def call(
         result = evaluate.rest(part, stored, sides, vectors)
         outputs = [result.astype(JAX_DTYPES[part.whole.out_dtype]), stored]
     return [output.reshape(tuple(shape)) for output in outputs]
+
+
+def pooled(kernel: Executable, stored: jax.Array) -> jax.Array:
+    """The pool that a kernel's form leaves to XLA, of what the kernel stored."""
+    p, window = kernel.problem, kernel.form.pool
+    assert isinstance(p, ir.ConvProblem) and window is not None
+    return pool.apply(window, stored.reshape(p.n, p.p, p.q, p.k))
 
 
 def launch(
@@ -109,8 +119,9 @@ def launch(
     """The custom call alone, on prepared operands; outputs ``[rows, channels]``."""
     region = kernel.form.region
     full = (region.problem.rows, region.problem.channels)
+    stored = (region.stored_rows, region.problem.channels)
     dtypes = [JAX_DTYPES[output.dtype] for output in region.epilogue.outputs]
-    outputs = [jax.ShapeDtypeStruct(full, dtype) for dtype in dtypes]
+    outputs = [jax.ShapeDtypeStruct(stored, dtype) for dtype in dtypes]
     if kernel.workspace_bytes:
         outputs.append(jax.ShapeDtypeStruct((kernel.workspace_bytes,), jnp.uint8))
     kind, dims = abi_problem(region.problem)

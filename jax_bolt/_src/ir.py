@@ -11,12 +11,14 @@ A region computes, for every output element at flat row ``i`` and channel ``j``:
 
 where ``acc`` is the f32 accumulator of the root. The epilogue is a straight-line
 program over f32 (and bool) values, so any elementwise expression has a place in it.
-A value on the way may be stored as well: an auxiliary output.
+A value on the way may be stored as well: an auxiliary output. Of a conv's result a
+maximum over windows of its rows and columns may be stored instead: a pool.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
@@ -51,6 +53,7 @@ ARITHMETIC: dict[str, tuple[int, str]] = {
 MAX_VECTORS = 8
 MAX_SIDES = 2
 MAX_AUXILIARY = 1
+MAX_WINDOW = 16  # results in a window of a pool, over which a kernel's loop is unrolled
 
 LEAVES = ("acc", "vector", "side", "const")
 
@@ -309,15 +312,72 @@ Problem: TypeAlias = GemmProblem | ConvProblem
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """A root and its epilogue: what one kernel computes."""
+class Pool:
+    """A maximum over windows of a conv's rows and columns, each (h, w).
 
-    problem: Problem
-    epilogue: Epilogue
+    ``padding`` is (top, bottom, left, right): a window leaves out what lies beyond the
+    image, and always has some of it.
+
+    Raises ValueError for a window that may have none.
+    """
+
+    window: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        r, s = self.window
+        top, bottom, left, right = self.padding
+        if min(*self.window, *self.stride) < 1 or min(self.padding) < 0:
+            raise ValueError(f"{self.text} has a size below its least")
+        if max(top, bottom) >= r or max(left, right) >= s:
+            raise ValueError(f"{self.text} has windows of padding alone")
+
+    @property
+    def label(self) -> str:
+        """Such as "max3x3/2"."""
+        down, right = self.stride
+        strides = f"{down}" if down == right else _dims(self.stride)
+        return f"max{_dims(self.window)}" + ("" if strides == "1" else f"/{strides}")
+
+    def sizes(self, p: int, q: int) -> tuple[int, int]:
+        """Rows and columns of what ``p`` rows and ``q`` columns become."""
+        top, bottom, left, right = self.padding
+        rows = (p + top + bottom - self.window[0]) // self.stride[0] + 1
+        cols = (q + left + right - self.window[1]) // self.stride[1] + 1
+        return max(rows, 0), max(cols, 0)
 
     @property
     def text(self) -> str:
-        return f"{self.problem.text} {self.epilogue.text}"
+        return (
+            f"max[{_dims(self.window)} st{_dims(self.stride)} pad{_dims(self.padding)}]"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """A root and its epilogue: what one kernel computes.
+
+    With a ``pool``, that of the result, rounded to its ``out_dtype``, is stored in the
+    result's place.
+
+    Raises ValueError for a pool of anything but a conv's one result.
+    """
+
+    problem: Problem
+    epilogue: Epilogue
+    pool: Pool | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool is None:
+            return
+        if not isinstance(self.problem, ConvProblem) or self.epilogue.auxiliary:
+            raise ValueError(f"{self.text}: a pool is of a conv's one result")
+
+    @property
+    def text(self) -> str:
+        pool = "" if self.pool is None else f" {self.pool.text}"
+        return f"{self.problem.text} {self.epilogue.text}{pool}"
 
     @property
     def dtype(self) -> DType:
@@ -332,9 +392,19 @@ class Region:
     def bytes_moved(self) -> int:
         """Least bytes through device memory: every operand and output once."""
         a, b = self.problem.operand_elements
-        item = ITEM_BYTES[self.problem.dtype]
-        out = self.problem.rows * self.problem.channels
-        return (a + b) * item + out * sum(ITEM_BYTES[d] for d in self.epilogue.tensors)
+        read = self.problem.rows * sum(ITEM_BYTES[d] for d in self.epilogue.sides)
+        stored = sum(ITEM_BYTES[output.dtype] for output in self.epilogue.outputs)
+        full = (read + self.stored_rows * stored) * self.problem.channels
+        return (a + b) * ITEM_BYTES[self.problem.dtype] + full
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of every output; side inputs have the problem's."""
+        if self.pool is None or isinstance(self.problem, GemmProblem):
+            return self.problem.rows
+        return self.problem.n * math.prod(
+            self.pool.sizes(self.problem.p, self.problem.q)
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +426,8 @@ class Chain:
 
     def __post_init__(self) -> None:
         made, read = self.first.problem, self.second.problem
+        if self.first.pool is not None or self.second.pool is not None:
+            raise ValueError(f"{self.text}: a region of a chain does not pool")
         if self.side is not None:
             sides = self.second.epilogue.sides
             if (made.rows, made.channels) != (read.rows, read.channels):

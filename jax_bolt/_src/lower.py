@@ -123,6 +123,10 @@ def _lower_sequence_cuda(
                 flush(index)
             with jax.named_scope(step.label):
                 values.update(step.run(launches, values))
+            if step.is_pooled_after:
+                flush(index + 1)
+                with jax.named_scope(step.label):
+                    values.update(step.pooled(values))
         flush(len(steps))
         return [values[v] for v in calls.jaxpr.outvars]
 
@@ -157,6 +161,17 @@ class _Step:
         return self.kernel is not None and self.kernel.form.part is None
 
     @property
+    def is_pooled_after(self) -> bool:
+        """Whether it ends its custom call, and XLA pools what it stored."""
+        return self.kernel is not None and self.kernel.form.pool is not None
+
+    def pooled(self, values: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+        """What XLA makes of the call's result."""
+        assert isinstance(self.kernel, invoke.Executable)
+        ((out,),) = (eqn.outvars for eqn in self.eqns)
+        return [(out, invoke.pooled(self.kernel, values[out]))]
+
+    @property
     def label(self) -> str:
         return " to ".join(eqn.params["site"].label for eqn in self.eqns)
 
@@ -189,8 +204,11 @@ class _Step:
             made = launches.add_chain(self.kernel, first, second, shapes)
             outvars = outvars if self.kernel.form.region.stored else outvars[1:]
         else:
-            call = launches.add if self.joins else invoke.call
-            made = call(self.kernel, *self.roles(values)[0], shapes[0])
+            shape, call = shapes[0], launches.add if self.joins else invoke.call
+            if self.is_pooled_after:
+                region = self.kernel.form.region
+                shape = (region.stored_rows, region.problem.channels)
+            made = call(self.kernel, *self.roles(values)[0], shape)
         return list(zip(outvars, made, strict=True))
 
 

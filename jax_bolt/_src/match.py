@@ -20,6 +20,9 @@ other.
 
     conv(x, w) -> add the residual -> sub, mul, add, relu -> the next conv
                          \\________ the next residual
+
+Where all that reads a conv's one result is max-pooling, the region ends in that: then
+the result need not be in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from . import elementwise, ir
+from . import elementwise, ir, pooled
 from .compat import (
     Jaxpr,
     JaxprEqn,
@@ -103,11 +106,12 @@ class Refusal:
 
 
 def find_regions(
-    jaxpr: Jaxpr, auxiliary: int = ir.MAX_AUXILIARY
+    jaxpr: Jaxpr, auxiliary: int = ir.MAX_AUXILIARY, *, pools: bool = True
 ) -> tuple[list[Match], list[Refusal]]:
     """All regions of one (canonical) jaxpr; bodies of calls are not entered.
 
-    A region has at most so many ``auxiliary`` outputs. Later roots choose first: where
+    A region has at most so many ``auxiliary`` outputs, and ends in max-pooling only if
+    ``pools``. Later roots choose first: where
     two branches meet, as in a residual add, the epilogue belongs to one of them and the
     other's result is its side input.
     """
@@ -130,7 +134,7 @@ def find_regions(
             )
             continue
         grown = [
-            _Growth(graph, index, root, taken, auxiliary).match(name, several)
+            _Growth(graph, index, root, taken, auxiliary, pools).match(name, several)
             for root in roots
         ]
         match = max(grown, key=lambda match: _rank(graph, match))
@@ -153,10 +157,14 @@ def site_name(eqn: JaxprEqn) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Ending:
-    """A region's equations in order, its result and its auxiliary outputs."""
+    """A region's equations in order, its result and its auxiliary outputs.
+
+    With a ``pool`` the last equation is that of the result.
+    """
 
     eqns: list[int]
     outputs: tuple[Var, ...]
+    pool: ir.Pool | None = None
 
 
 def _rank(graph: Graph, match: Match) -> tuple[int, ...]:
@@ -187,8 +195,10 @@ class _Growth:
         problem: Root,
         taken: set[int],
         auxiliary: int,
+        pools: bool,
     ):
         self.auxiliary = auxiliary
+        self.pools = pools
         self.graph = graph
         self.root = root
         self.problem = problem
@@ -232,7 +242,23 @@ class _Growth:
             if self._ends_at(index) and self._pays(outputs):
                 endings.append(_Ending(sorted(inside), outputs))
         # Where no float value ends the region well the root alone still does.
-        return endings[::-1]
+        return [each for ending in endings[::-1] for each in self._pooled(ending)]
+
+    def _pooled(self, ending: _Ending) -> list[_Ending]:
+        """``ending``, after what it is with the pool of its result, if there is one."""
+        (out, *auxiliary), inside = ending.outputs, set(ending.eqns)
+        readers = self.graph.users.get(out, set()) - inside
+        escapes = out in self.graph.escapes
+        if not self.pools or auxiliary or escapes or len(readers) != 1:
+            return [ending]
+        (index,) = readers
+        frame = self.frames[out]
+        if frame.moves or index in self.taken or frame.repeats > 1:
+            return [ending]
+        pool = pooled.read(self.graph.eqns[index], out, self.problem.problem)
+        if pool is None:
+            return [ending]
+        return [_Ending([*ending.eqns, index], ending.outputs, pool), ending]
 
     def _grows(self, eqn: JaxprEqn, ancestors: dict[Var, frozenset[int]]) -> bool:
         if len(eqn.outvars) != 1 or eqn.effects or is_drop(eqn.outvars[0]):
@@ -313,34 +339,42 @@ class _Growth:
         emission = Emission(
             self.graph, self.root, self.problem, self.frames, set(eqns), self.taken
         )
-        for index in eqns[1:]:
+        computed, results = eqns, ending.outputs
+        if ending.pool is not None:
+            computed, results = eqns[:-1], tuple(self.graph.eqns[eqns[-1]].outvars)
+        for index in computed[1:]:
             emission.equation(index)
         builder = emission.builder
         if len(builder.vectors) > ir.MAX_VECTORS or len(builder.sides) > ir.MAX_SIDES:
             raise NotElementwise("more inputs than a kernel takes")
+        if ending.pool is not None and builder.sides:
+            raise NotElementwise("side inputs are as large as the result, not its pool")
         read = self.graph.eqns[self.root].invars
         operands = [read[i] for i in self.problem.operands]
         inputs = (*operands, *emission.sides, *emission.vectors)
-        needed = self._needed(ending.outputs, inputs)
+        needed = self._needed(results, inputs)
         stored = [
             ir.Output(emission.values[v], elementwise.dtype_of(v))
             for v in ending.outputs
         ]
         region = ir.Region(
-            problem=self.problem.problem, epilogue=builder.epilogue(stored)
+            problem=self.problem.problem,
+            epilogue=builder.epilogue(stored),
+            pool=ending.pool,
         )
+        names = label(self.problem.label, region.epilogue, _callees(self, computed))
         return Match(
             root=self.root,
             eqns=tuple(eqns),
             absorbed=tuple(sorted(needed - set(eqns))),
             inputs=inputs,
-            outputs=ending.outputs,
+            outputs=results,
             region=region,
             name=name,
             views=(self.problem.lhs, self.problem.rhs, *emission.views()),
             result=self.frames[ending.outputs[0]].view,
             shares_layout=self.problem.shares_layout,
-            label=label(self.problem.label, region.epilogue, _callees(self, eqns)),
+            label=names if ending.pool is None else f"{names}+{ending.pool.label}",
         )
 
     def _needed(self, outputs: Sequence[Var], inputs: Sequence[Any]) -> set[int]:

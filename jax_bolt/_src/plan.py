@@ -21,6 +21,8 @@ _BY_RANK = 8
 _WORTH = 0.1
 _CHAIN_CONFIGS = 6  # of a chain, to build
 _LEAST_US = 0.01
+_POOLING = 2.0  # times as long as its bytes take: XLA's pools of ResNet's and VGG's
+_LAUNCH_US = 2.0
 
 Provenance: TypeAlias = Literal["shipped", "user", "heuristic", "xla"]
 
@@ -289,7 +291,12 @@ def heuristic(
     """The first candidate, unmeasured."""
     found, reasons = candidates(region, arch, disable)
     if found:
-        return Plan(found[0], "heuristic")
+        first = found[0]
+        if region.pool is not None:
+            # Windows that overlap are computed twice: it may be XLA that should pool.
+            firsts = _first_of_each(found)
+            first = min(firsts, key=lambda c: c.micros + _around(region, c.form, arch))
+        return Plan(first, "heuristic")
     return Rejection("no kernel takes it: " + "; ".join(reasons))
 
 
@@ -318,11 +325,28 @@ def estimate(
         times = [c.micros + _gathering(first, c.form.first, arch) for c in made]
         return min(times, default=None)
     found, _ = candidates(region, arch, disable)
+    firsts = _first_of_each(found)
+    times = [c.micros + _around(region, c.form, arch) for c in firsts]
+    return min(times, default=None)
+
+
+def _first_of_each(found: Sequence[Candidate]) -> list[Candidate]:
+    """The first candidate of every form and template."""
     firsts: dict[tuple[str, str], Candidate] = {}
     for candidate in found:
         firsts.setdefault((candidate.form.name, candidate.template.name), candidate)
-    times = [c.micros + _gathering(region, c.form, arch) for c in firsts.values()]
-    return min(times, default=None)
+    return list(firsts.values())
+
+
+def _around(region: ir.Region, form: forms.Form, arch: GpuArch) -> float:
+    """What XLA takes ahead of a kernel and, where it pools, after it, in µs."""
+    before = _gathering(region, form, arch)
+    if form.pool is None:
+        return before
+    rows = region.problem.rows + region.stored_rows
+    item = ir.ITEM_BYTES[region.epilogue.out_dtype]
+    moved = rows * region.problem.channels * item
+    return before + _LAUNCH_US + _POOLING * moved / arch.bandwidth * 1e6
 
 
 def _gathering(region: ir.Region, form: forms.Form, arch: GpuArch) -> float:

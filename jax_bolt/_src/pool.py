@@ -14,8 +14,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
+from . import ir
 from .compat import (
     ClosedJaxpr,
     JaxprEqn,
@@ -120,6 +122,25 @@ def in_two_passes(reference: ClosedJaxpr, pool: PoolInfo, operand: Any) -> list[
             params[name] = tuple(e if i == axis else neutral for i, e in entries)
         operand = eqn.primitive.bind(operand, **params)
     return [operand]
+
+
+def apply(pool: ir.Pool, x: jax.Array) -> jax.Array:
+    """``pool`` of what a kernel left in NHWC, as a program that has it would run."""
+
+    def written(x: jax.Array) -> jax.Array:
+        top, bottom, left, right = pool.padding
+        return lax.reduce_window(
+            x,
+            np.array(-np.inf, x.dtype),
+            lax.max,
+            (1, *pool.window, 1),
+            (1, *pool.stride, 1),
+            ((0, 0), (top, bottom), (left, right), (0, 0)),
+        )
+
+    program, _ = gather(jax.make_jaxpr(written)(x))
+    (made,) = reference_fun(program)(x)
+    return made
 
 
 @bolt_pool_p.def_impl

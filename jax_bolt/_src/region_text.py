@@ -17,6 +17,7 @@ _REGION = re.compile(
     r"(?P<problem>(?:gemm|conv)\[[^\]]*\]) "
     r"\((?P<vectors>[^()]*)\)\((?P<sides>[^()]*)\)"
     r"\{(?P<body>.*);(?P<outputs>\w+:%\d+(?:,\w+:%\d+)*)\}"
+    r"(?: (?P<pool>max\[[^\]]*\]))?"
 )
 _GEMM = re.compile(
     r"gemm\[(?P<dtype>\w+) (?P<a_layout>row|col),(?P<b_layout>row|col) "
@@ -27,6 +28,9 @@ _CONV = re.compile(
     r"k(?P<k>\d+)r(?P<r>\d+)s(?P<s>\d+) st(?P<stride>[\dx]+) "
     r"pad(?P<padding>[-\dx]+) dil(?P<dilation>[\dx]+)(?: g(?P<groups>\d+))?"
     r"(?P<hwio> hwio)?\]"
+)
+_POOL = re.compile(
+    r"max\[(?P<window>[\dx]+) st(?P<stride>[\dx]+) pad(?P<padding>[\dx]+)\]"
 )
 _JOINT = re.compile(r" -(stored|kept)(?: side(\d+))?-> ")
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
@@ -69,7 +73,16 @@ def _region(text: str) -> ir.Region:
         sides=tuple(_dtype(each) for each in _list(found["sides"])),
         auxiliary=tuple(auxiliary),
     )
-    return ir.Region(problem=_problem(found["problem"]), epilogue=epilogue)
+    pool = None if found["pool"] is None else _pool(found["pool"])
+    return ir.Region(problem=_problem(found["problem"]), epilogue=epilogue, pool=pool)
+
+
+def _pool(text: str) -> ir.Pool:
+    found = _match(_POOL, text)
+    counts = {"window": 2, "stride": 2, "padding": 4}
+    sizes: dict[str, Any]
+    sizes = {name: _dims(found[name], count) for name, count in counts.items()}
+    return ir.Pool(**sizes)
 
 
 def _problem(text: str) -> ir.Problem:

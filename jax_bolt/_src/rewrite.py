@@ -111,8 +111,12 @@ class _Pass:
 
     def program(self, program: ClosedJaxpr) -> ClosedJaxpr:
         jaxpr = program.jaxpr
-        disabled = AUXILIARY in self.options.disable
-        matches, refusals = find_regions(jaxpr, 0 if disabled else ir.MAX_AUXILIARY)
+        disable = self.options.disable
+        matches, refusals = find_regions(
+            jaxpr,
+            0 if AUXILIARY in disable else ir.MAX_AUXILIARY,
+            pools=pool.NAME not in disable,
+        )
         calls: dict[int, list[JaxprEqn]] = {}
         replaced: set[int] = set()
         for root in sorted([*matches, *refusals], key=lambda found: found.root):
@@ -166,11 +170,13 @@ class _Pass:
         ready = self._ready(match, edges)
         indices = sorted({*match.eqns, *match.absorbed})
         body = [jaxpr.eqns[i] for i in indices]
+        # A pool at the end of a region may take two passes, too, where XLA runs it.
+        reference, _ = pool.gather(
+            part_of_jaxpr(jaxpr, edges.around(body), edges.operands, edges.results)
+        )
         site = SiteInfo(
             region=match.region,
-            reference=part_of_jaxpr(
-                jaxpr, edges.around(body), edges.operands, edges.results
-            ),
+            reference=reference,
             operands=edges.positions,
             name=match.name,
             label=match.label,

@@ -35,7 +35,7 @@ def bias_silu(sides: int, dtype: ir.DType) -> ir.Epilogue:
 
 def largest(region: ir.Region, **wanted: object) -> tiles.Tile:
     """Of the tiles with these traits, the one with the most accumulators."""
-    image = Image.of(region.problem)
+    image = Image.of_region(region)
     found = [
         tile
         for tile in tiles.tiles_of(image, region.epilogue, HOPPER)
@@ -113,6 +113,28 @@ def test_split_packed_and_wide(tmp_path, problem, traits, out_dtype):
     log = compiled(region, largest(region, **traits), tmp_path)
     assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2 - sides, log
     assert ("jax_bolt_prologue" in log) == (problem.c == 3)
+    assert "C751" not in log, log
+
+
+@pytest.mark.parametrize(
+    ("traits", "dtype"),
+    [
+        ({"schedule": "pingpong"}, "bf16"),
+        ({"schedule": "cooperative", "warps_n": 2}, "f16"),
+        ({"schedule": "cooperative", "warpgroups": 1}, "bf16"),
+    ],
+    ids=str,
+)
+def test_pools(tmp_path, traits, dtype):
+    """Of a window that is unrolled, without spills."""
+    problem = dataclasses.replace(STEM, filter_layout="hwio", dtype=dtype)
+    region = ir.Region(
+        problem=problem,
+        epilogue=bias_silu(0, dtype),
+        pool=ir.Pool(window=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
+    )
+    log = compiled(region, largest(region, **traits), tmp_path)
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == 2, log
     assert "C751" not in log, log
 
 

@@ -43,10 +43,11 @@ def limit(name: str) -> int:
 
 
 @functools.cache
-def geometry_fields() -> tuple[tuple[str, int], ...]:
+def geometry_fields(pools: bool = False) -> tuple[tuple[str, int], ...]:
     """The ints of the kernel's Geometry in order: name, and length (0: no array)."""
     text = re.sub(r"//.*", "", (_HEADERS / "geometry.hpp").read_text())
-    body = re.search(r"struct Geometry \{(.*?)\};", text, re.DOTALL)
+    name = "PooledGeometry : Geometry" if pools else "Geometry"
+    body = re.search(rf"struct {name} \{{(.*?)\}};", text, re.DOTALL)
     assert body is not None
     fields = []
     for statement in filter(None, map(str.strip, body[1].split(";"))):
@@ -56,28 +57,31 @@ def geometry_fields() -> tuple[tuple[str, int], ...]:
             parts = re.fullmatch(r"(\w+)(?:\[(\w+)\])?", declared.strip())
             assert parts is not None, declared
             fields.append((parts[1], limit(parts[2]) if parts[2] else 0))
-    return tuple(fields)
+    return (*geometry_fields(), *fields) if pools else tuple(fields)
 
 
-def geometry(ints: Sequence[int]) -> SimpleNamespace:
+def geometry(ints: Sequence[int], pools: bool = False) -> SimpleNamespace:
     """A recipe's ints as the kernel's Geometry."""
-    assert len(ints) == sum(length or 1 for _, length in geometry_fields())
+    fields = geometry_fields(pools)
+    assert len(ints) == sum(length or 1 for _, length in fields)
     left = iter(ints)
     return SimpleNamespace(
         **{
             name: [next(left) for _ in range(length)] if length else next(left)
-            for name, length in geometry_fields()
+            for name, length in fields
         }
     )
 
 
 @functools.cache
-def template_parameters() -> tuple[str, ...]:
-    """The names of Sm90's template parameters, in order."""
-    text = (_HEADERS / "sm90.hpp").read_text()
-    found = re.search(r"template <([^<>]*)>\s*struct Sm90 \{", text)
+def template_parameters(
+    header: str = "sm90.hpp", name: str = "Sm90"
+) -> tuple[str, ...]:
+    """The names of a struct's template parameters, in order."""
+    text = (_HEADERS / header).read_text()
+    found = re.search(rf"template <([^<>]*)>\s*struct {name} \{{", text)
     assert found is not None
-    return tuple(part.split()[-1] for part in found[1].split(","))
+    return tuple(part.split("=")[0].split()[-1] for part in found[1].split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +98,25 @@ class Arguments:
     splits: int
     parts: int
     steps: int
+    pool: SimpleNamespace | None
 
     @staticmethod
     def of(instance: str) -> Arguments:
         """From the C++ type that ``instantiate`` names."""
-        found = re.fullmatch(r"jax_bolt::implicit_gemm::Sm90<(.*)>", instance)
+        scope = "jax_bolt::implicit_gemm"
+        found = re.fullmatch(
+            rf"{scope}::Sm90<(.*?)(?:, {scope}::MaxPool<(.*)>)?>", instance
+        )
         assert found is not None, instance
         values = [value.strip() for value in found[1].split(",")]
-        given = dict(zip(template_parameters(), values, strict=True))
+        *names, last = template_parameters()
+        assert last == "Pool"
+        given = dict(zip(names, values, strict=True))
+        pool = None
+        if found[2]:
+            sizes = map(int, found[2].split(","))
+            names = template_parameters("pool.hpp", "MaxPool")
+            pool = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
         assert given["Epilogue_"] == "Epilogue"
 
         def one_of(name: str, enum: str, *names: str) -> str:
@@ -121,6 +136,7 @@ class Arguments:
             splits=int(given["kSplits"]),
             parts=int(given["kParts"]),
             steps=int(given["kSteps"]),
+            pool=pool,
         )
 
     @property
@@ -316,7 +332,7 @@ class Launch:
         auxiliary: int = 0,
     ):
         self.t = Arguments.of(instance)
-        self.g = geometry(recipe.ints)
+        self.g = geometry(recipe.ints, pools=self.t.pool is not None)
         self.grid, self.apply = recipe.grid, apply
         self.outputs = [
             np.full(elements, np.nan, np.float32) for _ in range(1 + auxiliary)
@@ -397,6 +413,11 @@ class Launch:
         groups = -(-(t.pixels // 8) // t.splits)
         used += t.warpgroups * (t.splits - 1) * groups * 8 * BLOCK * 4
         used += slots * g.slot_bytes + 8 * barriers
+        if t.pool is not None:
+            assert not self.sides and len(self.to) == t.splits == t.parts == 1
+            assert self.to[0].item == 2 and g.stores == 1
+            assert self.to[0].bytes == g.block_outputs * ROW <= g.slot_bytes
+            used += t.warpgroups * g.results_bytes
         assert used <= recipe.smem_bytes <= SHARED_BYTES[t.ctas]
 
     @property
@@ -555,6 +576,8 @@ class Launch:
         channels = np.minimum(channel + np.arange(BLOCK), g.channels - 1)
         vectors = [vector[channels] for vector in self.vectors]
         results = self.apply(accumulators, vectors, sides)
+        if self.t.pool is not None:
+            results = [self._pooled(result, col, row) for result in results]
         for to, result, positions in zip(
             self.to, results, self._positions, strict=True
         ):
@@ -566,3 +589,29 @@ class Launch:
                     box = _take(slot, i * g.store_bytes, to.bytes // ROW)
                     at = (channel + first, col, row + i, image)
                     positions.append(to.store(box, *at))
+
+    def _pooled(self, results: np.ndarray, block_col: int, block_row: int):
+        """MaxPool::reduce: a block's outputs, one after the other."""
+        g, pool = self.g, self.t.pool
+        assert pool is not None
+        memory = _nothing(g.results_bytes, BLOCK)
+        _put(memory, 0, results)
+        row = block_row * pool.kDown + g.origin_row
+        col = block_col * pool.kRight + g.origin_col
+        top, bottom = max(-row, 0), max(g.result_rows - 1 - row, 0)
+        left, right = max(-col, 0), max(g.result_cols - 1 - col, 0)
+        outputs = []
+        for output in range(g.block_outputs):
+            line, x = divmod(output, g.output_cols)
+            image, y = divmod(line, g.output_rows)
+            window = []
+            for i in range(pool.kRows):
+                down = y * pool.kDown + g.window_row + i
+                down = image * g.pitch_rows + min(max(down, top), bottom)
+                for j in range(pool.kCols):
+                    across = x * pool.kRight + g.window_col + j
+                    at = down * g.pitch + min(max(across, left), right)
+                    assert 0 <= at < len(memory), "outside of the results"
+                    window.append(memory[at])
+            outputs.append(np.maximum.reduce(window))
+        return np.stack(outputs)

@@ -225,8 +225,64 @@ PROBLEMS: list[ir.Problem] = [
 ]
 
 
+def max_pool(size: int, stride: int, *padding: int) -> ir.Pool:
+    """Of a square; ``padding`` as an ir.Pool's, none by default."""
+    pads = padding or (0, 0, 0, 0)
+    return ir.Pool(window=(size, size), stride=(stride, stride), padding=pads)
+
+
+# As ResNet has it behind its stem, and VGG behind its convs; and what has other sizes.
+STEM_POOL, PAIRS = max_pool(3, 2, 1, 1, 1, 1), max_pool(2, 2)
+POOLED: list[tuple[ir.ConvProblem, ir.Pool]] = [
+    (conv(5, 7, 7, 64, 64), STEM_POOL),
+    (conv(4, 14, 14, 64, 136), PAIRS),
+    (conv(2, 28, 28, 64, 64), PAIRS),
+    (conv(2, 28, 28, 8, 200), STEM_POOL),
+    (conv(1, 56, 112, 8, 24), STEM_POOL),
+    (conv(2, 9, 13, 64, 64), PAIRS),  # a row and a column are in no window
+    (conv(2, 15, 17, 64, 40), STEM_POOL),
+    (conv(3, 13, 12, 24, 64), max_pool(3, 1, 1, 1, 1, 1)),
+    (conv(2, 30, 29, 8, 64), max_pool(3, 1, 1, 1, 1, 1)),
+    (conv(2, 16, 16, 16, 64), max_pool(3, 2)),
+    (conv(2, 17, 40, 16, 64), max_pool(3, 2, 0, 1, 0, 1)),
+    (conv(2, 19, 23, 16, 24), max_pool(4, 3, 2, 1, 0, 3)),
+    (conv(2, 18, 11, 16, 24), max_pool(1, 2)),  # results that are in no window
+    (
+        conv(1, 21, 30, 16, 24),
+        ir.Pool(window=(1, 3), stride=(1, 2), padding=(0, 0, 1, 1)),
+    ),
+    (
+        conv(1, 40, 9, 16, 24),
+        ir.Pool(window=(3, 2), stride=(2, 1), padding=(2, 0, 0, 1)),
+    ),
+    # strides of the conv: a view's dimensions, or element steps
+    (conv(2, 28, 28, 64, 64, stride=(2, 2)), STEM_POOL),
+    (conv(2, 29, 27, 24, 64, stride=(2, 2)), STEM_POOL),
+    (conv(1, 50, 44, 24, 64, 1, stride=(2, 2)), PAIRS),
+    (conv(2, 20, 36, 64, 64, 5, dilation=(2, 1), padding=(1, 0, 2, 2)), STEM_POOL),
+    # wide pixels, groups, images that are one row, and a product over pixels
+    (conv(2, 24, 31, 16, 24, 4, padding=(2, 1, 0, 0)), STEM_POOL),
+    (hwio(conv(2, 18, 20, 128, 128, groups=2)), PAIRS),
+    (
+        conv(2, 1, 70, 64, 24, 1),
+        ir.Pool(window=(1, 2), stride=(1, 2)),
+    ),
+    (conv(2, 20, 20, 64, 72, 1), PAIRS),
+    # packed by the prologue
+    (hwio(conv(2, 32, 32, 3, 64, 7, stride=(2, 2), padding=(3, 3, 3, 3))), STEM_POOL),
+    (hwio(conv(1, 75, 70, 3, 24, 7, stride=(2, 2), padding=(2, 4, 3, 3))), STEM_POOL),
+    (hwio(conv(2, 22, 23, 3, 64)), PAIRS),
+]
+
+
 def region(problem: ir.Problem, epilogue: ir.Epilogue = PLAIN) -> ir.Region:
     return ir.Region(problem=problem, epilogue=epilogue)
+
+
+def pooled(
+    problem: ir.ConvProblem, pool: ir.Pool, epilogue: ir.Epilogue = PLAIN
+) -> ir.Region:
+    return ir.Region(problem=problem, epilogue=epilogue, pool=pool)
 
 
 @functools.lru_cache(maxsize=1)
@@ -266,7 +322,7 @@ def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
 
 def sample(taken: ir.Region, gpu: arch.GpuArch, count: int) -> list[Config]:
     """Some of all tiles, ranked or not."""
-    image = Image.of(taken.problem)
+    image = Image.of_region(taken)
     tiles = list(implicit_gemm_tiles.tiles_of(image, taken.epilogue, gpu))
     chosen = random.Random(taken.text).sample(tiles, min(count, len(tiles)))
     return [tile.config() for tile in chosen]
@@ -282,6 +338,44 @@ def test_what_the_kernel_computes(problem):
         check(taken, config, HOPPER)
     for config in sample(taken, SMALL, 8):
         check(taken, config, SMALL)
+
+
+AFFINE = ir.Epilogue(
+    (ir.Op("acc"), ir.Op("vector", attr=0), ir.Op("mul", (0, 1))),
+    2,
+    "bf16",
+    vectors=(ir.Vector("f32"),),
+)
+APPLY[AFFINE] = lambda acc, vectors, sides: [acc * vectors[0]]
+
+
+@pytest.mark.parametrize(
+    ("problem", "pool"), POOLED, ids=lambda value: getattr(value, "text", "")
+)
+def test_what_a_kernel_with_a_pool_computes(problem, pool):
+    # Of a factor that may be negative the maximum is not that of the sums.
+    taken = pooled(problem, pool, AFFINE)
+    assert implicit_gemm_sm90.supports(taken, HOPPER) is None
+    for config in implicit_gemm_sm90.configs(taken, HOPPER)[:12]:
+        check(taken, config, HOPPER)
+    for config in sample(taken, SMALL, 8):
+        check(taken, config, SMALL)
+
+
+def test_the_pools_cover_every_kind_of_tile():
+    kinds, blocks, counts = set(), set(), set()
+    for problem, pool in POOLED:
+        taken = pooled(problem, pool)
+        image = Image.of_region(taken)
+        for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, SMALL):
+            layout = tile.layout(image)
+            shape = (tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n)
+            kinds.add((*shape, tile.schedule))
+            blocks.add((layout.whole_images, layout.whole_rows))
+            counts.add(layout.count)
+            assert tile.splits == tile.parts == 1 and not tile.im2col
+    assert kinds == set(implicit_gemm_tiles._SHAPES) and counts == {1, 2, 4}
+    assert blocks == {(a, b) for a in (True, False) for b in (True, False)}
 
 
 def spans(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -320,6 +414,28 @@ def convs(draw: st.DrawFn) -> ir.ConvProblem:
 @given(convs())
 def test_any_conv(problem):
     taken = region(problem)
+    assert implicit_gemm_sm90.supports(taken, HOPPER) is None
+    for config in implicit_gemm_sm90.configs(taken, HOPPER)[:2]:
+        check(taken, config, HOPPER)
+    for config in sample(taken, SMALL, 4):
+        check(taken, config, SMALL)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> ir.Pool:
+    window, stride = draw(spans(1, 4)), draw(spans(1, 4))
+    rows, cols = (st.integers(0, size - 1) for size in window)
+    padding = (draw(rows), draw(rows), draw(cols), draw(cols))
+    return ir.Pool(window=window, stride=stride, padding=padding)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(convs(), pools())
+def test_any_conv_with_a_pool(problem, pool):
+    taken = pooled(problem, pool)
+    if taken.stored_rows == 0:
+        assert implicit_gemm_sm90.supports(taken, HOPPER) == "an empty dimension"
+        return
     assert implicit_gemm_sm90.supports(taken, HOPPER) is None
     for config in implicit_gemm_sm90.configs(taken, HOPPER)[:2]:
         check(taken, config, HOPPER)
@@ -455,6 +571,13 @@ def test_operands_of_a_recipe():
         (region(gemm(0, 8, 8)), "an empty dimension"),
         (region(gemm(64, 64, 64, a_layout="col")), "A is stored with M innermost"),
         (region(gemm(2**31 - 1, 8, 8)), "an extent above"),
+        (pooled(CONVS[0], max_pool(5, 1)), "a pool of 5x5, more than 16"),
+        (pooled(CONVS[0], PAIRS, SIDE), "a pool after side inputs"),
+        (
+            pooled(CONVS[0], PAIRS, dataclasses.replace(PLAIN, out_dtype="f32")),
+            "a pool of f32",
+        ),
+        (pooled(conv(1, 1, 8, 8, 8), PAIRS), "an empty dimension"),
         (region(conv(1, 8, 8, 64, 64, groups=2)), "groups of 32 output channels"),
         # A box would have some of the next group's, of which infinity times 0 is NaN.
         (region(conv(1, 8, 8, 48, 128, groups=2)), "groups of 24 input channels"),
@@ -490,10 +613,10 @@ def test_hopper_alone(name):
     assert "needs sm_90a" in (implicit_gemm_sm90.supports(region(CONVS[0]), gpu) or "")
 
 
-def _moved(recipe, field: str, by: int):
+def _moved(recipe, field: str, by: int, pools: bool = False):
     """``recipe`` with one of the Geometry's ints changed."""
     at = 0
-    for name, length in emulator.geometry_fields():
+    for name, length in emulator.geometry_fields(pools):
         if name == field:
             break
         at += length or 1
@@ -526,4 +649,41 @@ def test_the_emulator_sees_a_wrong_number(field, by, monkeypatch):
 
     monkeypatch.setattr(implicit_gemm_sm90, "recipe", wrong)
     with pytest.raises((AssertionError, IndexError)):
+        check(taken, tile.config(), HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("field", "by"),
+    [
+        *(("tile_rows", 1), ("tile_cols", -1), ("step_rows", -1), ("step_cols", 1)),
+        *(("block_rows", 1), ("phase_row", 1), ("phase_col", 1)),
+        *(("block_outputs", -1), ("output_rows", 1), ("output_cols", 1)),
+        *(("pitch_rows", -1), ("pitch", 1), ("results_bytes", -1024)),
+        *(("result_rows", 1), ("result_rows", -1), ("result_cols", 1)),
+        *(("origin_row", 1), ("origin_col", -1), ("window_row", -1)),
+        ("window_col", 1),
+    ],
+)
+def test_the_emulator_sees_a_wrong_number_of_a_pool(field, by, monkeypatch):
+    # Of two images whole, and of column blocks whose last one is not full.
+    taken = pooled(conv(4, 7, 7, 64, 64), STEM_POOL)
+    if field not in ("output_rows", "pitch_rows"):
+        problem = conv(1, 31, 25, 64, 64)
+        taken = dataclasses.replace(taken, problem=problem)
+    image = Image.of_region(taken)
+    tiles = implicit_gemm_tiles.tiles_of(image, PLAIN, HOPPER)
+    tile = next(
+        t
+        for t in tiles
+        if t.block in (geometry.Block(2, 4, 4), geometry.Block(1, 3, 5))
+        and t.blocks * t.warps_n == 2
+    )
+    check(taken, tile.config(), HOPPER)
+    right = implicit_gemm_sm90.recipe
+
+    def wrong(*args):
+        return _moved(right(*args), field, by, pools=True)
+
+    monkeypatch.setattr(implicit_gemm_sm90, "recipe", wrong)
+    with pytest.raises((AssertionError, IndexError, ZeroDivisionError)):
         check(taken, tile.config(), HOPPER)

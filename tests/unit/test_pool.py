@@ -153,9 +153,12 @@ def test_a_model_in_nchw_pools_in_nhwc():
 
 
 def blocks(x, w, v, u):
-    """Two convs, a pool of the second, and one conv that is not after it."""
+    """Two convs, a pool of the second that no region ends in, and one conv that is not
+    after it."""
     y = jax.nn.relu(conv(jax.nn.relu(conv(x, w)), v))
-    return conv(pooled(y), v), jax.nn.relu(conv(jax.nn.relu(conv(x, u)), u))
+    return conv(pooled(y, operation="min"), v), jax.nn.relu(
+        conv(jax.nn.relu(conv(x, u)), u)
+    )
 
 
 BLOCKS = shape(2, 8, 8, 16), *(shape(3, 3, 16, 16) for _ in range(3))
@@ -164,7 +167,7 @@ BLOCKS = shape(2, 8, 8, 16), *(shape(3, 3, 16, 16) for _ in range(3))
 def test_sequences_are_as_without_it():
     done = rewritten(blocks, *BLOCKS)
     plain = rewritten(blocks, *BLOCKS, disable=("pool",))
-    found = [n.replace("bolt_pool", "reduce_window_max") for n in names(done.program)]
+    found = [n.replace("bolt_pool", "reduce_window_min") for n in names(done.program)]
     assert found == names(plain.program)
     assert found.count("bolt_sequence") == 2 and "bolt_pool" in names(done.program)
 
@@ -172,12 +175,13 @@ def test_sequences_are_as_without_it():
 def test_a_pool_in_a_loop_with_a_region():
     def model(x, w):
         def step(x, _):
-            return pooled(jax.nn.relu(conv(x, w)), strides=(1, 1)), None
+            y = jax.nn.relu(conv(x, w))
+            return pooled(y, strides=(1, 1), operation="min"), None
 
         return lax.scan(step, x, None, length=2)[0]
 
     done = rewritten(model, *BLOCKS[:2])
-    assert [info.window.label for info in done.pools] == ["max3x3"]
+    assert [info.window.label for info in done.pools] == ["min3x3"]
     args = tuple(jnp.ones(a.shape, a.dtype) for a in BLOCKS[:2])
     equal_bits(jax_bolt.optimize(model)(*args), model(*args))
 

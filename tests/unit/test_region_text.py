@@ -47,6 +47,10 @@ def test_all_that_a_problem_can_be():
     for problem in problems:
         region = ir.Region(problem=problem, epilogue=epilogue)
         assert region_text.parse(region.text) == region
+        if isinstance(problem, ir.ConvProblem):
+            pool = ir.Pool(window=(3, 2), stride=(2, 1), padding=(2, 0, 1, 0))
+            region = dataclasses.replace(region, pool=pool)
+            assert region_text.parse(region.text) == region
     nan = dataclasses.replace(epilogue, ops=(ir.Op("const", attr=math.nan), *ops))
     text = ir.Region(problem=problems[0], epilogue=nan).text
     assert region_text.parse(text).text == text

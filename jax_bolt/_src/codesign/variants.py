@@ -101,6 +101,8 @@ def chained(region: ir.Region) -> ir.Chain | None:
     problem, epilogue = region.problem, region.epilogue
     if isinstance(problem, ir.GemmProblem) or problem.r * problem.s == 1:
         return None
+    if region.pool is not None:
+        return None
     dtype = epilogue.out_dtype
     if dtype not in _OPERANDS:
         return None
@@ -124,7 +126,8 @@ def site(region: ir.Region, name: str) -> SiteInfo:
         p = problem
         root = "conv_general_dilated"
         lhs, rhs = (p.n, p.h, p.w, p.c), (p.r, p.s, p.group_channels, p.k)
-        out = (p.n, p.p, p.q, p.k)
+        p_, q_ = (p.p, p.q) if region.pool is None else region.pool.sizes(p.p, p.q)
+        out = (p.n, p_, q_, p.k)
         stored = dataclasses.replace(problem, filter_layout="hwio")
         region_as_read = dataclasses.replace(region, problem=stored)
     else:

@@ -37,6 +37,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     p = region.problem
     if not isinstance(p, ir.ConvProblem):
         return Elsewhere("not a conv")
+    if region.pool is not None:
+        return Elsewhere("it does not pool")
     if p.groups > 1:
         return f"a conv of {p.groups} groups"
     if p.filter_layout != "krsc":

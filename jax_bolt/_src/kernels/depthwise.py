@@ -28,6 +28,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     p = region.problem
     if not isinstance(p, ir.ConvProblem) or p.groups == 1:
         return Elsewhere("not a depthwise conv")
+    if region.pool is not None:
+        return Elsewhere("it does not pool")
     if not p.is_depthwise:
         return f"groups of {p.group_channels} input channels, not of one"
     if p.filter_layout != "hwio":

@@ -6,6 +6,10 @@ another start in its phase's box. A box's rows are ``pitch`` pixels long, which 
 shorter than an output row plus the filter's reach where what lies right of the image
 and left of its next row are both zeros, and may then be the same pixels. The same holds
 for whole images, downwards.
+
+With a pool an output is the maximum of a window of results. A block is then one of
+outputs, and its accumulator has the results that these need: those of windows that
+overlap are computed by both of two blocks.
 ``jax_bolt/implicit_gemm/geometry.hpp`` says what every number is to the kernel.
 """
 
@@ -17,7 +21,7 @@ import math
 
 from .. import ir
 from . import recipe
-from .image import BLOCK, ROW, Axis, Image, cols_of, corners, rows_of
+from .image import BLOCK, ROW, Axis, Image, Windows, cols_of, corners, rows_of
 from .recipe import TensorMap
 
 MAX_BOX = 256  # TMA's limit on a box's extents
@@ -28,7 +32,7 @@ MAX_RINGS = (8, 64, 8)  # stages of pixels, filters and stores
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
-    """One accumulator's outputs: ``images`` whole ones, or ``rows`` by ``cols``."""
+    """What leaves one accumulator: ``images`` whole ones, or ``rows`` by ``cols``."""
 
     images: int
     rows: int
@@ -62,21 +66,47 @@ class Layout:
     parts: int = 1
 
     @functools.cached_property
+    def windows(self) -> tuple[Windows, Windows]:
+        return self.image.windows
+
+    @functools.cached_property
     def whole_images(self) -> bool:
-        return self.block.rows >= self.image.p and not self.image.is_line
+        down, _ = self.windows
+        return self.block.rows >= down.outputs and not self.image.is_line
 
     @functools.cached_property
     def whole_rows(self) -> bool:
-        return self.block.cols >= self.image.q and not self.image.is_line
+        _, right = self.windows
+        return self.block.cols >= right.outputs and not self.image.is_line
+
+    @functools.cached_property
+    def results(self) -> tuple[int, int]:
+        """Rows and columns of one image's results in a block."""
+        down, right = self.windows
+        return (
+            down.read if self.whole_images else down.span(self.block.rows),
+            right.read if self.whole_rows else right.span(self.block.cols),
+        )
+
+    @functools.cached_property
+    def origin(self) -> tuple[int, int]:
+        """Row and column of the first result of a tile at the first output. What is
+        whole begins with the image, all else with a window."""
+        down, right = self.windows
+        return (
+            0 if self.whole_images else -down.padding,
+            0 if self.whole_rows else -right.padding,
+        )
 
     @functools.cached_property
     def pitch(self) -> int:
         found = cols_of(self.image)
         if self.image.is_line:
             return self.pixels
+        _, cols = self.results
         if self.whole_rows:
-            return max(axis.pitch(self.image.q) for axis in found)
-        return self.block.cols + max(axis.reach for axis in found)
+            return max(axis.pitch(cols) for axis in found)
+        return cols + max(axis.reach for axis in found)
 
     @functools.cached_property
     def image_rows(self) -> int:
@@ -84,8 +114,9 @@ class Layout:
         found = rows_of(self.image)
         if self.whole_images:
             # The box may end before the last line's taps do: what follows is zeros.
-            return max(axis.pitch(self.image.p) for axis in found)
-        return self.tile_rows + max(axis.reach for axis in found)
+            return max(axis.pitch(self.results[0]) for axis in found)
+        down, _ = self.windows
+        return down.span(self.tile_rows) + max(axis.reach for axis in found)
 
     @functools.cached_property
     def tile_images(self) -> int:
@@ -93,33 +124,35 @@ class Layout:
 
     @functools.cached_property
     def tile_rows(self) -> int:
+        down, _ = self.windows
         if self.whole_images:
-            return self.image.p
+            return down.outputs
         return 1 if self.image.is_line else self.block.rows * self.count
 
     @functools.cached_property
     def tile_cols(self) -> int:
         if self.image.is_line:
             return self.pixels * self.count
-        return min(self.block.cols, self.image.q)
+        _, right = self.windows
+        return min(self.block.cols, right.outputs)
 
     @functools.cached_property
     def used(self) -> int:
-        """Pixels from a block's first output to its last."""
+        """Pixels from a block's first result to its last."""
         if self.image.is_line:
             return self.pixels
-        last = (self.block.rows - 1) * self.pitch + self.tile_cols
+        rows, cols = self.results
         if self.whole_images:
-            images = (self.block.images - 1) * self.image_rows
-            last = (images + self.image.p - 1) * self.pitch + self.tile_cols
-        return last
+            rows += (self.block.images - 1) * self.image_rows
+        return (rows - 1) * self.pitch + cols
 
     @functools.cached_property
     def block_pixels(self) -> int:
         """Pixels from one block to the next in a stage."""
         if self.image.is_line:
             return self.pixels
-        rows = self.block.rows
+        down, _ = self.windows
+        rows = self.block.rows * down.stride
         if self.whole_images:
             rows = self.block.images * self.image_rows
         return rows * self.pitch
@@ -148,6 +181,9 @@ class Layout:
     def store_box(self) -> tuple[int, int, int]:
         if self.image.is_line:
             return 1, 1, self.pixels // self.parts
+        if self.image.pool is not None:
+            rows = min(self.block.rows, self.tile_rows)
+            return self.block.images, rows, self.tile_cols
         if not self.whole_rows:
             # Pixels between the rows would be stored over other tiles' outputs.
             rows = self.block.rows if self.pitch == self.tile_cols else 1
@@ -158,7 +194,8 @@ class Layout:
 
     @functools.cached_property
     def stores(self) -> int:
-        if self.whole_rows or self.image.is_line or self.pitch == self.tile_cols:
+        gaps = self.pitch != self.tile_cols and self.image.pool is None
+        if self.whole_rows or self.image.is_line or not gaps:
             return 1
         return self.block.rows
 
@@ -177,16 +214,23 @@ class Layout:
     def slot_bytes(self) -> int:
         images, rows, cols = self.store_box
         stored = (self.stores - 1) * self.pitch + images * rows * cols
-        return round_up(max(self.pixels // self.parts, stored) * ROW, 1024)
+        if self.image.pool is None:
+            stored = max(self.pixels // self.parts, stored)
+        return round_up(stored * ROW, 1024)
+
+    @functools.cached_property
+    def results_bytes(self) -> int:
+        """A warpgroup's results on their way to the pool, besides its slots."""
+        return 0 if self.image.pool is None else round_up(self.pixels * ROW, 1024)
 
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
         """Image groups, row tiles and column tiles."""
-        i = self.image
+        down, right = self.windows
         return (
-            -(-i.n // self.tile_images),
-            -(-i.p // self.tile_rows),
-            -(-i.q // self.tile_cols),
+            -(-self.image.n // self.tile_images),
+            -(-down.outputs // self.tile_rows),
+            -(-right.outputs // self.tile_cols),
         )
 
     @functools.cached_property
@@ -226,6 +270,8 @@ class Layout:
         _, row_tiles, col_tiles = self.tiles
         channel_tiles = i.channel_tiles(filter_blocks)
         down, right = i.steps if i.source is None else i.source.stride
+        top, left = self.origin
+        strides = [axis.stride for axis in self.windows]
         images, rows, cols = self.store_box
         whole, line = self.whole_images, i.is_line
         numbers = [
@@ -233,7 +279,7 @@ class Layout:
             *(self.tile_count(filter_blocks), channel_tiles),
             *(col_tiles, row_tiles),
             *(self.tile_images, self.tile_rows, self.tile_cols),
-            *(i.chunks, len(phases), down, right),
+            *(i.chunks, len(phases), down * strides[0], right * strides[1]),
             *dataclasses.astuple(rings),
             *(self.loads, self.box[2], self.load_bytes, self.stage_bytes),
             *(
@@ -251,21 +297,35 @@ class Layout:
         numbers += _filled(
             [c.remainder * i.channels if i.folds else 0 for _, c in phases], MAX_PHASES
         )
-        numbers += _filled(
-            [c.base if i.folds else c.base * right + c.remainder for _, c in phases],
-            MAX_PHASES,
-        )
+
+        def start(axis: Axis, origin: int, step: int) -> int:
+            # In pixels of the map, of which a fold's remainder is another dimension.
+            return (axis.base + origin) * step + (0 if i.folds else axis.remainder)
+
+        numbers += _filled([start(c, left, right) for _, c in phases], MAX_PHASES)
         numbers += _filled(
             [r.remainder if i.folds else 0 for r, _ in phases], MAX_PHASES
         )
-        numbers += _filled(
-            [r.base if i.folds else r.base * down + r.remainder for r, _ in phases],
-            MAX_PHASES,
-        )
+        numbers += _filled([start(r, top, down) for r, _ in phases], MAX_PHASES)
         numbers += _filled([len(r.taps) * len(c.taps) for r, c in phases], MAX_PHASES)
         numbers += _filled([offset * ROW for _, offset, _ in taps], MAX_TAPS)
         numbers += _filled([at for _, _, at in taps], MAX_TAPS)
-        return tuple(numbers)
+        return (*numbers, *self._pooled)
+
+    @property
+    def _pooled(self) -> tuple[int, ...]:
+        """What PooledGeometry has besides."""
+        if self.image.pool is None:
+            return ()
+        images, rows, cols = self.store_box
+        down, right = self.windows
+        top, left = self.origin
+        return (
+            *(images * rows * cols, rows, cols),
+            *(self.image_rows, self.pitch, self.results_bytes),
+            *(self.image.p, self.image.q, top, left),
+            *(-down.padding - top, -right.padding - left),
+        )
 
     @property
     def _images(self) -> tuple[int, int, int, int]:
@@ -307,7 +367,8 @@ class Layout:
         """A map of an output or a side input, of as many channels as there are."""
         i = self.image
         images, rows, cols = self.store_box
-        sizes = (channels or i.k, i.q, i.p, i.n)
+        down, right = self.windows
+        sizes = (channels or i.k, right.outputs, down.outputs, i.n)
         box = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
         return _contiguous(operand, recipe.DTYPES.index(dtype), sizes, box)
 

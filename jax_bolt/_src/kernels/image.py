@@ -27,6 +27,7 @@ class Image:
     ``c`` are the input channels of one of ``groups``, ``k`` the output channels of all.
     With ``packing`` it is the conv that a prologue leaves, its operands a workspace.
     With ``source`` it is a line of all that image's output pixels (``line_of``).
+    ``p`` and ``q`` are the conv's results, whether or not a ``pool`` follows.
     """
 
     n: int
@@ -49,6 +50,11 @@ class Image:
     packing: Packing | None = None
     source: Image | None = None
     groups: int = 1
+    pool: ir.Pool | None = None
+
+    @staticmethod
+    def of_region(region: ir.Region) -> Image:
+        return dataclasses.replace(Image.of(region.problem), pool=region.pool)
 
     @staticmethod
     def of(problem: ir.Problem) -> Image:
@@ -126,7 +132,21 @@ class Image:
         """Any run of pixels is a tile, and no image is in sight: one tap and one row,
         or whatever im2col mode gathers."""
         one_row = (self.r, self.s, self.h, self.p) == (1, 1, 1, 1)
-        return self.source is not None or (one_row and self.stride[1] == 1)
+        one_row = one_row and self.stride[1] == 1 and self.pool is None
+        return self.source is not None or one_row
+
+    @property
+    def windows(self) -> tuple[Windows, Windows]:
+        """What is stored of the results, along rows and columns."""
+        if self.pool is None:
+            return Windows(self.p, self.p), Windows(self.q, self.q)
+        (r, s), (down, right) = self.pool.window, self.pool.stride
+        rows, cols = self.pool.sizes(self.p, self.q)
+        top, _, left, _ = self.pool.padding
+        return (
+            Windows(self.p, rows, r, down, top),
+            Windows(self.q, cols, s, right, left),
+        )
 
     @property
     def folds(self) -> bool:
@@ -151,6 +171,30 @@ class Image:
         return -(-self.k // (BLOCK * filter_blocks))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Windows:
+    """One spatial axis of a pool: of ``results`` of a conv, every output is the maximum
+    of a window. Without a pool that is one of them.
+
+    The first window begins ``padding`` positions before the first result.
+    """
+
+    results: int
+    outputs: int
+    size: int = 1
+    stride: int = 1
+    padding: int = 0
+
+    def span(self, outputs: int) -> int:
+        """Positions that the windows of so many outputs side by side lie over."""
+        return (outputs - 1) * self.stride + self.size
+
+    @property
+    def read(self) -> int:
+        """Results that any window has, from the first on."""
+        return min(self.results, self.span(self.outputs) - self.padding)
+
+
 @functools.lru_cache(maxsize=1024)
 def line_of(image: Image) -> Image | None:
     """All output pixels of a conv as one line, or None.
@@ -161,7 +205,9 @@ def line_of(image: Image) -> Image | None:
     that only strided convs, and padded ones of one tap, are seen so.
     """
     one_tap, padded = (image.r, image.s) == (1, 1), image.padding != (0, 0)
-    if image.is_line or image.filters > 1 or image.pixel != image.channels:
+    if image.is_line or image.pool is not None or image.filters > 1:
+        return None
+    if image.pixel != image.channels:
         return None
     if image.stride == (1, 1) and not (one_tap and padded):
         return None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from .. import ir
 from ..arch import GpuArch
@@ -25,6 +26,7 @@ from .implicit_gemm_tiles import (
 # at most three of a kind, 0.5 %.
 _START = 3400  # from launch to the first product, and the last store
 _FINISH = 2.0  # of an epilogue: a pixel of a block, for every instruction
+_POOL = 1.5  # of a result in an output's window; counted in instructions, not fitted
 _EXCHANGE = 4500  # of sums and results between the CTAs of a split tile
 _PIXEL_WAIT = 2200  # from asking for a box of pixels, mostly in device memory, to it
 _FILTER_WAIT = 1800
@@ -96,6 +98,8 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     busy = max(products, moves)
     main = max(busy, waiting)
     finish = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
+    if image.pool is not None:
+        finish += _POOL * blocks * math.prod((*layout.store_box, *image.pool.window))
     if tile.schedule == "pingpong":
         own = turns * max(main, (main + finish) / 2) + finish
     elif tile.ctas > 1 and ctas > arch.sm_count:

@@ -57,10 +57,13 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
             return f"groups of {problem.group_channels} input channels"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
-    image = Image.of(problem)
+    if region.pool is not None and (refused := _pool_limit(region, region.pool)):
+        return refused
+    image = Image.of_region(region)
     if problem.dtype == "f32" and not image.k_outer:
         return "TF32 tensor cores take filters with their input channels innermost only"
-    if min(image.n, image.h, image.w, image.c, image.k, image.p, image.q) < 1:
+    sizes = (image.n, image.h, image.w, image.c, image.k, image.p, image.q)
+    if min(*sizes, region.stored_rows) < 1:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:
         return "an empty filter or negative padding"
@@ -83,6 +86,18 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     return None
 
 
+def _pool_limit(region: ir.Region, pool: ir.Pool) -> str | None:
+    """Why the kernel cannot pool the region's result, or None."""
+    r, s = pool.window
+    if r * s > ir.MAX_WINDOW:
+        return f"a pool of {r}x{s}, more than {ir.MAX_WINDOW} results"
+    if region.epilogue.sides:
+        return "a pool after side inputs"
+    if region.epilogue.out_dtype not in ("bf16", "f16"):
+        return f"a pool of {region.epilogue.out_dtype}"
+    return None
+
+
 def _ends_whole(problem: ir.ConvProblem) -> bool:
     """Whether products end where a group's input channels do."""
     row = problem.group_channels * ir.ITEM_BYTES[problem.dtype]
@@ -92,7 +107,7 @@ def _ends_whole(problem: ir.ConvProblem) -> bool:
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first."""
-    image = Image.of(region.problem)
+    image = Image.of_region(region)
     found = sorted(
         tiles_of(image, region.epilogue, arch),
         key=lambda tile: rank.cycles(tile, image, region, arch),
@@ -123,7 +138,7 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
     del arch  # only sm_90a is supported
     tile = Tile.of(config)
     scope = "jax_bolt::implicit_gemm"
-    krsc = Image.of(region.problem).k_outer
+    krsc = Image.of_region(region).k_outer
     schedule = {"cooperative": "kCooperative", "pingpong": "kPingPong"}[tile.schedule]
     arguments = (
         "Epilogue",
@@ -132,20 +147,23 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
         *(tile.splits, tile.parts),
-        Image.of(region.problem).k_steps,
+        Image.of_region(region).k_steps,
     )
+    if region.pool is not None:
+        sizes = (*region.pool.window, *region.pool.stride)
+        arguments += (f"{scope}::MaxPool<{', '.join(map(str, sizes))}>",)
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
 
 
 def reasoning(region: ir.Region, config: Config, arch: GpuArch) -> str:
     """What the rank model expects of it."""
-    image = Image.of(region.problem)
+    image = Image.of_region(region)
     return rank.estimate(Tile.of(config), image, region, arch).text
 
 
 def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
     """What the rank model expects of it, in µs, and what its prologue moves."""
-    image = Image.of(region.problem)
+    image = Image.of_region(region)
     packed = image.packing.workspace_bytes if image.packing else 0
     own = rank.estimate(Tile.of(config), image, region, arch).micros
     return own + 2 * packed / arch.bandwidth * 1e6  # written, and read again
@@ -153,7 +171,7 @@ def micros(region: ir.Region, config: Config, arch: GpuArch) -> float:
 
 def prologue(region: ir.Region) -> str | None:
     """The C++ type that ``JAX_BOLT_PROLOGUE`` takes, for images of few channels."""
-    packing = Image.of(region.problem).packing
+    packing = Image.of_region(region).packing
     return None if packing is None else packing.instance
 
 
@@ -161,7 +179,7 @@ def recipe(
     region: ir.Region, config: Config, arch: GpuArch, *, held: bool = False
 ) -> Recipe:
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometry."""
-    tile, image = Tile.of(config), Image.of(region.problem)
+    tile, image = Tile.of(config), Image.of_region(region)
     layout = tile.layout(image)
     epilogue = region.epilogue
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))

@@ -180,6 +180,8 @@ def _splits(tile: Tile, image: Image, arch: GpuArch) -> list[int]:
     """CTAs that may share a tile: where all of them fit on the GPU at once."""
     if tile.schedule == "pingpong" or tile.blocks * tile.channel_blocks > 1:
         return []
+    if image.pool is not None:
+        return []  # of a split block every CTA finishes some pixels
     count, room = tile_count(tile, image), arch.sm_count * tile.ctas
     # A cluster lies in one part of the GPU, with 16 or 18 SMs on Hopper: large ones
     # leave some idle.
@@ -214,18 +216,22 @@ def blocks_of(image: Image) -> tuple[tuple[Block, int], ...]:
         if 0 < used <= 256:
             found.append((block, round_up(used, 8)))
 
+    down, right = image.windows
+    p, q = down.outputs, right.outputs
     for images in (1, 2, 4):
         if images <= image.n:
-            add(Block(images, image.p, image.q))
-    for rows in range(1, min(image.p - 1, 32) + 1):
-        add(Block(1, rows, image.q))
-    for parts in range(2, 1 + -(-image.q // 7)):
-        cols = -(-image.q // parts)
-        if cols < 7 or image.q - cols * (parts - 1) <= 0:
+            add(Block(images, p, q))
+    for rows in range(1, min(p - 1, 32) + 1):
+        add(Block(1, rows, q))
+    # Of what a pool leaves, few make a block.
+    least = 7 if image.pool is None else 3
+    for parts in range(2, 1 + -(-q // least)):
+        cols = -(-q // parts)
+        if cols < least or q - cols * (parts - 1) <= 0:
             continue
         for rows in (1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 16):
             # A row alone reads its halo for itself: only where there is no other.
-            if rows <= image.p and (rows > 1 or image.p == 1):
+            if rows <= p and (rows > 1 or p == 1):
                 add(Block(1, rows, cols))
     # A block of the same pixels counts once.
     return tuple(dict.fromkeys(found))
@@ -238,7 +244,8 @@ def _idle_blocks(layout: Layout) -> bool:
         return (count - 1) * layout.pixels >= image.q
     if layout.whole_images:
         return (count - 1) * layout.block.images >= image.n
-    return (count - 1) * layout.block.rows >= image.p
+    down, _ = layout.windows
+    return (count - 1) * layout.block.rows >= down.outputs
 
 
 def slot_tiles_of(epilogue: ir.Epilogue) -> int:
@@ -265,6 +272,7 @@ def _staged(
 
     pixel_bytes, filter_bytes, store_bytes = _stage_bytes(tile, layout, slot_tiles)
     room = smem_per_cta(tile.ctas, arch) - _BARRIERS - partial_bytes(tile)
+    room -= tile.warpgroups * layout.results_bytes
 
     def left(pixels: int, filters: int, stores: int) -> int:
         used = pixels * pixel_bytes + filters * filter_bytes + stores * store_bytes
@@ -329,7 +337,8 @@ def partial_bytes(tile: Tile) -> int:
 def shared_bytes(tile: Tile, layout: Layout, slot_tiles: int) -> int:
     rings = (tile.rings.pixels, tile.rings.filters, tile.rings.stores)
     stages = zip(rings, _stage_bytes(tile, layout, slot_tiles), strict=True)
-    return sum(n * size for n, size in stages) + partial_bytes(tile) + _BARRIERS
+    rest = partial_bytes(tile) + tile.warpgroups * layout.results_bytes + _BARRIERS
+    return sum(n * size for n, size in stages) + rest
 
 
 def tile_count(tile: Tile, image: Image) -> int:

@@ -337,6 +337,7 @@ def _operands(region: ir.Region) -> dict[str, list]:
     problem, epilogue = region.problem, region.epilogue
     a, b = problem.operand_elements
     full = problem.rows * problem.channels
+    stored = region.stored_rows * problem.channels
     depth = max(1, b // problem.channels)
 
     def operand(dtype: str, count: int, scale: float = 1.0, positive: bool = False):
@@ -352,7 +353,7 @@ def _operands(region: ir.Region) -> dict[str, list]:
             operand(v.dtype, 1 if v.scalar else problem.channels, positive=True)
             for v in epilogue.vectors
         ],
-        "output_bytes": [full * ir.ITEM_BYTES[o.dtype] for o in epilogue.outputs],
+        "output_bytes": [stored * ir.ITEM_BYTES[o.dtype] for o in epilogue.outputs],
     }
 
 

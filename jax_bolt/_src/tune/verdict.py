@@ -130,7 +130,7 @@ def time_in_program(
     kernel: AnyExecutable, operands: measure.Operands, target: Target
 ) -> measure.Run:
     """The region on ``kernel``, as programs for ``target`` run it."""
-    if "sequence" not in target.disable and kernel.form.part is None:
+    if "sequence" not in target.disable and not kernel.form.ends_on_xla:
         return measure.time_in_sequence(kernel, operands, target.ordinal)
     fun = measure.kernel_function(operands.site, kernel)
     return measure.time_region(fun, operands, target.ordinal)

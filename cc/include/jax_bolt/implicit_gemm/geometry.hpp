@@ -6,7 +6,7 @@
 // Names: an output pixel is (image, row, column). A GEMM is one image, or one per batch entry, of
 // one row. A chunk is 128 bytes of input channels. A phase is one box of input pixels: all taps
 // whose offset has the same remainder by the stride read the same box. A tap is one filter
-// position.
+// position. With a pool, an output is the maximum of a window of the conv's results.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
 
@@ -65,6 +65,24 @@ struct Geometry {
 
   // Taps in the order of the phases: bytes from a stage's start, and the position in the filter.
   std::int32_t tap_offset[kMaxTaps], tap_filter[kMaxTaps];
+};
+
+/// The geometry of a kernel with a pool. A block's results are in the accumulators' order, and
+/// `pitch` from one row of them to the next.
+struct PooledGeometry : Geometry {
+  // A block's outputs, and an image's rows and columns of these.
+  std::int32_t block_outputs, output_rows, output_cols;
+
+  // Rows of results from an image of a block to the next, results from a row to the next, and the
+  // bytes that a warpgroup has for them.
+  std::int32_t pitch_rows, pitch, results_bytes;
+
+  // Results of an image. There are none beyond them.
+  std::int32_t result_rows, result_cols;
+
+  // Of a tile at the first output: the row and the column of its first result, and where the first
+  // window begins relative to that.
+  std::int32_t origin_row, origin_col, window_row, window_col;
 };
 
 }  // namespace jax_bolt::implicit_gemm

@@ -245,7 +245,21 @@ __device__ __forceinline__ void store(std::uint32_t to, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
 }
 
-/// Two values of a 2-byte type in one register: to it, rounded to nearest even, and from it.
+/// 16 bytes of shared memory.
+__device__ __forceinline__ void load(std::uint32_t from, std::uint32_t (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void store(std::uint32_t to, std::uint32_t const (&words)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+/// Two values of a 2-byte type in one register: to it, rounded to nearest even, and from it; the
+/// larger of each two, NaN where one is.
 template <class T>
 struct Pair;
 template <>
@@ -254,6 +268,10 @@ struct Pair<cutlass::bfloat16_t> {
     std::uint32_t packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+  }
+  static __device__ __forceinline__ std::uint32_t max(std::uint32_t a, std::uint32_t b) {
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    return a;
   }
   static __device__ __forceinline__ float low(std::uint32_t packed) {
     return __uint_as_float(packed << 16);
@@ -268,6 +286,10 @@ struct Pair<cutlass::half_t> {
     std::uint32_t packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+  }
+  static __device__ __forceinline__ std::uint32_t max(std::uint32_t a, std::uint32_t b) {
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    return a;
   }
   static __device__ __forceinline__ float low(std::uint32_t packed) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(packed)));

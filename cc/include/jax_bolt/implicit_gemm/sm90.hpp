@@ -8,8 +8,8 @@
 // A persistent CTA has one or two warpgroups that multiply and, last, one that loads: warp 0 the
 // pixels, warp 1 the filters, warps 2 and 3 the side inputs of a warpgroup each. Rings of stages in
 // shared memory, each with a full and an empty barrier, connect them. From load to store:
-// load_pixels, load_filters, load_sides; then multiply, finish, store. The CTAs of a cluster may
-// share a tile, each with some of the input channels: combine and gather connect them.
+// load_pixels, load_filters, load_sides; then multiply, finish, store. The CTAs of a cluster
+// may share a tile, each with some of the input channels: combine and gather connect them.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_SM90_HPP_
 
@@ -21,6 +21,7 @@
 #include "jax_bolt/epilogue/traits.hpp"
 #include "jax_bolt/implicit_gemm/geometry.hpp"
 #include "jax_bolt/implicit_gemm/pack.hpp"
+#include "jax_bolt/implicit_gemm/pool.hpp"
 #include "jax_bolt/implicit_gemm/ptx.hpp"
 #include "jax_bolt/implicit_gemm/wgmma.hpp"
 
@@ -33,13 +34,13 @@ enum class Filters { kKrsc, kHwio };
 enum class Schedule { kCooperative, kPingPong };
 
 /// The kernel's only parameter. The launcher fills it from a recipe, field by field.
-template <class Epilogue>
+template <class Epilogue, class Pool>
 struct Params {
   ptx::TensorMap pixels, filters;
   ptx::TensorMap outputs[1 + AuxiliaryOf<Epilogue>::kCount];
   ptx::TensorMap sides[array_size(Epilogue::kSides)];
   void const* vectors[array_size(Epilogue::kVectors)];
-  Geometry geometry;
+  typename Pool::Geometry geometry;
 };
 
 /// A position in a ring of `stages`, and the parity of the round it is in.
@@ -64,13 +65,13 @@ struct Ring {
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster
 /// that share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
 /// kParts: what a block leaves in, one slot after the other; more than 1 for pixels of one line
-/// only. kSteps: products in a chunk, of 32 bytes each.
+/// only. kSteps: products in a chunk, of 32 bytes each. Pool: what leaves of the results.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
-          int kParts, int kSteps>
+          int kParts, int kSteps, class Pool = NoPool>
 struct Sm90 {
   using Epilogue = Epilogue_;
-  using Parameters = Params<Epilogue>;
+  using Parameters = Params<Epilogue, Pool>;
   using Output = typename Epilogue::Output;
   using Auxiliary = AuxiliaryOf<Epilogue>;
 
@@ -90,6 +91,10 @@ struct Sm90 {
   static_assert(!kPingPong || kWarpgroupsM * kWarpgroupsN == 1, "a warpgroup has a tile alone");
   static_assert(kSplits == 1 || (!kPingPong && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
+
+  static_assert(!Pool::kPools || (kSplits == 1 && kParts == 1 && kSides + kAuxiliary == 0 &&
+                                  sizeof(Output) == 2),
+                "one warpgroup has all results of a pooled block, in one tile");
 
   static constexpr int kBlock = 64;                     // output channels
   static constexpr int kChunk = 128 / sizeof(Element);  // input channels: the widest swizzle
@@ -162,16 +167,19 @@ struct Sm90 {
 
   /// Where things lie in shared memory.
   struct Memory {
-    std::uint32_t pixels, filters, slots, partials;
+    std::uint32_t pixels, filters, slots, partials, results;
     Barriers* barriers;
 
-    __device__ __forceinline__ Memory(std::uint8_t* base, Geometry const& g) {
+    __device__ __forceinline__ Memory(std::uint8_t* base, typename Pool::Geometry const& g) {
       std::uint32_t const address = ptx::shared_address(base);
       pixels = address;
       filters = pixels + g.pixel_stages * g.stage_bytes;
       slots = filters + g.filter_stages * kFilterStage;
       partials = slots + kWarpgroups * g.store_stages * kSlotTiles * g.slot_bytes;
-      barriers = reinterpret_cast<Barriers*>(base + (partials + kPartials - address));
+      results = partials + kPartials;
+      std::uint32_t end = results;
+      if constexpr (Pool::kPools) end += kWarpgroups * g.results_bytes;
+      barriers = reinterpret_cast<Barriers*>(base + (end - address));
     }
     __device__ __forceinline__ std::uint32_t slot(Geometry const& g, int warpgroup,
                                                   int stage) const {
@@ -684,13 +692,14 @@ struct Sm90 {
     }
   }
 
-  /// One part of a block: the epilogue into a slot, and the slot to the outputs.
+  /// One part of a block: the epilogue into a slot, by way of the pool where there is one, and the
+  /// slot to the outputs.
   template <int kPart>
   __device__ static __forceinline__ void store(Parameters const& p, Memory const& memory,
                                                Tile const& block, int warpgroup, Ring& ring,
                                                int& unreleased, float (&accumulators)[kPixels / 2],
                                                float const (&columns)[2][array_size(kColumns)]) {
-    Geometry const& g = p.geometry;
+    auto const& g = p.geometry;
     int const thread = threadIdx.x & 127;
     if constexpr (kSides > 0) {
       memory.barriers->sides_full[warpgroup][ring.stage].wait(ring.parity);
@@ -706,7 +715,14 @@ struct Sm90 {
     }
     std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
     if constexpr (kSplits > 1) combine(memory, warpgroup, accumulators);
-    fill<kPart>(slot, g.slot_bytes, accumulators, columns);
+    if constexpr (Pool::kPools) {
+      std::uint32_t const results = memory.results + warpgroup * g.results_bytes;
+      fill<kPart>(results, g.results_bytes, accumulators, columns);
+      ptx::sync(kStore + warpgroup, 128);
+      Pool::template reduce<Output>(g, block.row, block.col, results, slot);
+    } else {
+      fill<kPart>(slot, g.slot_bytes, accumulators, columns);
+    }
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);
     if (thread == 0 && gather(memory, warpgroup, slot, g.slot_bytes)) {
@@ -776,7 +792,7 @@ struct Sm90 {
 
   __device__ static void run(Parameters const& p) {
     extern __shared__ __align__(1024) std::uint8_t shared[];
-    Geometry const& g = p.geometry;
+    auto const& g = p.geometry;
     Memory const memory(shared, g);
     Barriers& barriers = *memory.barriers;
     int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
