@@ -102,67 +102,58 @@ def _epilogue(*, with_side: bool) -> ir.Epilogue:
 # which "a-b" are all multiples of 8. Counted over the candidates of the benchmark's
 # problems.
 _HOPPER = """
-1x1 1x1 pingpong    1 1 0: 8-176 192 208-240 256
-1x1 1x1 pingpong    1 1 1: 16-64 80 88 104-128 144 208
-1x1 2x1 cooperative 1 1 0: 8-64 80 96-128 192-216 232
-1x1 2x1 cooperative 1 1 1: 8-80 96-112 128 200
-1x2 1x1 pingpong    1 1 0: 8 16 32 56-144 168-192
-1x2 1x1 pingpong    1 1 1: 8 16 56-136
-1x1 1x1 cooperative 1 1 0: 8-80 104-144
-1x1 1x1 cooperative 1 1 1: 8-64 104 128
-1x1 1x2 cooperative 1 1 0: 8-72 96-120 208
-1x1 1x2 cooperative 1 1 1: 8-32 48-64 104
-2x1 2x1 cooperative 1 1 0: 8 24 32 48-64 96-128
-2x1 2x1 cooperative 1 1 1: 8-64 96 104
-1x2 1x2 cooperative 1 1 0: 8 24 32 48-64 96-128
-1x2 1x2 cooperative 1 1 1: 8-64 96 104
-1x2 2x1 cooperative 1 1 0: 8 56 96-128 192
-1x2 2x1 cooperative 1 1 1: 8-24 48-64 96-112 128
-2x1 1x2 cooperative 1 1 0: 8 16 48-64 112 120
-2x1 1x2 cooperative 1 1 1: 8 32 56
-1x2 1x1 cooperative 1 1 0: 8
-1x2 1x1 cooperative 1 1 1: 8-32 48-64
-1x2 1x1 pingpong    1 2 0: 96 128 160
-1x2 1x1 pingpong    1 2 1: 96 128
+1x1 1x1 pingpong    1 1 0: 8-184 200-256
+1x1 1x1 pingpong    1 1 1: 8-64 104-128 152
+1x2 1x1 pingpong    1 1 0: 8-200
+1x2 1x1 pingpong    1 1 1: 8-32 48-64 80 96 104 128
+1x1 2x1 cooperative 1 1 0: 8-32 48-72 96-128 192-232
+1x1 2x1 cooperative 1 1 1: 8-80 96-128 192 200
+1x1 1x2 cooperative 1 1 0: 8-64 96-128 208 216
+1x1 1x2 cooperative 1 1 1: 8-72 104 120
+1x1 1x1 cooperative 1 1 0: 8-32 48-152
+1x1 1x1 cooperative 1 1 1: 8 16 128
+2x1 2x1 cooperative 1 1 0: 32 48-64 96-128 144
+2x1 2x1 cooperative 1 1 1: 24 32 48-64 96-112 128 192
+1x2 1x2 cooperative 1 1 0: 32 48-64 96-128 144
+1x2 1x2 cooperative 1 1 1: 24 32 48-64 96-112 128 192
+1x2 2x1 cooperative 1 1 0: 8 32 96 104 120 128 192
+1x2 2x1 cooperative 1 1 1: 48-64 96-112 128 136 192
+2x1 1x2 cooperative 1 1 0: 56 64 112 120
+2x1 1x2 cooperative 1 1 1: 56
+1x2 1x1 cooperative 1 1 0: 8 48
+1x2 1x1 cooperative 1 1 1: 8 24 48
+2x1 2x1 cooperative 1 2 0: 96 128
+2x1 2x1 cooperative 1 2 1: 96 128
+1x2 1x2 cooperative 1 2 0: 96 128
+1x2 1x2 cooperative 1 2 1: 96 128
+1x1 2x1 cooperative 1 4 0: 192 256
+1x1 2x1 cooperative 1 4 1: 192 256
 1x2 2x1 cooperative 1 2 0: 96 128
 1x2 2x1 cooperative 1 2 1: 96 128
-1x1 2x1 cooperative 1 2 0: 96 128
-1x1 2x1 cooperative 1 2 1: 96 128
-2x1 2x1 cooperative 1 2 0: 96 128
-2x1 2x1 cooperative 1 2 1: 96
-1x1 1x1 pingpong    1 2 0: 128 160
-1x1 1x1 pingpong    1 2 1: 128
+1x2 1x1 pingpong    1 2 0: 96 128 160
+1x2 1x1 pingpong    1 2 1: 128
+1x1 2x1 cooperative 1 2 0: 96
+1x1 2x1 cooperative 1 2 1: 96 128 224
 1x2 1x1 pingpong    1 4 0: 192
-1x2 1x1 pingpong    1 4 1: 192
-1x2 1x2 cooperative 1 2 0: 96
-1x2 1x2 cooperative 1 2 1: 96
-1x1 2x1 cooperative 1 4 0: 192
-1x1 2x1 cooperative 1 4 1: 192
-1x1 1x1 pingpong    1 4 0: 192 256
-1x2 1x1 pingpong    1 3 0: 144
-1x2 1x1 pingpong    1 3 1: 144
 1x2 2x1 cooperative 1 4 0: 192
-1x2 2x1 cooperative 1 4 1: 192
-1x1 1x1 pingpong    1 3 0: 144
-1x1 1x1 pingpong    1 3 1: 144
-1x1 1x1 cooperative 1 2 0: 96
-1x1 1x1 cooperative 1 2 1: 96
 1x1 1x2 cooperative 1 2 0: 96
-1x1 1x1 cooperative 4 1 0: 8 16 32
-1x1 2x1 cooperative 8 1 0: 8 24 32
-1x1 1x1 cooperative 8 1 0: 8 24 32
-1x1 1x1 cooperative 6 1 0: 8 16 32
-1x1 2x1 cooperative 2 1 0: 8 32
-1x1 1x2 cooperative 4 1 0: 16 32
-1x1 1x2 cooperative 6 1 0: 16 24
-1x1 1x2 cooperative 2 1 0: 32 64
-1x1 1x2 cooperative 8 1 0: 32 40
-1x1 2x1 cooperative 3 1 0: 8
-1x1 2x1 cooperative 4 1 0: 8
+1x2 1x1 pingpong    1 3 0: 144
+1x1 1x1 pingpong    1 2 0: 128
+1x2 1x2 cooperative 1 4 0: 192
+2x1 2x1 cooperative 1 4 0: 192
+1x1 1x1 pingpong    1 4 0: 192
+1x1 2x1 cooperative 4 1 0: 8-32 48-64 120
+1x1 1x1 cooperative 4 1 0: 8-32 48 64
+1x1 2x1 cooperative 2 1 0: 8 56-72 104 120
+1x1 1x2 cooperative 4 1 0: 16-32 48
+1x1 1x1 cooperative 2 1 0: 8 64 72
+1x1 1x2 cooperative 2 1 0: 16 56 64
+1x1 2x1 cooperative 3 1 0: 8 32
+1x1 1x1 cooperative 8 1 0: 8 32
+1x1 2x1 cooperative 8 1 0: 8 32
 1x1 1x1 cooperative 3 1 0: 8
-1x1 1x1 cooperative 2 1 0: 8
+1x1 1x1 cooperative 6 1 0: 8
 1x1 2x1 cooperative 6 1 0: 8
-1x1 1x2 cooperative 3 1 0: 56
 """
 
 

@@ -496,6 +496,48 @@ def test_configs(problem):
         assert Tile.of(Config.of(implicit_gemm_sm90.name, **again)) == tile
 
 
+def strided(channels: int) -> ir.ConvProblem:
+    return ir.ConvProblem(
+        **{"n": 32, "h": 56, "w": 56, "c": channels, "k": 128, "r": 3, "s": 3},
+        **{"stride": (2, 2), "padding": (1, 1, 1, 1), "filter_layout": "hwio"},
+        dtype="bf16",
+    )
+
+
+def test_an_estimate_counts_the_tiles_of_the_busiest_sm():
+    problem, shared = strided(64), 0
+    image, taken = Image.of(problem), region(problem, SIDE)
+    for tile in implicit_gemm_tiles.tiles_of(image, SIDE, HOPPER):
+        count = implicit_gemm_tiles.tile_count(tile, image) * tile.splits
+        ctas = implicit_gemm_tiles.grid(tile, image, HOPPER)
+        sms = min(ctas, HOPPER.sm_count)
+        turns = implicit_gemm_rank.estimate(tile, image, taken, HOPPER).turns
+        assert (turns - 1) * sms < count <= turns * sms
+        shared += ctas > sms
+    assert shared > 0
+
+
+def test_boxes_that_step_over_pixels_take_longer():
+    """A stride is folded into the map where chunks of channels are full."""
+    folded, stepped = strided(64), strided(48)
+    assert [Image.of(p).folds for p in (folded, stepped)] == [True, False]
+
+    def moves(problem: ir.ConvProblem) -> dict[tuple[object, ...], float]:
+        image, taken = Image.of(problem), region(problem, PLAIN)
+        return {
+            dataclasses.astuple(tile): implicit_gemm_rank.estimate(
+                tile, image, taken, HOPPER
+            ).moves
+            for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, HOPPER)
+            if not tile.im2col
+        }
+
+    whole, part = moves(folded), moves(stepped)
+    both = whole.keys() & part.keys()
+    assert len(both) > 100
+    assert all(part[tile] > whole[tile] for tile in both)
+
+
 @pytest.mark.parametrize("epilogue", [PLAIN, FULL])
 def test_the_source_says_no_sizes(epilogue):
     """Equal tiles are one kernel, whatever the batch, the image and the channels."""

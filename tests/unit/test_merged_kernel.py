@@ -52,6 +52,16 @@ def test_every_tile_can_be_launched(case: cases.Case) -> None:
         assert second.chunks == -(-depth(chain.second) // 64)
 
 
+def test_no_estimate_waits_for_the_shortcut() -> None:
+    """It is a product, not a side input to load."""
+    for case in cases.MERGED:
+        image, one = merged_sm90._as_one(chain_of(case))
+        assert one.epilogue.sides == ()
+        a, b = one.problem.operand_elements
+        moved = (a + b + one.problem.rows * one.problem.channels) * image.item
+        assert one.bytes_moved == moved
+
+
 def depth(region: ir.Region) -> int:
     return region.problem.operand_elements[1] // region.problem.channels
 

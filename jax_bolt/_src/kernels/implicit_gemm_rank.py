@@ -10,7 +10,8 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .cycles import CLOCK, micros, us
-from .image import Image
+from .geometry import Layout, Rings
+from .image import ROW, Image
 from .implicit_gemm_tiles import (
     FILTER_BLOCK,
     Tile,
@@ -20,29 +21,39 @@ from .implicit_gemm_tiles import (
     tile_count,
 )
 
-# Cycles of an SM, fitted to 2,500 kernels of 54 problems on an H200 (ResNet-50's at
-# batch 32 and some at 128, BERT's, VGG's dense layers): of some 45 tiles of a problem
-# the first pick took 4 % longer than the best on average, the best of the first eight,
-# at most three of a kind, 0.5 %.
-_START = 3400  # from launch to the first product, and the last store
-_FINISH = 2.0  # of an epilogue: a pixel of a block, for every instruction
+# Cycles of an SM, fitted to 20,000 kernels of 46 problems on an H200 (those that
+# benchmarks/bench_tuning.py draws: convs at batch 32, products of BERT and of dense
+# layers), the tiles that are fast, or estimated so, weighted most.
+_START = 3080  # from launch to the first product, and the last store
+_FINISH = 1.0  # of an epilogue: a pixel of a block, for every instruction
 _POOL = 1.5  # of a result in an output's window; counted in instructions, not fitted
-_EXCHANGE = 4500  # of sums and results between the CTAs of a split tile
-_PIXEL_WAIT = 2200  # from asking for a box of pixels, mostly in device memory, to it
-_FILTER_WAIT = 1800
-_BOX, _STEP = 60, 8  # of each, beside what it moves and multiplies
-_LOAD_RATE = 80.0  # bytes a cycle from L2 into shared memory
-_OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
+_HAND_OVER = 1415  # from a tile's products to its epilogue, and on to the next ones
+_STORE_WAIT = 780  # from a slot's store to its next results
+_SIDE_WAIT = 2200  # from asking for a side input to it
+_EXCHANGE = 2000  # of sums and results between the CTAs of a split tile
+_PIXEL_WAIT = 1945  # from asking for a box of pixels, mostly in device memory, to it
+_FILTER_WAIT = 1785
+_STEP = 220  # of a step's products at least: a wgmma's latency, and barriers
+_BOX = 118  # of a load of pixels, beside its bytes
+_GATHERED = 1.7  # of a pixel that im2col mode gathers, beside its bytes
+_SKIPPED = 0.95  # of a pixel that a box steps over
+_LOAD_RATE = 89.5  # bytes a cycle from L2 into shared memory
+_MEMORY_RATE = 0.9  # of device memory's published bandwidth, what kernels get of it
+# Of SMs' and device memory's times, what the longer does not hide; and of a single
+# tile, which is first read, then computed, then stored, what it does not besides.
+_OVERLAP, _ALONE = 0.37, 0.14
+_WAIT_OVERLAP = 0.17  # the same of a tile's work and its waiting
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Estimate:
     """What a launch takes, in an SM's cycles.
 
-    ``turns`` are the busiest SM's tiles. A tile's main loop takes the longest of its
-    ``products``, of what it ``moves`` through shared memory, and of ``waiting`` for
-    loads that its rings are too short to have under way; then it ``finishes``.
-    ``memory`` is device memory's time, of which the SMs hide a part.
+    ``turns`` are the busiest SM's tiles. Of a tile count its ``products`` and, in turn
+    or beside those of another, its ``finish``: the epilogue's arithmetic, or waiting
+    for slots and side inputs; what it ``moves`` through shared memory; and ``waiting``
+    for loads that its rings are too short to have under way. ``memory`` is device
+    memory's time, of which the SMs hide a part.
     """
 
     turns: int
@@ -80,35 +91,65 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     steps, boxes = steps_of(tile, layout)
     rings, epilogue = tile.rings, region.epilogue
     ctas = grid(tile, image, arch)
-    turns = -(-tile_count(tile, image) * tile.splits // ctas)
+    count = tile_count(tile, image) * tile.splits
+    turns = -(-count // ctas)  # of a CTA
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)
-    sharing = 1 if tile.schedule == "pingpong" else tile.warpgroups
+    pingpong = tile.schedule == "pingpong"
+    sharing = 1 if pingpong else tile.warpgroups
     blocks = tile.blocks * tile.channel_blocks
-    products = image.k_steps * steps * blocks * sharing * one
-    loads = boxes * layout.loads * layout.load_bytes
-    waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
-    if not rings.resident:
-        loads += steps * FILTER_BLOCK * tile.filter_blocks
-        waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
+    products = steps * image.k_steps * blocks * sharing * one
     moved = sum(ir.ITEM_BYTES[d] // 2 for d in epilogue.tensors)
     moved *= blocks * sharing * tile.parts * layout.slot_bytes
-    products += steps * _STEP
-    moves = (loads + moved) / _LOAD_RATE + boxes * _BOX
-    busy = max(products, moves)
-    main = max(busy, waiting)
-    finish = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
+    moves = boxes * _box(layout) + moved / _LOAD_RATE
+    waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
+    if not rings.resident:
+        moves += steps * FILTER_BLOCK * tile.filter_blocks / _LOAD_RATE
+        waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
+    work = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
     if image.pool is not None:
-        finish += _POOL * blocks * math.prod((*layout.store_box, *image.pool.window))
-    if tile.schedule == "pingpong":
-        own = turns * max(main, (main + finish) / 2) + finish
+        work += _POOL * blocks * math.prod((*layout.store_box, *image.pool.window))
+    slots = blocks * tile.parts * _slot_wait(rings, epilogue)
+    finish = max(work, slots)
+    in_turn = max(products, steps * _STEP)
+    if pingpong:
+        # One warpgroup multiplies while the other finishes.
+        both = (in_turn + finish + _HAND_OVER) / 2
+        own = turns * _with(waiting, max(in_turn, moves, both)) + work
     elif tile.ctas > 1 and ctas > arch.sm_count:
-        own = turns * max(2 * busy, main + finish)
+        # So do two CTAs, each with loads of its own.
+        alone = _with(waiting, max(in_turn + work + _HAND_OVER, slots))
+        both = -(-count // arch.sm_count) * max(products, moves)
+        own = max(both, turns * alone)
     else:
-        own = turns * (main + finish)
+        # All warpgroups finish at once, while the next tile is being loaded.
+        alone = in_turn + work + _HAND_OVER / 2
+        own = turns * _with(waiting, max(alone, moves, slots))
     if tile.splits > 1:
         own += _EXCHANGE + partial_bytes(tile) / _LOAD_RATE
-    first = (loads / max(1, boxes) + 16384) / _LOAD_RATE
-    memory = region.bytes_moved / arch.bandwidth * CLOCK
-    total = _START + first + max(own, memory) + _OVERLAP * min(own, memory)
-    return Estimate(turns, products, moves, waiting, finish, memory, total)
+    first = (layout.loads * layout.load_bytes + 16384) / _LOAD_RATE
+    memory = region.bytes_moved / (_MEMORY_RATE * arch.bandwidth) * CLOCK
+    beside = (_OVERLAP + _ALONE / turns) * min(own, memory)
+    total = _START + first + max(own, memory) + beside
+    busiest = -(-count // min(ctas, arch.sm_count))
+    return Estimate(busiest, in_turn, moves, waiting, finish, memory, total)
+
+
+def _box(layout: Layout) -> float:
+    """Cycles of one load of pixels."""
+    image, read = layout.image, layout.loads * layout.load_bytes
+    pixels = read // ROW
+    down, right = image.steps
+    found = _BOX + read / _LOAD_RATE + _SKIPPED * pixels * (down * right - 1)
+    return found + (_GATHERED * pixels if image.source is not None else 0.0)
+
+
+def _slot_wait(rings: Rings, epilogue: ir.Epilogue) -> float:
+    """Cycles from one slot to the next, for what leaves or comes in it."""
+    if epilogue.sides:
+        return _SIDE_WAIT / (rings.stores - 1)
+    return _STORE_WAIT / rings.stores
+
+
+def _with(waiting: float, work: float) -> float:
+    return max(waiting, work) + _WAIT_OVERLAP * min(waiting, work)

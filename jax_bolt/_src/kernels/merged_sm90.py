@@ -159,8 +159,11 @@ def _as_one(chain: ir.Chain) -> tuple[Image, ir.Region]:
     assert lines is not None
     k = sum(line.chunks * line.chunk for line in lines)
     problem = ir.GemmProblem(m=lines[1].q, n=lines[1].k, k=k, dtype=lines[1].dtype)
-    region = ir.Region(problem=problem, epilogue=chain.second.epilogue)
-    return Image.of(problem), region
+    # The shortcut is never loaded: it lies beside the accumulators.
+    epilogue = chain.second.epilogue
+    ops = tuple(ir.Op("acc") if op.name == "side" else op for op in epilogue.ops)
+    epilogue = dataclasses.replace(epilogue, ops=ops, sides=())
+    return Image.of(problem), ir.Region(problem=problem, epilogue=epilogue)
 
 
 def _tiles(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
