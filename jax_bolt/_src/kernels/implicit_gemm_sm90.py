@@ -125,7 +125,7 @@ def varied(tiles: list[Tile], count: int, of_a_kind: int) -> list[Tile]:
     for tile in tiles:
         kind = (
             *(tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
-            *(tile.schedule, tile.rings.resident, tile.im2col),
+            *(tile.schedule, tile.rings.resident, tile.im2col, tile.parts > 1),
         )
         kinds[kind] += 1
         if kinds[kind] <= of_a_kind and len(chosen) < count:
