@@ -149,7 +149,7 @@ def listed(site: Any, arch: Any) -> list[Any]:
     from jax_bolt._src import plan
 
     found, _ = plan.candidates(site.region, arch)
-    whole = [c for c in found if c.form.part is None]
+    whole = [c for c in found if not c.form.ends_on_xla]
     return [c for c in whole if not moves_input(site, c.form.name)]
 
 

@@ -102,7 +102,7 @@ def candidates(
     ``quick`` takes two of each template and form.
     """
     found, _ = plan.candidates(problem.region, arch, disable, superseded=True)
-    found = [candidate for candidate in found if candidate.form.part is None]
+    found = [candidate for candidate in found if not candidate.form.ends_on_xla]
     if not quick:
         return plan.likeliest(found)
     groups: dict[tuple[str, str], list[plan.Candidate]] = {}

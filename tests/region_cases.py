@@ -117,6 +117,33 @@ def _conv(
     return Case(f"conv-bn-add-relu-{tag}", fused, args)
 
 
+def max_pool(y: Any, window: tuple[int, int], stride: tuple[int, int], padding: Any):
+    """Of NHWC, as Flax writes it; ``padding`` of rows and columns."""
+    return lax.reduce_window(
+        y,
+        -jnp.inf,
+        lax.max,
+        (1, *window, 1),
+        (1, *stride, 1),
+        ((0, 0), *padding, (0, 0)),
+    )
+
+
+def _pooled(
+    case: Case, window: Any, stride: Any, padding: Any = ((0, 0), (0, 0))
+) -> Case:
+    """A bias, relu and max-pooling after the root of a bare conv."""
+    x, f = case.args
+
+    def pooled(x, f, b):
+        y = case.fun(x, f)
+        y = jax.nn.relu(y + over_channels(b, y).astype(y.dtype))
+        return max_pool(y, window, stride, padding)
+
+    args = (x, f, shape(f.shape[-1], dtype=F32))
+    return Case(f"{case.name}-max{window}{stride}{padding}", pooled, args)
+
+
 def depthwise_problem(
     n: int, h: int, w: int, c: int, r: int, s: int | None = None, **kw: Any
 ) -> ir.ConvProblem:
@@ -302,6 +329,22 @@ GROUPED = [
     _conv(1, 7, 7, 320, 640, 3, 3, groups=10, padding="VALID", bare=True),
 ]
 CONVS += GROUPED
+# Pooled on their way out: by whole rows, by columns, by whole images.
+POOLED = [
+    _pooled(_conv(2, 15, 13, 64, 128, 3, 3, bare=True), (2, 2), (2, 2)),
+    _pooled(
+        _conv(2, 33, 31, 3, 64, 7, 7, stride=2, padding=((3, 3), (3, 3)), bare=True),
+        *((3, 3), (2, 2), ((1, 1), (1, 1))),
+    ),
+    _pooled(
+        _conv(3, 14, 14, 48, 40, 3, 3, F16, bare=True),
+        *((3, 3), (1, 1), ((1, 1), (1, 1))),
+    ),
+    _pooled(_conv(5, 7, 7, 128, 192, 3, 3, bare=True), (2, 2), (2, 2)),
+    _pooled(_conv(2, 9, 150, 64, 72, 3, 3, bare=True), (3, 2), (2, 1)),
+    _pooled(_conv(1, 20, 18, 64, 64, 3, 3, bare=True, stride=2), (3, 3), (3, 3)),
+]
+CONVS += POOLED
 SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))
 DEPTHWISE = [
     _depthwise(2, 15, 13, 40, 3, 3),

@@ -446,5 +446,9 @@ def _configured(
     """The config of that text, if ``known`` is the template of that name and has it."""
     if known.name != template or known.supports(form.region, arch) is not None:
         return None
-    configs = known.configs(form.region, arch)
-    return next((each for each in configs if each.text == config), None)
+    # What was chosen when others were thought likely is as good as it was.
+    for configs in (known.configs, known.space):
+        for found in configs(form.region, arch):
+            if found.text == config:
+                return found
+    return None

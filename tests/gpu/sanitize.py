@@ -36,9 +36,10 @@ def error_of(site, operands, candidate) -> float:
     """The relative error of one launch against float64, of the worst output."""
     kernel = kernels.load(site, candidate)
     lhs, rhs, sides, vectors = measure.split(site, operands)
-    problem = candidate.form.region.problem
+    region = candidate.form.region
+    full = region.stored_rows, region.problem.channels
     outputs = [
-        np.full((problem.rows, problem.channels), np.nan, invoke.JAX_DTYPES[o.dtype])
+        np.full(full, np.nan, invoke.JAX_DTYPES[o.dtype])
         for o in site.region.epilogue.outputs
     ]
     space = np.zeros(max(1, kernel.workspace_bytes), np.uint8)

@@ -167,3 +167,20 @@ def test_without_a_compiler_any_compilers_kernel_will_do():
     candidate = plan.candidates(region(), H100)[0][0]
     made = plan.tuned(region(), H100, entry(candidate), plan.Origin("now", None))
     assert isinstance(made, plan.Plan)
+
+
+@pytest.mark.parametrize("problem", [None, CONV], ids=["gemm", "conv"])
+@pytest.mark.parametrize("disable", [(), ("implicit_gemm_sm90",)], ids=str)
+def test_a_choice_holds_where_others_are_likelier_now(problem, disable):
+    asked = region(problem)
+    first = plan.candidates(asked, H100, disable)[0][0]
+    known, listed = (
+        first.template,
+        {c.text for c in first.template.configs(asked, H100)},
+    )
+    everything = known.space(first.form.region, H100)
+    assert listed <= {config.text for config in everything}
+    for config in (everything[0], everything[-1]):
+        made = plan.named(asked, H100, first.form.name, known.name, config.text)
+        assert isinstance(made, plan.Candidate) and made.config == config
+    assert plan.named(asked, H100, first.form.name, known.name, "pixels=1") is None

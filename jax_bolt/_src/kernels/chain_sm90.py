@@ -55,17 +55,26 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
 @functools.lru_cache(maxsize=256)
 def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first."""
-    shape = shape_of(chain)
-    found = sorted(
-        tiles_of(chain, arch),
-        key=lambda tile: rank.estimate(tile, chain, shape, arch).total,
-    )
     # Neighbours in size are near-ties: one of a kind.
     kinds: dict[tuple[object, ...], Tile] = {}
-    for tile in found:
+    for tile in _ranked(chain, arch):
         sizes = tile.pixels // _NEAR, tile.group, tile.warpgroups
         kinds.setdefault((*sizes, tile.rings.resident, tile.im2col), tile)
     return tuple(tile.config() for tile in (*kinds.values(),)[:_CANDIDATES])
+
+
+@functools.lru_cache(maxsize=256)
+def space(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
+    """All tiles, best first."""
+    return tuple(tile.config() for tile in _ranked(chain, arch))
+
+
+def _ranked(chain: ir.Chain, arch: GpuArch) -> list[Tile]:
+    shape = shape_of(chain)
+    return sorted(
+        tiles_of(chain, arch),
+        key=lambda tile: rank.estimate(tile, chain, shape, arch).total,
+    )
 
 
 def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:

@@ -66,6 +66,10 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
 
 
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
+    return space(region, arch)[:_CANDIDATES]
+
+
+def space(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     p = region.problem
     assert isinstance(p, ir.ConvProblem)
     found: list[tuple[float, Config]] = []
@@ -82,7 +86,7 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
         time = tiles.cost(tile, p.rows, p.k, depth, 1, arch.sm_count)
         found.append((time, config))
     found.sort(key=lambda pair: pair[0])
-    return tuple(config for _, config in found[:_CANDIDATES])
+    return tuple(config for _, config in found)
 
 
 def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:

@@ -54,17 +54,25 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first, few of a kind."""
-    found = sorted(
-        tiles_of(region, arch), key=lambda tile: estimate(tile, region, arch).total
-    )
     kinds: dict[tuple[int, int], list[Tile]] = {}
     chosen: list[Tile] = []
-    for tile in found:
+    for tile in _ranked(region, arch):
         alike = kinds.setdefault((tile.width, tile.outputs), [])
         if len(alike) < _OF_A_KIND and tile.lanes not in (t.lanes for t in alike):
             alike.append(tile)
             chosen.append(tile)
     return tuple(tile.config() for tile in chosen[:_CANDIDATES])
+
+
+def space(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
+    """All tiles, best first."""
+    return tuple(tile.config() for tile in _ranked(region, arch))
+
+
+def _ranked(region: ir.Region, arch: GpuArch) -> list[Tile]:
+    return sorted(
+        tiles_of(region, arch), key=lambda tile: estimate(tile, region, arch).total
+    )
 
 
 def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:

@@ -53,6 +53,10 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
 
 
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
+    return space(region, arch)[:_CANDIDATES]
+
+
+def space(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     p = region.problem
     assert isinstance(p, ir.GemmProblem)
     fitting = [
@@ -62,8 +66,7 @@ def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     ]
     fitting.sort(key=lambda t: tiles.cost(t, p.m, p.n, p.k, p.batch, arch.sm_count))
     return tuple(
-        Config.of(name, tile=t.shape, warp=t.warp, stages=t.stages)
-        for t in fitting[:_CANDIDATES]
+        Config.of(name, tile=t.shape, warp=t.warp, stages=t.stages) for t in fitting
     )
 
 

@@ -107,15 +107,25 @@ def _ends_whole(problem: ir.ConvProblem) -> bool:
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first."""
-    image = Image.of_region(region)
-    found = sorted(
-        tiles_of(image, region.epilogue, arch),
-        key=lambda tile: rank.cycles(tile, image, region, arch),
-    )
+    found = _ranked(region, arch)
     first = varied(found, _FIRST, _OF_A_KIND_FIRST)
     rest = [tile for tile in found if tile not in first]
     more = varied(rest, _CANDIDATES - len(first), _OF_A_KIND)
     return tuple(tile.config() for tile in (*first, *more))
+
+
+@functools.lru_cache(maxsize=256)
+def space(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
+    """All tiles, best first."""
+    return tuple(tile.config() for tile in _ranked(region, arch))
+
+
+def _ranked(region: ir.Region, arch: GpuArch) -> list[Tile]:
+    image = Image.of_region(region)
+    return sorted(
+        tiles_of(image, region.epilogue, arch),
+        key=lambda tile: rank.cycles(tile, image, region, arch),
+    )
 
 
 def varied(tiles: list[Tile], count: int, of_a_kind: int) -> list[Tile]:

@@ -67,13 +67,24 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
 @functools.lru_cache(maxsize=256)
 def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
     """The tiles with the least estimated time, best first."""
+    return _named(varied(_ranked(chain, arch), _CANDIDATES, 3))
+
+
+@functools.lru_cache(maxsize=256)
+def space(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
+    """All tiles, best first."""
+    return _named(_ranked(chain, arch))
+
+
+def _ranked(chain: ir.Chain, arch: GpuArch) -> list[Tile]:
     image, region = _as_one(chain)
-    found = sorted(
+    return sorted(
         _tiles(chain, arch), key=lambda tile: rank.cycles(tile, image, region, arch)
     )
-    return tuple(
-        Config(name, tile.config().params) for tile in varied(found, _CANDIDATES, 3)
-    )
+
+
+def _named(tiles: list[Tile]) -> tuple[Config, ...]:
+    return tuple(Config(name, tile.config().params) for tile in tiles)
 
 
 def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
