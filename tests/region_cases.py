@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_bolt._src import ir, options, rewrite
@@ -183,6 +184,23 @@ def _two_sides() -> Case:
     return Case("two-sides", fun, args)
 
 
+def _pooled(size: int, every: int, around: Any, *sizes: Any, **kw: Any) -> Case:
+    """A conv of such sizes, BatchNorm and relu, and a maximum over square windows."""
+    n, h, w, c, k, r, s, *dtype = sizes
+    of: Any = dtype[0] if dtype else BF16
+
+    def fun(x, f, *stats):
+        y = jax.nn.relu(batch_norm(conv(x, f, **kw), *stats))
+        lowest = np.array(-np.inf, y.dtype)
+        window, strides = (1, size, size, 1), (1, every, every, 1)
+        return lax.reduce_window(y, lowest, lax.max, window, strides, around)
+
+    tag = f"{jnp.dtype(of).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
+    args = (shape(n, h, w, c, dtype=of), shape(r, s, c, k, dtype=of))
+    stats = (shape(k, dtype=F32),) * 4
+    return Case(f"conv-{tag}-max{size}-{every}-{around}", fun, (*args, *stats))
+
+
 def _stores_sum(case: Case, dtype: Any = None) -> Case:
     """``case``, a root alone, in a block of a pre-activation ResNet: the sum with the
     residual is stored, and what BatchNorm and relu make of it.
@@ -302,6 +320,20 @@ GROUPED = [
     _conv(1, 7, 7, 320, 640, 3, 3, groups=10, padding="VALID", bare=True),
 ]
 CONVS += GROUPED
+# A pool of the result: stems, whole images, rows and columns, and what no kernel pools.
+ONE = ((0, 0), (1, 1), (1, 1), (0, 0))
+POOLED = [
+    _pooled(3, 2, ONE, 2, 33, 31, 3, 64, 7, 7, stride=2, padding=((3, 3), (3, 3))),
+    _pooled(3, 2, "SAME", 1, 65, 70, 3, 24, 7, 7, F16, stride=2),
+    _pooled(2, 2, "VALID", 2, 28, 28, 64, 64, 3, 3),
+    _pooled(2, 2, "VALID", 1, 21, 150, 64, 72, 3, 3),
+    _pooled(3, 2, "SAME", 3, 15, 13, 64, 136, 3, 3, F16),
+    _pooled(3, 1, "SAME", 5, 7, 7, 128, 192, 3, 3),
+    _pooled(3, 2, "VALID", 2, 29, 30, 64, 64, 3, 3, stride=2),
+    _pooled(2, 2, "VALID", 2, 14, 14, 24, 40, 1, 1),
+    _pooled(2, 2, "VALID", 2, 12, 10, 46, 33, 3, 3),
+]
+CONVS += POOLED
 SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))
 DEPTHWISE = [
     _depthwise(2, 15, 13, 40, 3, 3),

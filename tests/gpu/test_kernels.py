@@ -87,7 +87,7 @@ def tiles(candidates):
             forms.setdefault(candidate.form.name, candidate)
     for candidate in forms.values():
         region = candidate.form.region
-        image = Image.of(region.problem)
+        image = Image.of_region(region)
         for tile in tiles_of(image, region.epilogue, candidate.arch):
             yield candidate, tile
 
@@ -218,7 +218,7 @@ def test_every_output_element_is_written():
     """The tuner's worker looks for what two launches leave as it was."""
     with isolate.worker(target().ordinal) as worker:
         some = (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6])
-        for case in (*some, *STORING, *cases.DEPTHWISE):
+        for case in (*some, *STORING, *cases.POOLED, *cases.DEPTHWISE):
             for candidate in all_candidates()[0][case.name]:
                 digest, path = built(candidate)
                 assert not isinstance(path, CompileError)
