@@ -83,7 +83,9 @@ class _Search:
 
     def leftovers(self) -> Iterator[Leftover]:
         for call in self.jaxpr.eqns:
-            if call.primitive.name == "bolt_call":
+            # What follows a pool could not be ahead of it.
+            is_call = call.primitive.name == "bolt_call"
+            if is_call and call.params["site"].region.pool is None:
                 for result in call.outvars:
                     yield from self._after(result, call.params["site"])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_bolt._src import ir, options, rewrite
@@ -117,33 +118,6 @@ def _conv(
     return Case(f"conv-bn-add-relu-{tag}", fused, args)
 
 
-def max_pool(y: Any, window: tuple[int, int], stride: tuple[int, int], padding: Any):
-    """Of NHWC, as Flax writes it; ``padding`` of rows and columns."""
-    return lax.reduce_window(
-        y,
-        -jnp.inf,
-        lax.max,
-        (1, *window, 1),
-        (1, *stride, 1),
-        ((0, 0), *padding, (0, 0)),
-    )
-
-
-def _pooled(
-    case: Case, window: Any, stride: Any, padding: Any = ((0, 0), (0, 0))
-) -> Case:
-    """A bias, relu and max-pooling after the root of a bare conv."""
-    x, f = case.args
-
-    def pooled(x, f, b):
-        y = case.fun(x, f)
-        y = jax.nn.relu(y + over_channels(b, y).astype(y.dtype))
-        return max_pool(y, window, stride, padding)
-
-    args = (x, f, shape(f.shape[-1], dtype=F32))
-    return Case(f"{case.name}-max{window}{stride}{padding}", pooled, args)
-
-
 def depthwise_problem(
     n: int, h: int, w: int, c: int, r: int, s: int | None = None, **kw: Any
 ) -> ir.ConvProblem:
@@ -208,6 +182,23 @@ def _two_sides() -> Case:
         *(shape(1, n, dtype=F32), shape(dtype=F32)),
     )
     return Case("two-sides", fun, args)
+
+
+def _pooled(size: int, every: int, around: Any, *sizes: Any, **kw: Any) -> Case:
+    """A conv of such sizes, BatchNorm and relu, and a maximum over square windows."""
+    n, h, w, c, k, r, s, *dtype = sizes
+    of: Any = dtype[0] if dtype else BF16
+
+    def fun(x, f, *stats):
+        y = jax.nn.relu(batch_norm(conv(x, f, **kw), *stats))
+        lowest = np.array(-np.inf, y.dtype)
+        window, strides = (1, size, size, 1), (1, every, every, 1)
+        return lax.reduce_window(y, lowest, lax.max, window, strides, around)
+
+    tag = f"{jnp.dtype(of).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
+    args = (shape(n, h, w, c, dtype=of), shape(r, s, c, k, dtype=of))
+    stats = (shape(k, dtype=F32),) * 4
+    return Case(f"conv-{tag}-max{size}-{every}-{around}", fun, (*args, *stats))
 
 
 def _stores_sum(case: Case, dtype: Any = None) -> Case:
@@ -329,20 +320,18 @@ GROUPED = [
     _conv(1, 7, 7, 320, 640, 3, 3, groups=10, padding="VALID", bare=True),
 ]
 CONVS += GROUPED
-# Pooled on their way out: by whole rows, by columns, by whole images.
+# A pool of the result: stems, whole images, rows and columns, and what no kernel pools.
+ONE = ((0, 0), (1, 1), (1, 1), (0, 0))
 POOLED = [
-    _pooled(_conv(2, 15, 13, 64, 128, 3, 3, bare=True), (2, 2), (2, 2)),
-    _pooled(
-        _conv(2, 33, 31, 3, 64, 7, 7, stride=2, padding=((3, 3), (3, 3)), bare=True),
-        *((3, 3), (2, 2), ((1, 1), (1, 1))),
-    ),
-    _pooled(
-        _conv(3, 14, 14, 48, 40, 3, 3, F16, bare=True),
-        *((3, 3), (1, 1), ((1, 1), (1, 1))),
-    ),
-    _pooled(_conv(5, 7, 7, 128, 192, 3, 3, bare=True), (2, 2), (2, 2)),
-    _pooled(_conv(2, 9, 150, 64, 72, 3, 3, bare=True), (3, 2), (2, 1)),
-    _pooled(_conv(1, 20, 18, 64, 64, 3, 3, bare=True, stride=2), (3, 3), (3, 3)),
+    _pooled(3, 2, ONE, 2, 33, 31, 3, 64, 7, 7, stride=2, padding=((3, 3), (3, 3))),
+    _pooled(3, 2, "SAME", 1, 65, 70, 3, 24, 7, 7, F16, stride=2),
+    _pooled(2, 2, "VALID", 2, 28, 28, 64, 64, 3, 3),
+    _pooled(2, 2, "VALID", 1, 21, 150, 64, 72, 3, 3),
+    _pooled(3, 2, "SAME", 3, 15, 13, 64, 136, 3, 3, F16),
+    _pooled(3, 1, "SAME", 5, 7, 7, 128, 192, 3, 3),
+    _pooled(3, 2, "VALID", 2, 29, 30, 64, 64, 3, 3, stride=2),
+    _pooled(2, 2, "VALID", 2, 14, 14, 24, 40, 1, 1),
+    _pooled(2, 2, "VALID", 2, 12, 10, 46, 33, 3, 3),
 ]
 CONVS += POOLED
 SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))

@@ -104,6 +104,8 @@ def main(part: int = 0, parts: int = 1) -> int:
             site = case.site()
             operands = measure.make_operands(site, l2_bytes=1).sets[0]
             for candidate in found[case.name]:
+                if candidate.form.pool is not None:
+                    continue  # XLA's to end, and a kernel of another case
                 # Before the launch: the tool may speak of it, or never come back.
                 print(f"{case.name}: {candidate.text}", flush=True)
                 of_chain = isinstance(candidate, plan.ChainCandidate)

@@ -87,7 +87,7 @@ def tiles(candidates):
             forms.setdefault(candidate.form.name, candidate)
     for candidate in forms.values():
         region = candidate.form.region
-        image = Image.of(region.problem)
+        image = Image.of_region(region)
         for tile in tiles_of(image, region.epilogue, candidate.arch):
             yield candidate, tile
 
@@ -104,7 +104,7 @@ def all_candidates():
     for case in (*cases.GEMMS, *cases.CONVS):
         region = case.site().region
         possible, _ = plan.candidates(region, target().arch, superseded=True)
-        possible = [c for c in possible if not c.form.ends_on_xla]
+        possible = [c for c in possible if c.form.part is None]
         found[case.name] = chosen(case, plan.likeliest(possible))
     sources = {c.source for group in found.values() for c in group}
     built = target().kernels.build(target().toolchain, sorted(sources), target().arch)
@@ -220,7 +220,7 @@ def test_every_output_element_is_written():
     """The tuner's worker looks for what two launches leave as it was."""
     with isolate.worker(target().ordinal) as worker:
         some = (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6])
-        for case in (*some, *STORING, *cases.DEPTHWISE):
+        for case in (*some, *STORING, *cases.POOLED, *cases.DEPTHWISE):
             for candidate in all_candidates()[0][case.name]:
                 digest, path = built(candidate)
                 assert not isinstance(path, CompileError)
