@@ -124,7 +124,7 @@ def test_resnet50_on_sm_90a():
         assert site.provenance == "heuristic"
         assert " µs: " in site.estimate and "device memory" in site.estimate
     assert [s.epilogue for s in report.sites[:3]] == [
-        "conv7x7+bn+relu",
+        "conv7x7+bn+relu+max3x3/2",
         "conv1x1+bn+relu",
         "conv3x3+bn+relu",
     ]

@@ -225,10 +225,15 @@ PROBLEMS: list[ir.Problem] = [
 ]
 
 
-def max_pool(size: int, stride: int, *padding: int) -> ir.Pool:
-    """Of a square; ``padding`` as an ir.Pool's, none by default."""
-    pads = padding or (0, 0, 0, 0)
-    return ir.Pool(window=(size, size), stride=(stride, stride), padding=pads)
+def max_pool(
+    size: int, stride: int, top: int = 0, bottom: int = 0, left: int = 0, right: int = 0
+) -> ir.Pool:
+    """Of a square."""
+    return ir.Pool(
+        window=(size, size),
+        stride=(stride, stride),
+        padding=(top, bottom, left, right),
+    )
 
 
 # As ResNet has it behind its stem, and VGG behind its convs; and what has other sizes.

@@ -18,6 +18,7 @@ from jax_bolt._src import (
     arch,
     base,
     canonicalize,
+    compat,
     evaluate,
     floor,
     forms,
@@ -201,7 +202,7 @@ def test_a_region_ends_in_its_pool():
         window=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1)
     )
     assert found.label == "conv7x7+affine+relu+max3x3/2"
-    assert found.output.aval.shape == (2, 9, 9, 16)
+    assert compat.aval_of(found.output).shape == (2, 9, 9, 16)
     assert found.result is None and found.region.stored_rows == 2 * 9 * 9
     (apart,) = find(stem, *STEM, pools=False)
     assert apart.region == dataclasses.replace(found.region, pool=None)
@@ -466,14 +467,11 @@ def test_a_pool_after_its_kernel_ends_a_sequence(after):
 
 def test_unmeasured_what_is_estimated_to_be_faster_runs():
     """Windows that overlap much, of a conv that is bound by products."""
-    heavy = ir.ConvProblem(
-        **{"n": 32, "h": 28, "w": 28, "c": 512, "k": 512, "r": 3, "s": 3},
-        padding=(1, 1, 1, 1),
-        dtype="bf16",
-    )
+    heavy = dataclasses.replace(CONV, n=32, h=28, w=28, c=512, k=512)
     for size, stride, name in ((3, 1, "hwio+xla"), (2, 2, "hwio")):
         window = ir.Pool(window=(size, size), stride=(stride, stride))
         region = ir.Region(problem=heavy, epilogue=PLAIN, pool=window)
         made = plan.heuristic(region, H200)
         assert isinstance(made, plan.Plan) and made.candidate.form.name == name
-        assert plan.estimate(region, H200) > floor.floor(region, H200).time_us
+        estimate = plan.estimate(region, H200)
+        assert estimate is not None and estimate > floor.floor(region, H200).time_us
