@@ -25,7 +25,7 @@ from .chain_tiles import (
     tiles_of,
 )
 from .config import CPP_TYPES, Config
-from .geometry import filters_map
+from .maps import filters_map
 from .recipe import Recipe, TensorMap
 from .template import Artifact, Elsewhere
 

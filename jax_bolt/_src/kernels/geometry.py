@@ -21,7 +21,8 @@ import math
 
 from .. import ir
 from . import recipe
-from .image import BLOCK, ROW, Axis, Image, Windows, cols_of, corners, rows_of
+from .image import ROW, Axis, Image, Windows, cols_of, corners, rows_of
+from .maps import contiguous, filters_map
 from .recipe import TensorMap
 
 MAX_BOX = 256  # TMA's limit on a box's extents
@@ -370,7 +371,7 @@ class Layout:
         down, right = self.windows
         sizes = (channels or i.k, right.outputs, down.outputs, i.n)
         box = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
-        return _contiguous(operand, recipe.DTYPES.index(dtype), sizes, box)
+        return contiguous(operand, recipe.DTYPES.index(dtype), sizes, box)
 
     def _boxes(self, operand: int, dtype: int) -> TensorMap:
         """Input pixels as boxes of rows and columns."""
@@ -404,52 +405,6 @@ class Layout:
             swizzle=128,
             corners=corners(i),
         )
-
-
-def filters_map(
-    operand: int,
-    dtype: int,
-    taps: int,
-    inputs: int,
-    outputs: int,
-    k_outer: bool,
-    *,
-    blocks: int = 1,
-    count: int = 1,
-    offset: int = 0,
-) -> TensorMap:
-    """A map of ``count`` filters. A box has ``blocks`` of 64 output channels where
-    those are outermost (``k_outer``), and else one."""
-    chunk = ROW // recipe.ITEM_BYTES[dtype]
-    if k_outer:
-        sizes, box = (inputs, taps, outputs, count), (chunk, 1, BLOCK * blocks, 1)
-    else:
-        sizes, box = (outputs, inputs, taps, count), (BLOCK, chunk, 1, 1)
-    return _contiguous(operand, dtype, sizes, box, offset)
-
-
-def _contiguous(
-    operand: int,
-    dtype: int,
-    dims: tuple[int, ...],
-    box: tuple[int, ...],
-    offset: int = 0,
-) -> TensorMap:
-    """A map of a contiguous array, innermost dimension first."""
-    strides, stride = [], recipe.ITEM_BYTES[dtype]
-    for size in dims[:-1]:
-        stride *= size
-        strides.append(stride)
-    return TensorMap(
-        operand=operand,
-        dtype=dtype,
-        dims=dims,
-        strides=tuple(strides),
-        box=box,
-        steps=(1,) * len(dims),
-        swizzle=128,
-        offset=offset,
-    )
 
 
 def _filled(values: list[int], size: int) -> list[int]:
