@@ -13,7 +13,7 @@ another argument, which a kernel of the program before may still be writing, is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from . import forms
@@ -51,11 +51,13 @@ def _equation(eqn: JaxprEqn, known: Collection[int]) -> JaxprEqn:
     return eqn
 
 
-def early(kernel: K, calls: Iterable[dict[str, Any]]) -> K:
+def early(kernel: K, calls: Sequence[dict[str, Any]]) -> K:
     """``kernel``, launched so that it does not wait for parameters that are held.
 
     ``calls`` are the parameters of the equations that it runs.
     """
+    if not all(call["held"] for call in calls):
+        return kernel
     form = kernel.form
     each = (form.first, form.second) if isinstance(form, ChainForm) else (form,)
     pairs = zip(calls, each, strict=True)
@@ -66,8 +68,6 @@ def early(kernel: K, calls: Iterable[dict[str, Any]]) -> K:
 
 def _holds(site: SiteInfo, form: Form, held: Collection[int]) -> bool:
     """Whether the right operand, as ``form`` reads it, and all vectors are held."""
-    if not held:
-        return False
     _, right, *others = site.operands
     vectors = others[len(site.region.epilogue.sides) :]
     given = site.in_avals[right]

@@ -53,7 +53,13 @@ def prologue(chain: ir.Chain) -> str | None:
     return None
 
 
-def recipe(chain: ir.Chain, config: Config, arch: GpuArch) -> Recipe:
+def space(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
+    return configs(chain, arch)
+
+
+def recipe(
+    chain: ir.Chain, config: Config, arch: GpuArch, *, held: bool = False
+) -> Recipe:
     del config, arch
     return Recipe(threads=128, grid=chain.first.problem.rows, pointers=(A, B, D))
 

@@ -161,7 +161,8 @@ def test_one_number_of_a_launch_says_so(case: Any):
         ]
         if candidate.template.name in ("implicit_gemm_sm90", "chain_sm90"):
             # What a prologue packs was written by the kernel just before.
-            packed = candidate.template.prologue(candidate.form.region) is not None
+            template: Any = candidate.template
+            packed = template.prologue(candidate.form.region) is not None
             assert changed == ([] if packed else [(0, 1)])
         elif candidate.template.name == "merged_sm90":
             assert changed == [(0, 1)] * 2
