@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two regions in one kernel, against each on a kernel of its own, and XLA's path.
+"""Regions in one kernel, against each on a kernel of its own, and XLA's path.
 
 Run by path, so that an installed jax_bolt comes before the source tree:
 
@@ -10,7 +10,8 @@ Run by path, so that an installed jax_bolt comes before the source tree:
 Of the chain's candidates, and of those of either region, the fastest in the tuner's
 worker is taken, operands rotated. "chain" and "apart" are then timed alike, in programs
 as jax_bolt runs them: kernels of one custom call, each of which may start while the one
-before it ends. "alone" is the worker's time of the chain, "hot" with one set of
+before it ends. Where the chain begins with a merged shortcut, "apart" has the merged
+pair in one kernel. "alone" is the worker's time of the chain, "hot" with one set of
 operands. "bytes" is what both kernels move over what the chain moves, at least.
 
 Writes ``chains-<device>-<date>[-<label>].json`` after every pair, and a table.
@@ -34,11 +35,12 @@ from benchmarks.chain_pairs import Pair
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import forms, plan
 from jax_bolt._src.arch import GpuArch
+from jax_bolt._src.chain import AnySite, ChainInfo
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.kernels import chain_sm90
 from jax_bolt._src.launches import Launches, Promise
 from jax_bolt._src.plan import AnyCandidate, Candidate, ChainCandidate
-from jax_bolt._src.primitive import SiteInfo, reference_fun
+from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import builder, isolate, measure
 from jax_bolt._src.tune.target import Target, executable
 
@@ -68,8 +70,11 @@ def candidates(pair: Pair, arch: GpuArch) -> tuple[list[ChainCandidate], str]:
     return [], reason or "it has no form"
 
 
-def region_candidates(site: SiteInfo, arch: GpuArch) -> list[Candidate]:
-    """The likeliest of a region that take its left operand as it lies."""
+def own_candidates(site: AnySite, arch: GpuArch) -> list[AnyCandidate]:
+    """The likeliest of a region that take its left operand as it lies; or a merged
+    pair's."""
+    if isinstance(site, ChainInfo):
+        return [*plan.chain_candidates(site.region, arch)[0]]
     found, _ = plan.candidates(site.region, arch)
     taken = [c for c in found if not kernel_problems.moves_input(site, c.form.name)]
     return [c for c in plan.likeliest(taken) if isinstance(c, Candidate)]
@@ -152,11 +157,11 @@ class Bench:
         kernels, texts, alone = [], [], 0.0
         for site in (pair.site.first, pair.site.second):
             entries: list[dict[str, Any]] = []
-            found = region_candidates(site, self.target.arch)
+            found = own_candidates(site, self.target.arch)
             # As many sets as keep the L2 cold for the pair do so for each.
             ranked = self.ranked(found, sets, entries)
             if not ranked:
-                result["failures"].append(f"no kernel runs {site.region.problem.text}")
+                result["failures"].append(f"no kernel runs {site.region.text}")
                 return
             micros, best = ranked[0]
             kernels.append(self.load(site.region, best))
@@ -173,7 +178,7 @@ class Bench:
 
 def blank(pair: Pair) -> dict[str, Any]:
     region = pair.site.region
-    apart = region.first.bytes_moved + region.second.bytes_moved
+    apart = region.first.bytes_moved + region.second.bytes_moved  # a pair is merged
     return {
         "group": pair.group,
         "name": pair.name,
@@ -212,7 +217,7 @@ def run(pairs: Sequence[Pair], target: Target, args: argparse.Namespace) -> int:
     for pair in pairs:
         wanted += candidates(pair, target.arch)[0]
         for site in (pair.site.first, pair.site.second):
-            wanted += region_candidates(site, target.arch)
+            wanted += own_candidates(site, target.arch)
     clock = kernel_times.Clock(args.budget_s)
     built = kernel_times.build(wanted, target, clock)
     document = {"environment": environment.describe(), "settings": {}, "pairs": []}

@@ -78,8 +78,8 @@ _Made = Iterator[tuple[str, Callable, tuple[Any, ...], float | None]]
 
 def _site(fun: Callable, args: tuple[Any, ...]) -> ChainInfo:
     traced, _ = program.trace(fun, (), args, {}, options.Options())
-    (found,) = (p for group in chain.sequences(traced.program) for p in group)
-    return found.info
+    found = [each for group in chain.sequences(traced.program) for each in group]
+    return max(found, key=lambda each: len(each.calls)).info
 
 
 def _table1(batch: int, dtype: Any) -> _Made:
@@ -108,8 +108,9 @@ def _table2(batch: int, dtype: Any) -> _Made:
 
 
 def _bottlenecks(batch: int, dtype: Any) -> _Made:
-    """Expand, residual and relu of one bottleneck, and the reduction of the next; and
-    the 3x3 conv of one with what expands it."""
+    """Expand, residual and relu of one bottleneck, and the reduction of the next; the
+    same of a stage's first bottleneck, whose shortcut is projected; and the 3x3 conv of
+    one with what expands it."""
 
     def joint(x: Any, residual: Any, up: Any, down: Any, *stats: Any) -> Any:
         y = jax.nn.relu(_norm(_conv(x, up), *stats[:4]) + residual)
@@ -119,6 +120,14 @@ def _bottlenecks(batch: int, dtype: Any) -> _Made:
         y = jax.nn.relu(_norm(_conv(x, first), *stats[:4]))
         return jax.nn.relu(_norm(_conv(y, up), *stats[4:]) + residual)
 
+    def block(x: Any, wide: Any, up: Any, other: Any, down: Any, *stats: Any) -> Any:
+        stride = wide.shape[1] // x.shape[1]
+        y = _norm(_conv(x, up), *stats[:4]) + _norm(
+            _conv(wide, other, stride), *stats[4:8]
+        )
+        y = jax.nn.relu(y)
+        return jax.nn.relu(_norm(_conv(y, down), *stats[8:])), y
+
     for side, c, k in _STAGES:
         image = batch, side, side
         x, wide = _like(dtype, *image, c), _like(dtype, *image, k)
@@ -126,6 +135,13 @@ def _bottlenecks(batch: int, dtype: Any) -> _Made:
         stats = (_like("float32", k),) * 4, (_like("float32", c),) * 4
         args = (x, wide, up, down, *stats[0], *stats[1])
         yield f"{batch}x{side}x{side} {c}>{k}+res > {c}", joint, args, None
+        stride = 1 if c == _STAGES[0][1] else 2
+        before = c if stride == 1 else k // 2
+        wider = _like(dtype, batch, side * stride, side * stride, before)
+        other = _like(dtype, 1, 1, before, k)
+        args = (x, wider, up, other, down, *stats[0], *stats[0], *stats[1])
+        name = f"{batch}x{side}x{side} {c}>{k} + {before}>{k} s{stride} > {c}"
+        yield name, block, args, None
         args = (x, wide, _like(dtype, 3, 3, c, c), up, *stats[1], *stats[0])
         yield f"{batch}x{side}x{side} {c}>{c} 3x3 > {k}+res", expand, args, None
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of two roots, the second over the channels of the first one's result."""
+"""Programs of two roots, the second over the channels of the first one's result; and
+of three, the first of them a shortcut."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from jax_bolt._src.chain import ChainInfo
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A function that holds one chain, and the shapes and dtypes of its arguments."""
+    """A function of one chain, all of it, and its arguments' shapes and dtypes."""
 
     name: str
     fun: Callable
@@ -29,8 +30,8 @@ class Case:
 
     def site(self) -> ChainInfo:
         traced = program.trace(self.fun, (), self.args, {}, options.Options())[0]
-        (found,) = (p for group in chain.sequences(traced.program) for p in group)
-        return found.info
+        found = [each for group in chain.sequences(traced.program) for each in group]
+        return max(found, key=lambda each: len(each.calls)).info
 
 
 def bottlenecks(x: Any, residual: Any, up: Any, down: Any, *stats: Any) -> Any:
@@ -58,6 +59,12 @@ def shortcut(a: Any, b: Any, wa: Any, wb: Any, *stats: Any, stride: int = 1) -> 
     """A ResNet's first block of a stage: both convs are projections."""
     y = batch_norm(conv(a, wa), *stats[:4])
     return jax.nn.relu(y + batch_norm(conv(b, wb, stride=stride), *stats[4:]))
+
+
+def first_block(a: Any, b: Any, wa: Any, wb: Any, down: Any, *stats: Any, stride=1):
+    """``shortcut``, and the next block's reduction."""
+    y = shortcut(a, b, wa, wb, *stats[:8], stride=stride)
+    return jax.nn.relu(batch_norm(conv(y, down), *stats[8:])), y
 
 
 def bare(x: Any, first: Any, second: Any) -> Any:
@@ -92,6 +99,24 @@ def _shortcut(
     name = f"shortcut-{jnp.dtype(dtype).name}-{n}x{side}x{side}-{ca}-{cb}-{k}s{stride}"
     fun = functools.partial(shortcut, stride=stride)
     return Case(name, fun, (a, b, *filters, *(shape(k, dtype=F32),) * 8))
+
+
+def _first_block(
+    n: int,
+    side: int,
+    ca: int,
+    cb: int,
+    k: int,
+    then: int,
+    stride: int = 1,
+    dtype: Any = BF16,
+):
+    merged = _shortcut(n, side, ca, cb, k, stride, dtype)
+    args = [*merged.args, *(shape(then, dtype=F32),) * 4]
+    args.insert(4, shape(1, 1, k, then, dtype=dtype))
+    name = f"{merged.name.replace('shortcut', 'first_block')}-{then}"
+    fun = functools.partial(first_block, stride=stride)
+    return Case(name, fun, tuple(args))
 
 
 def _bare(m: int, c: int, k: int, then: int, transposed: bool = False):
@@ -139,4 +164,11 @@ MERGED = [
     _shortcut(2, 9, 200, 72, 136, stride=2, dtype=F16),
     _shortcut(1, 3, 8, 24, 8),
     _shortcut(33, 8, 64, 320, 72, stride=3),
+]
+JOINED = [
+    _first_block(3, 14, 64, 64, 256, 64),
+    _first_block(5, 7, 128, 256, 512, 128, stride=2),
+    _first_block(2, 9, 200, 72, 136, 40, stride=2, dtype=F16),
+    _first_block(1, 3, 8, 24, 8, 8),
+    _first_block(2, 56, 64, 64, 256, 64),
 ]

@@ -8,7 +8,7 @@
 namespace jax_bolt::native {
 namespace {
 
-constexpr int64_t kVersion = 3;
+constexpr int64_t kVersion = 4;
 constexpr size_t kWorkspaceAt = 6;
 constexpr size_t kMapNumbers = 29;
 constexpr int64_t kMaxThreads = 1024;

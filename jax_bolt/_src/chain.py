@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains in a program: two calls of a sequence that one kernel could run back to back.
+"""Chains in a program: calls of a sequence that one kernel could run back to back.
 
 Finding them takes no architecture. Whether one runs is decided by measurement, and
 calls stay as they are in the program: a chain is made when a sequence is lowered.
@@ -7,6 +7,7 @@ calls stay as they are in the program: a chain is made when a sequence is lowere
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -27,12 +28,22 @@ class ChainInfo:
     """A chain in a program, described as ``SiteInfo`` describes a region.
 
     Its operands are those of the first site's call, then those of the second's without
-    what is between them, which the kernel makes.
+    what is between them, which the kernel makes. ``first`` is a chain where its region
+    is one.
     """
 
-    first: SiteInfo
+    first: SiteInfo | ChainInfo
     second: SiteInfo
     region: ir.Chain
+
+    @property
+    def sites(self) -> tuple[SiteInfo, ...]:
+        """All of them, in order."""
+        first = self.first
+        return (
+            *(first.sites if isinstance(first, ChainInfo) else (first,)),
+            self.second,
+        )
 
     @property
     def name(self) -> str:
@@ -69,7 +80,7 @@ class ChainInfo:
 
     @property
     def reference(self) -> ClosedJaxpr:
-        """Both sites' references, one after the other."""
+        """All sites' references, one after the other."""
 
         def fun(*operands: Any) -> list[Any]:
             mine, others = self.split(operands)
@@ -93,7 +104,10 @@ class ChainInfo:
         """Whose operand it is, and its position there."""
         count = len(self.first.in_avals)
         if position < count:
-            return self.first, position
+            first = self.first
+            if isinstance(first, ChainInfo):
+                return first.owner(position)
+            return first, position
         position -= count
         return self.second, position + (position >= self.between)
 
@@ -110,22 +124,41 @@ S = TypeVar("S", bound=AnySite)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """Two equations of a sequence, by position, that may be a chain."""
+class Chained:
+    """Equations of a sequence, by position and in order, that may be a chain."""
 
-    producer: int
-    consumer: int
+    calls: tuple[int, ...]
     info: ChainInfo
 
     @property
     def place(self) -> int:
-        """Where both are launched: all that they read is made by then, and nothing that
+        """Where all are launched: what they read is made by then, and nothing that
         they make is read before."""
         merged = self.info.region.side is not None
-        return self.consumer if merged else self.producer
+        return self.calls[-1 if merged else -2]
 
 
-def pairs(calls: ClosedJaxpr) -> list[Pair]:
+def chains_of(calls: ClosedJaxpr) -> list[Chained]:
+    """All calls of a sequence that could be one kernel: two, and three that begin with
+    a merged shortcut."""
+    found = _pairs(calls)
+    merged = {
+        each.calls[1]: each for each in found if each.info.region.side is not None
+    }
+    longer: list[Chained] = []
+    for each in found:
+        producer, consumer = each.calls
+        start = merged.get(producer)
+        if start is None or each in merged.values():
+            continue
+        with contextlib.suppress(ValueError):
+            region = dataclasses.replace(each.info.region, first=start.info.region)
+            info = ChainInfo(start.info, each.info.second, region)
+            longer.append(Chained((*start.calls, consumer), info))
+    return [*found, *longer]
+
+
+def _pairs(calls: ClosedJaxpr) -> list[Chained]:
     """Every two calls of a sequence that could be one kernel, in order.
 
     The consumer's left operand is the producer's result as it lies, and nothing else
@@ -140,7 +173,7 @@ def pairs(calls: ClosedJaxpr) -> list[Pair]:
     for index, eqn in enumerate(jaxpr.eqns):
         for var in variables(eqn.invars):
             readers.setdefault(var, set()).add(index)
-    found: list[Pair] = []
+    found: list[Chained] = []
     for consumer, eqn in enumerate(jaxpr.eqns):
         site = eqn.params["site"]
         roles = [None, *range(len(site.region.epilogue.sides))]
@@ -158,7 +191,8 @@ def pairs(calls: ClosedJaxpr) -> list[Pair]:
             first = jaxpr.eqns[producer].params["site"]
             region = _region(first.region, site.region, stored, side)
             if region is not None:
-                found.append(Pair(producer, consumer, ChainInfo(first, site, region)))
+                info = ChainInfo(first, site, region)
+                found.append(Chained((producer, consumer), info))
     return found
 
 
@@ -180,47 +214,59 @@ def _region(
         return None
 
 
-def sequences(program: ClosedJaxpr) -> Iterator[list[Pair]]:
-    """``pairs`` of each sequence of ``program`` and of the bodies inside it."""
+def sequences(program: ClosedJaxpr) -> Iterator[list[Chained]]:
+    """``chains_of`` each sequence of ``program`` and of the bodies inside it."""
     for eqn in program.jaxpr.eqns:
         if eqn.primitive is bolt_sequence_p:
-            yield pairs(eqn.params["calls"])
+            yield chains_of(eqn.params["calls"])
             continue
         for _, bodies in sub_jaxprs(eqn):
             for body in bodies if isinstance(bodies, tuple) else (bodies,):
                 yield from sequences(closed(body))
 
 
-def best(found: Sequence[Pair], savings: Sequence[float]) -> list[Pair]:
+def whole(found: Sequence[Chained], savings: Sequence[float]) -> list[float]:
+    """What each of ``found`` saves of its calls in a kernel each.
+
+    One of three calls was compared with the pair that it begins with.
+    """
+    pairs = {each.calls: saving for each, saving in zip(found, savings, strict=True)}
+    return [
+        saving + max(0.0, pairs.get(each.calls[:-1], 0.0)) if saving > 0 else saving
+        for each, saving in zip(found, savings, strict=True)
+    ]
+
+
+def best(found: Sequence[Chained], savings: Sequence[float]) -> list[Chained]:
     """Those of ``found`` that save most together, no call in two of them.
 
-    Pair by pair, with and without it. What is left to choose depends on the calls that
-    are taken already and that later pairs have, of which there are few at any time.
+    One by one, with and without it. What is left to choose depends on the calls that
+    are taken already and that later ones have, of which there are few at any time.
     """
     order = sorted(
         (
-            (pair, saving)
-            for pair, saving in zip(found, savings, strict=True)
+            (each, saving)
+            for each, saving in zip(found, savings, strict=True)
             if saving > 0
         ),
-        key=lambda each: (each[0].consumer, each[0].producer),
+        key=lambda each: each[0].calls[::-1],
     )
-    ends = [frozenset((pair.producer, pair.consumer)) for pair, _ in order]
-    # By the calls taken: what is saved, and the pairs.
-    states: dict[frozenset[int], tuple[float, tuple[Pair, ...]]] = {
+    taking = [frozenset(each.calls) for each, _ in order]
+    # By the calls taken: what is saved, and the chains.
+    states: dict[frozenset[int], tuple[float, tuple[Chained, ...]]] = {
         frozenset(): (0.0, ())
     }
-    for index, (pair, saving) in enumerate(order):
-        later = frozenset().union(*ends[index + 1 :])
-        reached: dict[frozenset[int], tuple[float, tuple[Pair, ...]]] = {}
+    for index, (each, saving) in enumerate(order):
+        later = frozenset().union(*taking[index + 1 :])
+        reached: dict[frozenset[int], tuple[float, tuple[Chained, ...]]] = {}
         for taken, (total, chosen) in states.items():
             options = [(taken, total, chosen)]
-            if not taken & ends[index]:
-                options.append((taken | ends[index], total + saving, (*chosen, pair)))
+            if not taken & taking[index]:
+                options.append((taken | taking[index], total + saving, (*chosen, each)))
             for calls, sum_, those in options:
                 key = calls & later
                 if key not in reached or sum_ > reached[key][0]:
                     reached[key] = (sum_, those)
         states = reached
     _, chosen = max(states.values(), key=lambda state: state[0])
-    return sorted(chosen, key=lambda pair: pair.producer)
+    return sorted(chosen, key=lambda each: each.calls)

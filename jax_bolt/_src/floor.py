@@ -49,15 +49,16 @@ def floor(region: ir.Region, arch: GpuArch) -> Floor:
 
 
 def of_chain(chain: ir.Chain, arch: GpuArch) -> Floor:
-    """The floor of two regions in one launch on ``arch``."""
-    first, second = floor(chain.first, arch), floor(chain.second, arch)
-    kept = chain.first.bytes_moved + chain.second.bytes_moved - chain.bytes_moved
-    moved = first.bytes_moved + second.bytes_moved - kept
+    """The floor of a chain's regions in one launch on ``arch``."""
+    floors = [floor(region, arch) for region in chain.regions]
+    kept = sum(region.bytes_moved for region in chain.regions) - chain.bytes_moved
+    moved = sum(each.bytes_moved for each in floors) - kept
+    times = [each.compute_us for each in floors]
     compute_us = None
-    if first.compute_us is not None and second.compute_us is not None:
-        compute_us = first.compute_us + second.compute_us
+    if None not in times:
+        compute_us = sum(time or 0.0 for time in times)
     return Floor(
-        flops=first.flops + second.flops,
+        flops=sum(each.flops for each in floors),
         bytes_moved=moved,
         compute_us=compute_us,
         memory_us=moved / arch.bandwidth * 1e6,

@@ -48,11 +48,20 @@ class Form:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChainForm:
-    """The forms of both regions, and the chain that a kernel runs in them."""
+    """The forms of all regions, and the chain that a kernel runs in them."""
 
-    first: Form
+    first: Form | ChainForm
     second: Form
     region: ir.Chain
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """In the order of the chain's regions."""
+        first = self.first
+        return (
+            *(first.forms if isinstance(first, ChainForm) else (first,)),
+            self.second,
+        )
 
     @property
     def name(self) -> str:
@@ -77,7 +86,9 @@ def chain_forms(chain: ir.Chain) -> tuple[ChainForm, ...]:
     Its second region takes what the first makes as it lies.
     """
     found: list[ChainForm] = []
-    for first in forms(chain.first):
+    inner = chain.first
+    firsts = chain_forms(inner) if isinstance(inner, ir.Chain) else forms(inner)
+    for first in firsts:
         for second in forms(chain.second):
             with contextlib.suppress(ValueError):  # padded channels are not made
                 region = dataclasses.replace(

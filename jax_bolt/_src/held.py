@@ -59,7 +59,7 @@ def early(kernel: K, calls: Sequence[dict[str, Any]]) -> K:
     if not all(call["held"] for call in calls):
         return kernel
     form = kernel.form
-    each = (form.first, form.second) if isinstance(form, ChainForm) else (form,)
+    each = form.forms if isinstance(form, ChainForm) else (form,)
     pairs = zip(calls, each, strict=True)
     if not all(_holds(call["site"], form, call["held"]) for call, form in pairs):
         return kernel

@@ -46,7 +46,7 @@ class ChainExecutable:
     """As ``Executable``, of a chain: the user's ``problems`` run as ``form``."""
 
     digest: str
-    problems: tuple[ir.Problem, ir.Problem]
+    problems: tuple[ir.Problem, ...]
     form: ChainForm
     workspace_bytes: int
     recipe: tuple[int, ...]
@@ -58,7 +58,7 @@ AnyExecutable: TypeAlias = Executable | ChainExecutable
 
 def launched(work: ir.Work) -> tuple[int, list[int]]:
     """``abi_problem`` of what a kernel runs; a chain's recipe has all of its sizes."""
-    region = work.first if isinstance(work, ir.Chain) else work
+    region = work.regions[0] if isinstance(work, ir.Chain) else work
     return abi_problem(region.problem)
 
 

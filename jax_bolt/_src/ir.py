@@ -49,7 +49,7 @@ ARITHMETIC: dict[str, tuple[int, str]] = {
     "is_finite": (1, "bool"),
     "select": (3, "float"),  # predicate, value where false, value where true
 }
-# What the C ABI carries (abi.h: JAX_BOLT_MAX_VECTORS, _SIDES and _AUXILIARY).
+# What a region has at most; the C ABI carries more, for chains (``kernels.recipe``).
 MAX_VECTORS = 8
 MAX_SIDES = 2
 MAX_AUXILIARY = 1
@@ -414,25 +414,31 @@ class Chain:
     The result of ``first``, rounded to its ``out_dtype``, is the left operand of
     ``second``, a product over its channels; or its side input of index ``side``: a
     shortcut's product, merged into the one it is added to. With ``stored`` it is an
-    output as well: it is needed elsewhere.
+    output as well: it is needed elsewhere. ``first`` may be such a merged pair itself,
+    and the product over its channels follows.
 
     Raises ValueError where ``second`` does not read what ``first`` makes.
     """
 
-    first: Region
+    first: Region | Chain
     second: Region
     stored: bool
     side: int | None = None
 
     def __post_init__(self) -> None:
-        made, read = self.first.problem, self.second.problem
-        if self.first.pool is not None or self.second.pool is not None:
+        if any(region.pool is not None for region in self.regions):
             raise ValueError(f"{self.text}: a region of a chain does not pool")
+        inner = self.first
+        if isinstance(inner, Chain) and (
+            self.side is not None or inner.side is None or inner.stored
+        ):
+            raise ValueError(f"{self.text}: only a merged pair begins a chain")
+        made, read = self.made.problem, self.second.problem
         if self.side is not None:
             sides = self.second.epilogue.sides
             if (made.rows, made.channels) != (read.rows, read.channels):
                 raise ValueError(f"{read.text} is not added to {made.text}")
-            if sides[self.side : self.side + 1] != (self.first.epilogue.out_dtype,):
+            if sides[self.side : self.side + 1] != (self.made.epilogue.out_dtype,):
                 raise ValueError(f"{self.second.text} has no such side {self.side}")
             return
         if not (isinstance(read, GemmProblem) or read.is_gemm):
@@ -440,10 +446,28 @@ class Chain:
         k = read.k if isinstance(read, GemmProblem) else read.c
         if (made.rows, made.channels) != (read.rows, k):
             raise ValueError(f"{read.text} does not read the result of {made.text}")
-        if self.first.epilogue.out_dtype != read.dtype:
+        if self.made.epilogue.out_dtype != read.dtype:
             raise ValueError(
-                f"a result of {self.first.epilogue.out_dtype} is read as {read.dtype}"
+                f"a result of {self.made.epilogue.out_dtype} is read as {read.dtype}"
             )
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All of them, in the order in which a kernel runs them."""
+        first = self.first
+        return (*(first.regions if isinstance(first, Chain) else (first,)), self.second)
+
+    @property
+    def made(self) -> Region:
+        """The region whose result is between ``first`` and ``second``."""
+        return self.regions[-2]
+
+    @property
+    def joints(self) -> tuple[int | None, ...]:
+        """Of each region but the first, which side input the one before it makes; None
+        for its left operand."""
+        inner = self.first.joints if isinstance(self.first, Chain) else ()
+        return (*inner, self.side)
 
     @property
     def text(self) -> str:
@@ -464,8 +488,8 @@ class Chain:
     @property
     def bytes_moved(self) -> int:
         """Least bytes through device memory; the result between is never read."""
-        item = ITEM_BYTES[self.first.epilogue.out_dtype]
-        between = self.first.problem.rows * self.first.problem.channels * item
+        item = ITEM_BYTES[self.made.epilogue.out_dtype]
+        between = self.made.problem.rows * self.made.problem.channels * item
         apart = self.first.bytes_moved + self.second.bytes_moved
         return apart - between * (1 if self.stored else 2)
 

@@ -77,11 +77,10 @@ class Launches:
         """Whether the kernel can read what is only promised.
 
         Not where its form rearranges a promised operand: XLA has to do that. A chain
-        has two ``products``; a left operand that it makes itself is None.
+        has several ``products``; a left operand that it makes itself is None.
         """
         if isinstance(kernel, ChainExecutable):
-            forms_ = (kernel.form.first, kernel.form.second)
-            problems = kernel.problems
+            forms_, problems = kernel.form.forms, kernel.problems
         else:
             forms_, problems = (kernel.form,), (kernel.problem,)
         for form, problem, (lhs, rhs) in zip(forms_, problems, products, strict=True):
@@ -114,34 +113,21 @@ class Launches:
     def add_chain(
         self,
         kernel: ChainExecutable,
-        first: Roles,
-        second: Roles,
+        roles: Sequence[Roles],
         shapes: Sequence[Sequence[int]],
     ) -> list[Promise]:
-        """As ``add``, of two regions in one kernel.
+        """As ``add``, of several regions in one kernel.
 
-        ``shapes`` are of both results; the first one's promise is among those returned
-        where the kernel stores it. What is between them is not looked at.
+        ``shapes`` are of all results; the promise of the one before the last is among
+        those returned where the kernel stores it. What is between two regions is not
+        looked at.
         """
-        form, side = kernel.form, kernel.form.region.side
-        a, b = _prepared(form.first.name, kernel.problems[0], *first[:2])
-        lhs, rhs, sides, vectors = second
-        if side is None:
-            lhs = Promise(-1, tuple(shapes[0]), JAX_DTYPES[form.region.dtype])
-        product = _prepared(form.second.name, kernel.problems[1], lhs, rhs)
-        if side is None:
-            product = product[1:]
-        else:
-            sides = [*sides[:side], *sides[side + 1 :]]
-        regions = (form.region.first, form.region.second)
-        promises = [
+        chain = kernel.form.region
+        kept = [
             self._promise(shape, region.epilogue.out_dtype)
-            for shape, region in zip(shapes, regions, strict=True)
-        ]
-        # The second product's operands come ahead of all side inputs.
-        sides = [*product, *first[2], *sides]
-        kept = promises if form.region.stored else promises[1:]
-        self._steps.append(_Step(kernel, a, b, sides, [*first[3], *vectors], kept))
+            for shape, region in zip(shapes, chain.regions, strict=True)
+        ][-2 if chain.stored else -1 :]
+        self._steps.append(_Step(kernel, *bound(kernel, roles, shapes), kept))
         return kept
 
     def _promise(self, shape: Sequence[int], dtype: str) -> Promise:
@@ -189,6 +175,32 @@ class Launches:
             program=np.asarray(program, np.int64),
         )
         return dict(zip(results, made, strict=False))
+
+
+def bound(
+    kernel: ChainExecutable,
+    roles: Sequence[Roles],
+    shapes: Sequence[Sequence[int]],
+) -> tuple[Value, Value, list[Value], list[Value]]:
+    """A, B, side inputs and vectors of a chain's kernel, from every region's.
+
+    Later products' operands come ahead of all side inputs.
+    """
+    chain, (first, *others) = kernel.form.region, roles
+    names = [form.name for form in kernel.form.forms]
+    a, b = _prepared(names[0], kernel.problems[0], *first[:2])
+    products: list[Value] = []
+    sides, vectors = [*first[2]], [*first[3]]
+    for i, (made, (lhs, rhs, own, columns)) in enumerate(
+        zip(chain.joints, others, strict=True), start=1
+    ):
+        if made is None:
+            lhs = Promise(-1, tuple(shapes[i - 1]), JAX_DTYPES[chain.dtype])
+        product = _prepared(names[i], kernel.problems[i], lhs, rhs)
+        products += product[1:] if made is None else product
+        sides += [side for n, side in enumerate(own) if n != made]
+        vectors += columns
+    return a, b, [*products, *sides], vectors
 
 
 def _prepared(form: str, problem: ir.Problem, lhs: Value, rhs: Value) -> Any:

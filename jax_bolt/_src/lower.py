@@ -147,7 +147,7 @@ def _roles(site: SiteInfo, form: Form | None, operands: Sequence[Any]) -> Roles:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Step:
-    """A call of a sequence and its kernel, or None for XLA; of a chain two calls."""
+    """A call of a sequence and its kernel, or None for XLA; of a chain several."""
 
     eqns: tuple[JaxprEqn, ...]
     kernel: invoke.AnyExecutable | None
@@ -178,8 +178,7 @@ class _Step:
     def roles(self, values: Mapping[Any, Any]) -> list[Roles]:
         """The operands of each call; None for what the step itself makes."""
         form = None if self.kernel is None else self.kernel.form
-        both = isinstance(form, ChainForm)
-        each = (form.first, form.second) if both else (form,)
+        each = form.forms if isinstance(form, ChainForm) else (form,)
         return [
             _roles(eqn.params["site"], form, [values.get(v) for v in eqn.invars])
             for eqn, form in zip(self.eqns, each, strict=True)
@@ -200,9 +199,8 @@ class _Step:
             inputs = [values[v] for v in self.eqns[0].invars]
             made = reference_fun(sites[0].reference)(*inputs)
         elif isinstance(self.kernel, invoke.ChainExecutable):
-            first, second = self.roles(values)
-            made = launches.add_chain(self.kernel, first, second, shapes)
-            outvars = outvars if self.kernel.form.region.stored else outvars[1:]
+            made = launches.add_chain(self.kernel, self.roles(values), shapes)
+            outvars = outvars[-len(made) :]
         else:
             shape, call = shapes[0], launches.add if self.joins else invoke.call
             if self.is_pooled_after:
@@ -221,13 +219,13 @@ def _steps(
         _kernel_or_none(ctx, eqn.params["site"], family, options) for eqn in eqns
     ]
     chains = _chains(ctx, calls, family, options)
-    places = {pair.place: (pair, kernel) for pair, kernel in chains}
-    inside = {i for pair, _ in chains for i in (pair.producer, pair.consumer)}
+    places = {each.place: (each, kernel) for each, kernel in chains}
+    inside = {i for each, _ in chains for i in each.calls}
     steps: list[_Step] = []
     for index, (eqn, kernel) in enumerate(zip(eqns, kernels, strict=True)):
         if index in places:
-            pair, both = places[index]
-            steps.append(_step(both, eqns[pair.producer], eqns[pair.consumer]))
+            each, joint = places[index]
+            steps.append(_step(joint, *(eqns[i] for i in each.calls)))
         elif index not in inside:
             steps.append(_step(kernel, eqn))
     return steps
@@ -241,35 +239,36 @@ def _step(kernel: invoke.AnyExecutable | None, *eqns: JaxprEqn) -> _Step:
 
 def _chains(
     ctx: mlir.LoweringRuleContext, calls: ClosedJaxpr, family: Family, options: Options
-) -> list[tuple[chain.Pair, invoke.AnyExecutable]]:
-    """The pairs that run as one kernel: of those that are faster the best together."""
+) -> list[tuple[chain.Chained, invoke.AnyExecutable]]:
+    """What runs as one kernel: of all that is faster the best together."""
     if chain.NAME in options.disable:
         return []
-    found = chain.pairs(calls)
-    infos = [pair.info for pair in found]
-    faster: list[tuple[chain.Pair, Plan, invoke.AnyExecutable]] = []
-    for pair in found:
+    found = chain.chains_of(calls)
+    infos = [each.info for each in found]
+    faster: list[tuple[chain.Chained, Plan, invoke.AnyExecutable]] = []
+    for each in found:
         try:
             made = _resolved(
                 ctx,
-                lambda *where, info=pair.info: resolve.resolve_chain(
+                lambda *where, info=each.info: resolve.resolve_chain(
                     info, family, infos, options, *where
                 ),
-                f"{pair.info} is not one kernel",
+                f"{each.info} is not one kernel",
             )
         except _FATAL:
             raise
         except Exception as error:  # its sites have kernels of their own
             if options.on_error == "raise":
                 raise
-            _warn(f"{pair.info.name}, which could be one kernel, runs", error, "two")
+            what = f"{each.info.name}, which could be one kernel, runs"
+            _warn(what, error, "several")
             continue
         if made is not None:
-            faster.append((pair, *made))
-    chosen = chain.best(
-        [pair for pair, *_ in faster], [made.saved_us for _, made, _ in faster]
-    )
-    return [(pair, kernel) for pair, _, kernel in faster if pair in chosen]
+            faster.append((each, *made))
+    those = [each for each, *_ in faster]
+    savings = chain.whole(those, [made.saved_us for _, made, _ in faster])
+    chosen = chain.best(those, savings)
+    return [(each, kernel) for each, _, kernel in faster if each in chosen]
 
 
 def _kernel_or_none(

@@ -123,7 +123,7 @@ class ChainCandidate:
     def reasoning(self) -> str:
         """What it saves, and why it stands where it does."""
         chain = self.form.region
-        apart = chain.first.bytes_moved + chain.second.bytes_moved
+        apart = sum(region.bytes_moved for region in chain.regions)
         saved = apart - chain.bytes_moved
         rank = self.template.reasoning(chain, self.config, self.arch)
         return f"saves {saved / 1e6:.3g} MB of {apart / 1e6:.3g} MB; {rank}"
@@ -267,9 +267,8 @@ class _Reasons:
 
 def saving(chain: ir.Chain, arch: GpuArch) -> float:
     """The part of its regions' least time that the bytes a chain saves take."""
-    apart = (chain.first, chain.second)
-    saved = sum(region.bytes_moved for region in apart) - chain.bytes_moved
-    least = sum(floor.floor(region, arch).time_us for region in apart)
+    saved = sum(region.bytes_moved for region in chain.regions) - chain.bytes_moved
+    least = sum(floor.floor(region, arch).time_us for region in chain.regions)
     return saved / arch.bandwidth * 1e6 / least if least else 0.0
 
 
@@ -321,8 +320,8 @@ def estimate(
     """
     if isinstance(region, ir.Chain):
         made, _ = chain_candidates(region, arch, disable)
-        first = region.first
-        times = [c.micros + _gathering(first, c.form.first, arch) for c in made]
+        first = region.regions[0]
+        times = [c.micros + _gathering(first, c.form.forms[0], arch) for c in made]
         return min(times, default=None)
     found, _ = candidates(region, arch, disable)
     firsts = _first_of_each(found)

@@ -44,6 +44,7 @@ from .split import Split
 from .tune import db
 from .tune import target as targets
 
+_POSITIONS = ("first", "second", "third")  # of a site in a chain
 _UNCHECKED = "made by other versions: checked here before it is used"
 
 
@@ -272,30 +273,36 @@ def links_of(
     links: dict[int, list[Link]] = {}
     if chain.NAME in active.disable:
         return links
-    for pairs in chain.sequences(program):
+    for found in chain.sequences(program):
         made = [
             (Rejection(""), "")
             if arch is None
-            else what_runs(pair.info, arch, device, active, origin)
-            for pair in pairs
+            else what_runs(each.info, arch, device, active, origin)
+            for each in found
         ]
-        saved = [0.0 if isinstance(m, Rejection) else m.saved_us for m, _ in made]
-        chosen = chain.best(pairs, saved)
-        for pair, (runs, note) in zip(pairs, made, strict=True):
-            info = pair.info
-            link = _link(info, runs, note, chosen=pair in chosen)
-            links.setdefault(id(info.first), []).append(link)
-            there = dataclasses.replace(link, other=info.first.name, position="second")
-            links.setdefault(id(info.second), []).append(there)
+        own = [0.0 if isinstance(m, Rejection) else m.saved_us for m, _ in made]
+        saved = chain.whole(found, own)
+        chosen = chain.best(found, saved)
+        for index, (each, (runs, note)) in enumerate(zip(found, made, strict=True)):
+            link = _link(each.info, runs, note, chosen=each in chosen)
+            if link.apart_time_us is not None:
+                # As if every call had a kernel of its own.
+                apart_us = link.apart_time_us + saved[index] - own[index]
+                link = dataclasses.replace(link, apart_time_us=apart_us)
+            sites = each.info.sites
+            for site, position in zip(sites, _POSITIONS, strict=False):
+                other = " and ".join(s.name for s in sites if s is not site)
+                there = dataclasses.replace(link, other=other, position=position)
+                links.setdefault(id(site), []).append(there)
     return links
 
 
 def _link(
     info: chain.ChainInfo, made: plan.Plan | Rejection, note: str, *, chosen: bool
 ) -> Link:
-    """As the first of both sites has it."""
+    """As the first of its sites has it."""
     link = Link(
-        other=info.second.name,
+        other="",
         position="first",
         stored=info.region.stored,
         chosen=chosen,
@@ -307,7 +314,7 @@ def _link(
         return dataclasses.replace(link, reason=made.reason)
     return dataclasses.replace(
         link,
-        reason="" if chosen else "another chain of one of both saves more",
+        reason="" if chosen else "another chain of one of them saves more",
         kernel=made.candidate.text,
         provenance=made.provenance,
         estimate=made.candidate.reasoning,

@@ -51,13 +51,17 @@ def parse(text: str) -> ir.Work:
 
 
 def _chain(text: str) -> ir.Chain:
-    first, joint, side, second = _JOINT.split(text)
-    return ir.Chain(
-        first=_region(first),
-        second=_region(second),
-        stored=joint == "stored",
-        side=None if side is None else int(side),
-    )
+    first, *joints = _JOINT.split(text)
+    made: ir.Region | ir.Chain = _region(first)
+    for joint, side, second in zip(*(joints[i::3] for i in range(3)), strict=True):
+        made = ir.Chain(
+            first=made,
+            second=_region(second),
+            stored=joint == "stored",
+            side=None if side is None else int(side),
+        )
+    assert isinstance(made, ir.Chain)
+    return made
 
 
 def _region(text: str) -> ir.Region:

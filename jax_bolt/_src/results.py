@@ -178,36 +178,54 @@ def tune_chains(
     Those that no kernel takes are left alone; and all of them without a compiler, since
     their sites have kernels of their own.
     """
-    device = db.device_key(target.arch)
     with lock:
         if isinstance(target.tools, CompileError):
             return
         adopt_missing(chains, target, options)
-        missing: list[ChainInfo] = []
-        rivals: dict[str, Rival] = {}
-        for site in {site.region.text: site for site in chains}.values():
-            chain, key = site.region, (device, site.region.text)
-            if stored(chain, target.arch, options, target.origin) is not None:
+        start = time.monotonic()
+        # Those of three sites are compared with the pairs that they begin with.
+        for count in sorted({len(site.sites) for site in chains}):
+            alike = [site for site in chains if len(site.sites) == count]
+            left = options
+            if options.budget_s is not None:
+                left_s = max(0.0, options.budget_s - (time.monotonic() - start))
+                left = dataclasses.replace(options, budget_s=left_s)
+            _tune_chains(alike, target, left, retry, show_progress)
+
+
+def _tune_chains(
+    chains: Sequence[ChainInfo],
+    target: Target,
+    options: Options,
+    retry: bool,
+    show_progress: bool,
+) -> None:
+    device = db.device_key(target.arch)
+    missing: list[ChainInfo] = []
+    rivals: dict[str, Rival] = {}
+    for site in {site.region.text: site for site in chains}.values():
+        chain, key = site.region, (device, site.region.text)
+        if stored(chain, target.arch, options, target.origin) is not None:
+            continue
+        if key in failures and not retry:
+            continue
+        failures.pop(key, None)
+        try:
+            found, _ = plan.chain_candidates(chain, target.arch, options.disable)
+            if not found:
                 continue
-            if key in failures and not retry:
-                continue
-            failures.pop(key, None)
-            try:
-                found, _ = plan.chain_candidates(chain, target.arch, options.disable)
-                if not found:
-                    continue
-                least_us = min(candidate.micros for candidate in found)
-                rivals[chain.text] = _rival(site, least_us, target, options)
-                missing.append(site)
-            except Exception as error:  # a fault of ours, say: the others have none
-                logger.info("%s", site, exc_info=True)
-                failures[key] = str(error) or type(error).__name__
-        if not missing:
-            return
-        target.kernels.check()
-        budget_s = options.budget_s
-        failed = search.tune(missing, target, budget_s, show_progress, rivals)
-        failures.update({(device, text): reason for text, reason in failed.items()})
+            least_us = min(candidate.micros for candidate in found)
+            rivals[chain.text] = _rival(site, least_us, target, options)
+            missing.append(site)
+        except Exception as error:  # a fault of ours, say: the others have none
+            logger.info("%s", site, exc_info=True)
+            failures[key] = str(error) or type(error).__name__
+    if not missing:
+        return
+    target.kernels.check()
+    budget_s = options.budget_s
+    failed = search.tune(missing, target, budget_s, show_progress, rivals)
+    failures.update({(device, text): reason for text, reason in failed.items()})
 
 
 def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -> Rival:
@@ -223,6 +241,8 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
         if made is None or made.entry is None:
             raise Untunable(f"{each.name} was not tuned")
         entry = made.entry
+        if isinstance(each, ChainInfo) and entry.choice != "kernel":
+            raise Untunable(f"{each.name} is not one kernel")
         names = (entry.form, entry.template, entry.config)
         candidate = plan.named(each.region, target.arch, *names)
         if candidate is None:
@@ -235,7 +255,7 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
         raise Untunable(f"{reason}: it was not timed")
     first = loaded(site.first, plans[0], target, options)
     second = loaded(site.second, plans[1], target, options)
-    assert isinstance(first, Executable) and isinstance(second, Executable)
+    assert isinstance(second, Executable)
     read = site.second.in_avals[site.second.operands[0]]
     like = read.shape, read.dtype
     takes = only_views(second.form.name, second.problem, *like, right=False)

@@ -12,14 +12,14 @@ from .floor import Floor
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A chain that a site could be part of, with the site called ``other``.
+    """A chain that a site could be part of, with the site or sites called ``other``.
 
-    position: "first" or "second", the site's.
-    stored: whether the result between is stored as well: something else reads it.
-    chosen: whether both run in one kernel; reason: why not, "" otherwise.
+    position: "first", "second" or "third", the site's.
+    stored: whether what its last product reads is stored as well: others read it.
+    chosen: whether all run in one kernel; reason: why not, "" otherwise.
     kernel, provenance: as a site's; "" where no kernel was timed.
     estimate: the bytes that it saves; "" as ``kernel``.
-    time_us, apart_time_us, xla_time_us: µs of both regions in one kernel, each in its
+    time_us, apart_time_us, xla_time_us: µs of the regions in one kernel, each in its
         own one after the other (or on XLA, where that was chosen for one), and as XLA
         lowers them; None where not measured. kernel_time_us: of the kernel alone.
     error, xla_error, candidates, tuned, notes: as a site's.

@@ -20,12 +20,11 @@ import numpy as np
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-import chain_cases
 import region_cases as cases
 import test_chain_kernels as chains
 import test_kernels as kernels
 
-from jax_bolt._src import forms, invoke, plan
+from jax_bolt._src import forms, invoke, launches, plan
 from jax_bolt._src.jit import loader
 from jax_bolt._src.tune import measure
 
@@ -49,31 +48,20 @@ def error_of(site, operands, candidate) -> float:
 
 
 def error_of_chain(site, operands, candidate) -> float:
-    """As ``error_of``, of two regions in one kernel."""
+    """As ``error_of``, of several regions in one kernel."""
     kernel = chains.load(site, candidate)
-    first, second = measure.split_chain(site, operands)
-    form, side = candidate.form, site.region.side
-    problems = (site.region.first.problem, site.region.second.problem)
-    a, b = forms.prepare(form.first.name, problems[0], *first[:2])
-    if side is None:
-        shape = site.first.out_avals[0].shape
-        between = jax.numpy.zeros(shape, invoke.JAX_DTYPES[site.region.dtype])
-        product = forms.prepare(form.second.name, problems[1], between, second[1])[1:]
-        others = second[2]
-    else:
-        product = forms.prepare(form.second.name, problems[1], *second[:2])
-        others = [*second[2][:side], *second[2][side + 1 :]]
-    regions = (site.region.first, site.region.second)
+    shapes = [each.out_avals[0].shape for each in site.sites]
+    a, b, sides, vectors = launches.bound(
+        kernel, measure.roles_of(site, operands), shapes
+    )
     outputs = [
         np.full(
             (r.problem.rows, r.problem.channels),
             np.nan,
             invoke.JAX_DTYPES[r.epilogue.out_dtype],
         )
-        for r in regions[0 if site.region.stored else 1 :]
+        for r in site.region.regions[-2 if site.region.stored else -1 :]
     ]
-    sides = [*product, *first[2], *others]
-    vectors = [*first[3], *second[3]]
     space = np.zeros(max(1, kernel.workspace_bytes), np.uint8)
     arrays = _launched(kernel, (a, b, outputs, sides, vectors, space))
     return float(max(kernels.errors(arrays[2], kernels.truth(site, operands))))
@@ -93,12 +81,12 @@ def _launched(kernel, arrays):
 
 
 def main(part: int = 0, parts: int = 1) -> int:
-    bad = launched = 0
+    bad = done = 0
     found = dict(kernels.all_candidates()[0])
     all_cases = [*cases.GEMMS, *cases.CONVS]
     if kernels.target().arch.sm == 90:
         found |= chains.all_candidates()[0]
-        all_cases += [*chain_cases.CASES, *chain_cases.MERGED]
+        all_cases += chains.ALL
     for case in all_cases[part::parts]:
         with jax.default_device(jax.devices("cpu")[0]):
             site = case.site()
@@ -112,12 +100,12 @@ def main(part: int = 0, parts: int = 1) -> int:
                 error = (error_of_chain if of_chain else error_of)(
                     site, operands, candidate
                 )
-                launched += 1
+                done += 1
                 if not error <= TOLERANCE[site.region.dtype]:
                     bad += 1
                     print(f"WRONG {case}: {candidate.text}: {error:.2e}")
-    print(f"{launched} launches, {bad} wrong")
-    return 1 if bad or not launched else 0
+    print(f"{done} launches, {bad} wrong")
+    return 1 if bad or not done else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import isolate, measure
 from jax_bolt._src.tune.target import executable
 
-ALL = [*cases.CASES, *cases.MERGED]
+ALL = [*cases.CASES, *cases.MERGED, *cases.JOINED]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,8 +126,8 @@ def test_one_starts_while_another_ends(case):
     """Each of several in a custom call reads the last one's result."""
     site = case.site()
     operands = measure.make_operands(site, l2_bytes=1).sets[0]
-    first, second = measure.split_chain(site, operands)
-    shapes = [s.out_avals[0].shape for s in (site.first, site.second)]
+    first, second = measure.roles_of(site, operands)
+    shapes = [each.out_avals[0].shape for each in site.sites]
     for candidate in all_candidates()[0][case.name]:
         kernel = load(site, candidate)
         assert isinstance(kernel, ChainExecutable)
@@ -135,8 +135,8 @@ def test_one_starts_while_another_ends(case):
         def run(x, kernel=kernel, count=1):
             launches, promises = Launches(), []
             for _ in range(count):
-                roles = (x, *first[1:])
-                _, x = launches.add_chain(kernel, roles, second, shapes)
+                roles = (x, *first[1:]), second
+                _, x = launches.add_chain(kernel, roles, shapes)
                 promises.append(x)
             made = launches.launch(promises)
             return [made[promise] for promise in promises]

@@ -10,16 +10,19 @@ for each other are seen. Shared memory is NaN where nothing was written.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import implicit_gemm_emulator as single
 import numpy as np
 from implicit_gemm_emulator import BLOCK, ROW, Apply, Tensor
 
+from jax_bolt._src.kernels import recipe as recipes
 from jax_bolt._src.kernels.recipe import Recipe
 
 UNIT = BLOCK * ROW
@@ -44,6 +47,7 @@ class Arguments:
     warpgroups: int
     steps: int
     second_steps: int
+    merges: bool
 
     @staticmethod
     def of(instance: str) -> Arguments:
@@ -53,10 +57,11 @@ class Arguments:
         text = _HEADER.read_text()
         names = re.search(r"template <([^<>]*)>\s*struct Sm90 \{", text)
         assert names is not None
-        parameters = [part.split()[-1] for part in names[1].split(",")]
+        parts = [part.split("=")[0].split() for part in names[1].split(",")]
         values = [value.strip() for value in found[1].split(",")]
-        given = dict(zip(parameters, values, strict=True))
+        given = dict(zip((p[-1] for p in parts), [*values, ""], strict=False))
         assert (given["First_"], given["Second_"]) == ("First", "Second")
+        assert given["Shortcut_"] in ("", "Shortcut")
         outer = {
             f"jax_bolt::implicit_gemm::Filters::{name}": name == "kKrsc"
             for name in ("kKrsc", "kHwio")
@@ -71,6 +76,7 @@ class Arguments:
             warpgroups=int(given["kWarpgroups"]),
             steps=int(given["kSteps"]),
             second_steps=int(given["kSecondSteps"]),
+            merges=bool(given["Shortcut_"]),
         )
 
 
@@ -79,6 +85,10 @@ def limit(name: str) -> int:
     found = re.search(rf"constexpr int {name} = (\d+);", _HEADER.read_text())
     assert found is not None, name
     return int(found[1])
+
+
+def taps_of(g: Any) -> int:
+    return sum(g.phase_taps[: g.phases])
 
 
 class Barrier:
@@ -122,21 +132,24 @@ class Launch:
         recipe: Recipe,
         instance: str,
         operands: dict[int, np.ndarray],
-        vectors: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+        vectors: Sequence[Sequence[np.ndarray]],
         elements: Sequence[int],
-        applies: tuple[Apply, Apply],
+        applies: Sequence[Apply],
         seed: int,
         prologue: str | None = None,
     ):
-        """``operands`` are A, B and sides by their numbers, ``vectors`` each region's,
-        ``elements`` of the outputs."""
+        """``operands`` are A, B and sides by their numbers, ``vectors`` and ``applies``
+        the regions', the shortcut's last, ``elements`` of the outputs."""
         self.t, self.recipe, self.applies = Arguments.of(instance), recipe, applies
-        self.g = single.geometry(recipe.ints[:-2])
-        self.blocks, self.channels = recipe.ints[-2:]
+        size = sum(length or 1 for _, length in single.geometry_fields())
+        self.g = single.geometry(recipe.ints[:size])
+        self.blocks, self.channels, *others = recipe.ints[size:]
+        self.shortcut = single.geometry(others) if self.t.merges else None
+        assert self.t.merges or not others
         self.random = random.Random(seed)
         self.outputs = [np.full(size, np.nan, np.float32) for size in elements]
         self._written = [np.zeros(size, np.int64) for size in elements]
-        numbers = (2, 14)[: len(elements)]
+        numbers = [recipes.output(i) for i in range(len(elements))]
         operands = operands | dict(zip(numbers, self.outputs, strict=True))
         if recipe.prologue is not None:
             assert prologue is not None
@@ -146,12 +159,18 @@ class Launch:
         assert len(maps) == 7
         self.pixels, self.filters, self.second_filters, *stored = maps[:5]
         self.between, self.output = stored
-        self.sides = maps[5:]
+        self.sides = [] if self.t.merges else maps[5:]
+        # What the loaders and the warpgroups read for each product ahead of a block.
+        self.products = [(self.g, self.pixels, self.filters)]
+        if self.t.merges:
+            self.products.insert(0, (self.shortcut, *maps[5:]))
         self.vectors = vectors
-        numbers = iter(range(6, 14))
-        pointers = [[next(numbers) for _ in group] or [-1] for group in vectors]
-        assert [*recipe.pointers] == [*pointers[0], *pointers[1]]
-        self.taps = sum(self.g.phase_taps[: self.g.phases])
+        # By the call: the shortcut's come first there.
+        order = [*vectors[2:], *vectors[:2]]
+        numbers = iter(range(sum(map(len, order))))
+        pointers = [[recipes.vector(next(numbers)) for _ in v] or [-1] for v in order]
+        pointers = [*pointers[-2:], *pointers[:-2]]
+        assert [*recipe.pointers] == [n for group in pointers for n in group]
         self._check()
 
     @property
@@ -173,12 +192,19 @@ class Launch:
         assert g.pixel_stages <= limit("kMaxPixelStages")
         assert g.filter_stages <= limit("kMaxFilterStages")
         assert 2 <= g.store_stages <= limit("kMaxSlots")
-        units = self.blocks * (g.chunks * self.taps + t.outputs)
-        assert not g.resident or g.filter_stages == units
+        assert not g.resident or g.filter_stages == self.units
+        if t.merges:
+            assert g.store_stages > t.group
+            shortcut = self.shortcut
+            for name in ("tiles", "tile_cols", "load_bytes", "stage_bytes", "resident"):
+                assert getattr(g, name) == getattr(shortcut, name)
+            for name in ("pixel_stages", "filter_stages", "store_stages", "loads"):
+                assert getattr(g, name) == getattr(shortcut, name)
         assert g.stage_bytes % 1024 == g.slot_bytes % 1024 == 0
         assert g.slot_bytes >= t.pixels * ROW
-        assert self.pixels.bytes == g.load_bytes
-        assert self.filters.bytes == self.second_filters.bytes == UNIT
+        for _, pixels, filters in self.products:
+            assert pixels.bytes == g.load_bytes and filters.bytes == UNIT
+        assert self.second_filters.bytes == UNIT
         assert self.output.bytes == self.between.bytes == g.side_bytes
         assert all(side.bytes == g.side_bytes for side in self.sides)
         barriers = 2 * limit("kMaxFilterStages")
@@ -187,6 +213,12 @@ class Launch:
         used = t.warpgroups * used + g.filter_stages * UNIT + 8 * barriers
         shared = single.SHARED_BYTES[2 if t.warpgroups == 1 else 1]
         assert used <= recipe.smem_bytes <= shared
+
+    @property
+    def units(self) -> int:
+        """Of a tile."""
+        steps = sum(g.chunks * taps_of(g) for g, _, _ in self.products)
+        return self.blocks * (steps + self.t.outputs)
 
     def run(self) -> Launch:
         for cta in range(self.recipe.grid):
@@ -277,10 +309,10 @@ class Cta:
         self.under_way.append(arrives)
 
     def load_pixels(self) -> Role:
-        g, ring = self.g, Ring()
+        ring = Ring()
         for turn in self.turns():
-            for chunk in range(g.chunks):
-                for phase in range(g.phases):
+            for g, pixels, _ in self.launch.products:
+                for chunk, phase in np.ndindex(g.chunks, g.phases):
                     for wg in range(self.t.warpgroups):
                         index = self.tile_index(turn, wg)
                         if index >= g.tiles:
@@ -288,14 +320,15 @@ class Cta:
                         full, empty = (b[ring.stage] for b in self.pixel_barriers[wg])
                         yield from empty.wait(ring.parity ^ 1)
                         full.arrive(g.load_bytes)
-                        where = self._box(self.tile(index), chunk, phase)
+                        where = self._box(g, self.tile(index), chunk, phase)
                         to = self.pixels[wg][ring.stage]
-                        self.load(self.launch.pixels, full, to, 0, *where)
+                        self.load(pixels, full, to, 0, *where)
                     ring.advance(g.pixel_stages)
         yield
 
-    def _box(self, tile: tuple[int, int, int], chunk: int, phase: int) -> tuple:
-        g, (image, row, col) = self.g, tile
+    @staticmethod
+    def _box(g: Any, tile: tuple[int, int, int], chunk: int, phase: int) -> tuple:
+        image, row, col = tile
         if g.image_cols > 0:
             line, col = divmod(col, g.image_cols)
             image, row = divmod(line, g.image_rows)
@@ -313,27 +346,33 @@ class Cta:
         )
 
     def load_filters(self) -> Role:
-        g, t, ring = self.g, self.t, Ring()
+        t, ring, second = self.t, Ring(), self.launch.second_filters
         for _ in self.turns():
             for first in range(0, self.launch.blocks, t.group):
-                for chunk in range(g.chunks):
-                    for tap in range(self.launch.taps):
-                        for i in range(t.group):
-                            at = (first + i, chunk, g.tap_filter[tap])
-                            yield from self._unit(ring, False, *at)
-                for i in range(t.group):
-                    for output in range(t.outputs):
-                        yield from self._unit(ring, True, output, first + i, 0)
-            if g.resident:
+                for g, _, filters in self.launch.products:
+                    for chunk, tap, i in np.ndindex(g.chunks, taps_of(g), t.group):
+                        at = (first + i, chunk, g.tap_filter[tap])
+                        yield from self._unit(ring, filters, t.k_outer, *at)
+                for i, output in np.ndindex(t.group, t.outputs):
+                    at = (output, first + i, 0)
+                    yield from self._unit(ring, second, t.second_k_outer, *at)
+            if self.g.resident:
                 break
         yield
 
-    def _unit(self, ring: Ring, second: bool, block: int, chunk: int, tap: int) -> Role:
+    def _unit(
+        self,
+        ring: Ring,
+        tensor: Tensor,
+        k_outer: bool,
+        block: int,
+        chunk: int,
+        tap: int,
+    ) -> Role:
         full, empty = (b[ring.stage] for b in self.unit_barriers)
         yield from empty.wait(ring.parity ^ 1)
         full.arrive(UNIT)
-        tensor = self.launch.second_filters if second else self.launch.filters
-        if self.t.second_k_outer if second else self.t.k_outer:
+        if k_outer:
             where = (chunk * 64, tap, block * BLOCK, 0)
         else:
             where = (block * BLOCK, chunk * 64, tap, 0)
@@ -345,7 +384,7 @@ class Cta:
         return any(self.has_side(which) for which in (0, 1))
 
     def has_side(self, which: int) -> bool:
-        return self.launch.recipe.maps[5 + which].operand == 5
+        return not self.t.merges and self.launch.recipe.maps[5 + which].operand == 5
 
     def load_sides(self, wg: int) -> Role:
         g, ring = self.g, Ring()
@@ -417,8 +456,7 @@ class Warpgroup:
     def drain(self) -> Role:
         if self.g.resident:
             return
-        steps = self.g.chunks * self.launch.taps
-        for _ in range(self.launch.blocks * (steps + self.t.outputs)):
+        for _ in range(self.launch.units):
             yield from self.next_unit()
             self.release_units(0)
 
@@ -432,10 +470,10 @@ class Warpgroup:
 
         self.open.append(runs)
 
-    def multiply_first(self, is_first: bool, is_last: bool, acc: np.ndarray) -> Role:
-        g, t, barriers = self.g, self.t, self.cta.pixel_barriers[self.index]
-        ring = Ring()
-        ring.stage, ring.parity = self.pixels.stage, self.pixels.parity
+    def multiply_first(
+        self, g: Any, is_first: bool, is_last: bool, ring: Ring, acc: np.ndarray
+    ) -> Role:
+        t, barriers = self.t, self.cta.pixel_barriers[self.index]
         read = -1
         for _ in range(g.chunks):
             tap = 0
@@ -464,7 +502,6 @@ class Warpgroup:
         self.release_units(0)
         if is_last:
             barriers[1][read].arrive()
-            self.pixels = ring
 
     def multiply_second(self, slot: np.ndarray, acc: np.ndarray) -> Role:
         t = self.t
@@ -474,20 +511,31 @@ class Warpgroup:
             self.product(self.unit, t.second_k_outer, seen, t.second_steps, acc[i])
         self.commit()
 
-    def next_slot(self) -> Role:
+    def slot_at(self, at: Ring) -> Role:
         full, empty = self.cta.slot_barriers[self.index]
         if self.cta.any_sides:
-            yield from full[self.slots.stage].wait(self.slots.parity)
+            yield from full[at.stage].wait(at.parity)
         else:
-            yield from empty[self.slots.stage].wait(self.slots.parity ^ 1)
+            yield from empty[at.stage].wait(at.parity ^ 1)
 
-    def finish(self, which: int, acc: np.ndarray, channel: int) -> np.ndarray:
-        slot = self.cta.slots[self.index][self.slots.stage]
-        channels = self.launch.channels if which else self.g.channels
+    def fill_shortcut(self, first: int, acc: np.ndarray) -> Role:
+        ahead = copy.copy(self.slots)
+        for i in range(self.t.group):
+            yield from self.slot_at(ahead)
+            self.finish(2, acc[i], (first + i) * BLOCK, ahead)
+            ahead.advance(self.g.store_stages)
+
+    def finish(
+        self, which: int, acc: np.ndarray, channel: int, at_slot: Ring
+    ) -> np.ndarray:
+        slot = self.cta.slots[self.index][at_slot.stage]
+        channels = self.launch.channels if which == 1 else self.g.channels
         at = np.minimum(channel + np.arange(BLOCK), channels - 1)
         vectors = [v[at] for v in self.launch.vectors[which]]
         rows = slot[: self.t.pixels]
-        sides = [rows.copy()] if self.cta.has_side(which) else []
+        loaded = which < 2 and self.cta.has_side(which)
+        merged = which == 0 and self.t.merges
+        sides = [rows.copy()] if loaded or merged else []
         (made,) = self.launch.applies[which](acc, vectors, sides)
         rows[:] = np.where(channel + np.arange(BLOCK) < channels, made, 0)
         return slot
@@ -520,12 +568,18 @@ class Warpgroup:
         if self.g.resident:
             self.filters = Ring()
         for first in range(0, blocks, t.group):
-            acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
-            yield from self.multiply_first(first == 0, first + t.group == blocks, acc)
+            ends, ring = (first == 0, first + t.group == blocks), copy.copy(self.pixels)
+            for g, _, _ in self.launch.products:
+                acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
+                yield from self.multiply_first(g, *ends, ring, acc)
+                if g is not self.g:
+                    yield from self.fill_shortcut(first, acc)
+            if ends[1]:
+                self.pixels = ring
             for i in range(t.group):
                 channel = (first + i) * BLOCK
-                yield from self.next_slot()
-                slot = self.finish(0, acc[i], channel)
+                yield from self.slot_at(self.slots)
+                slot = self.finish(0, acc[i], channel, self.slots)
                 self.hand_over()
                 if t.stored:
                     self.store(0, channel, slot, index)
@@ -536,8 +590,8 @@ class Warpgroup:
         self.wait_products(0)
         self.release_units(0)
         for i in range(t.outputs):
-            yield from self.next_slot()
-            slot = self.finish(1, outputs[i], i * BLOCK)
+            yield from self.slot_at(self.slots)
+            slot = self.finish(1, outputs[i], i * BLOCK, self.slots)
             self.hand_over()
             self.store(1, i * BLOCK, slot, index)
             self.advance()

@@ -22,7 +22,7 @@ artifact: Artifact = "cubin"
 
 def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     del arch
-    problem = chain.first.problem
+    problem = chain.regions[0].problem
     depth = problem.k if isinstance(problem, ir.GemmProblem) else problem.c
     bad = [n for n in (depth, problem.channels) if n % 8]
     return f"{bad[0]} channels" if bad else None
@@ -61,7 +61,7 @@ def recipe(
     chain: ir.Chain, config: Config, arch: GpuArch, *, held: bool = False
 ) -> Recipe:
     del config, arch
-    return Recipe(threads=128, grid=chain.first.problem.rows, pointers=(A, B, D))
+    return Recipe(threads=128, grid=chain.second.problem.rows, pointers=(A, B, D))
 
 
 def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -91,7 +91,7 @@ def traced(fun: Any, *args: Any, disable: tuple[str, ...] = ()) -> Any:
     return program.trace(fun, (), args, {}, options.Options(disable=disable))[0]
 
 
-def pairs(fun: Any, *args: Any) -> list[chains.Pair]:
+def pairs(fun: Any, *args: Any) -> list[chains.Chained]:
     """Of all sequences of a function."""
     done = traced(fun, *args)
     return [pair for found in chains.sequences(done.program) for pair in found]

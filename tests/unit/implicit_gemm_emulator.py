@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from jax_bolt._src.kernels import recipe as recipes
 from jax_bolt._src.kernels.recipe import ITEM_BYTES, Recipe, TensorMap
 
 BLOCK, ROW, ITEM = 64, 128, 2
@@ -340,14 +341,14 @@ class Launch:
         self._positions: list[list[np.ndarray]] = [[] for _ in self.outputs]
 
         # An operand's number says which array a map or a pointer is of.
-        numbers = [2, *range(14, 14 + auxiliary)]
+        numbers = [recipes.output(i) for i in range(1 + auxiliary)]
         operands = {0: a, 1: b, **dict(zip(numbers, self.outputs, strict=True))}
         assert (prologue is None) == (recipe.prologue is None)
         if recipe.prologue is not None and prologue is not None:
             operands[3] = pack(recipe.prologue, prologue, a, b)
             assert operands[3].size * ITEM == recipe.workspace_bytes
-        operands |= {4 + i: side for i, side in enumerate(sides)}
-        operands |= {6 + i: vector for i, vector in enumerate(vectors)}
+        operands |= {recipes.side(i): side for i, side in enumerate(sides)}
+        operands |= {recipes.vector(i): vector for i, vector in enumerate(vectors)}
         assert len(recipe.maps) == 3 + auxiliary + max(1, len(sides))
         read = [0, 1] if recipe.prologue is None else [3, 3]
         leading = [m.operand for m in recipe.maps[: 3 + auxiliary]]

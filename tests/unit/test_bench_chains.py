@@ -42,6 +42,22 @@ def test_a_bottlenecks_result_is_stored_and_its_bytes_counted():
     assert "-" in bench_chains.row(blank)
 
 
+def test_a_first_block_is_compared_with_its_merged_pair():
+    found = [p for p in pairs(chain_pairs.RESNET) if len(p.site.sites) == 3]
+    assert [p.name for p in found][:2] == [
+        "32x56x56 64>256 + 64>256 s1 > 64",
+        "32x28x28 128>512 + 256>512 s2 > 128",
+    ]
+    *taken, wide = found
+    assert bench_chains.candidates(wide, HOPPER)[0] == []  # 512 channels at the end
+    for pair in taken:
+        candidates, reason = bench_chains.candidates(pair, HOPPER)
+        assert candidates, (pair.name, reason)
+        for site in (pair.site.first, pair.site.second):
+            assert bench_chains.own_candidates(site, HOPPER)
+        assert 1.1 < bench_chains.blank(pair)["bytes_ratio"] < 1.7
+
+
 def test_the_worker_can_be_asked():
     """The second filter is the first side input, and both results are written."""
     pair = pairs(chain_pairs.RESNET, batch=1)[0]

@@ -53,13 +53,15 @@ def relu_product(x: Any, w: Any) -> Any:
 @pytest.mark.usefixtures("as_users_run_it")
 def test_pairs_of_resnet50() -> None:
     """Every 3x3 with its expansion, every expansion with the next reduction, and every
-    projected shortcut with what it is added to."""
+    projected shortcut with what it is added to, alone and with the next reduction."""
     pytest.importorskip("flax")
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     from benchmarks.models import models
 
     apply, *args = models.shapes("resnet50")
-    found = pairs(apply, *args)
+    every = pairs(apply, *args)
+    longer = [each for each in every if len(each.calls) > 2]
+    found = [each for each in every if each not in longer]
     merged = [p.info for p in found if p.info.region.side is not None]
     kept = [p.info for p in found if not p.info.region.stored and p.info not in merged]
     stored = [pair.info for pair in found if pair.info.region.stored]
@@ -71,8 +73,15 @@ def test_pairs_of_resnet50() -> None:
     assert {info.first.label for info in stored} == {"conv1x1+bn+add+relu"}
     assert {info.second.label for info in stored} == {"conv1x1+bn+relu"}
     # Those that share a call: an expansion is the second of one and the first of one.
-    used = [i for pair in found for i in (pair.producer, pair.consumer)]
+    used = [i for pair in found for i in pair.calls]
     assert max(map(used.count, used)) == 2
+    assert [each.calls[:2] for each in longer] == [
+        each.calls for each in found if each.info in merged
+    ]
+    for each in longer:
+        assert each.info.region.stored and each.place == each.calls[1]
+        assert each.info.label == "conv1x1+bn to conv1x1+bn+add+relu to conv1x1+bn+relu"
+        assert region_text.parse(each.info.region.text) == each.info.region
     # What the largest 3x3 convs would save is not worth a look.
     texts = {p.info.region.text: p.info.region for p in found}
     worth = {t for t, r in texts.items() if plan.saving(r, HOPPER) >= 0.1}
@@ -107,7 +116,7 @@ def test_a_result_that_leaves_is_stored() -> None:
 
     assert regions(fun, X, W, W) == [("stored", "dot+relu")]
     (pair,) = pairs(bottleneck, *BOTTLENECK)
-    assert pair.info.region.stored and (pair.producer, pair.consumer) == (0, 1)
+    assert pair.info.region.stored and pair.calls == (0, 1)
     assert pair.info.name.count(" to ") == 1
 
 
@@ -185,7 +194,7 @@ def test_what_is_made_between_is_not_waited_for() -> None:
     """
     assert len(traced(between, X, W, W).family.sites) == 3
     (merged,) = pairs(between, X, W, W)
-    assert merged.info.region.side == 0 and merged.place == merged.consumer
+    assert merged.info.region.side == 0 and merged.place == merged.calls[1]
 
     def other(x, w, v):
         z = relu_product(x, v)
@@ -193,8 +202,8 @@ def test_what_is_made_between_is_not_waited_for() -> None:
         return jnp.tanh(y @ w + z)
 
     apart, merged = pairs(other, X, W, W)
-    assert apart.info.region.side is None and apart.place == apart.producer
-    assert merged.info.region.side == 0 and apart.consumer == merged.consumer
+    assert apart.info.region.side is None and apart.place == apart.calls[0]
+    assert merged.info.region.side == 0 and apart.calls[1] == merged.calls[1]
 
 
 def test_a_filter_is_no_left_operand() -> None:
@@ -236,8 +245,8 @@ def test_disabled() -> None:
 # --- Which of them
 
 
-def of(producer: int, consumer: int) -> chain.Pair:
-    return chain.Pair(producer, consumer, None)  # type: ignore[arg-type]
+def of(*calls: int) -> chain.Chained:
+    return chain.Chained(calls, None)  # type: ignore[arg-type]
 
 
 def test_the_pairs_that_save_most_together() -> None:
@@ -254,11 +263,14 @@ def test_no_other_choice_saves_more(seed: int) -> None:
     found, savings = [], []
     for consumer in range(1, 9):
         if draw.random() < 0.8:
-            found.append(of(draw.randrange(consumer), consumer))
+            calls = sorted(
+                draw.sample(range(consumer), min(consumer, draw.choice((1, 1, 2))))
+            )
+            found.append(of(*calls, consumer))
             savings.append(draw.uniform(-1.0, 5.0))
 
     def total(chosen: Any) -> float | None:
-        calls = [i for j in chosen for i in (found[j].producer, found[j].consumer)]
+        calls = [i for j in chosen for i in found[j].calls]
         return sum(savings[j] for j in chosen) if len(calls) == len({*calls}) else None
 
     subsets = itertools.chain.from_iterable(
@@ -306,7 +318,7 @@ def test_all_is_there_when_it_is_launched(
     sequences = [e for e in eqns if e.primitive.name == "bolt_sequence"]
     for eqn in sequences:
         calls = eqn.params["calls"]
-        found = chain.pairs(calls)
+        found = chain.chains_of(calls)
         chosen = chain.best(found, [draw.uniform(-0.3, 1) for _ in found])
         given = [(pair, "chain") for pair in chosen]
         monkeypatch.setattr(lower, "_chains", lambda *_, given=given: given)
@@ -315,9 +327,9 @@ def test_all_is_there_when_it_is_launched(
         assert sum(len(step.eqns) for step in steps) == len(calls.jaxpr.eqns)
         assert sum(step.kernel == "chain" for step in steps) == len(chosen)
         kept = {
-            calls.jaxpr.eqns[pair.producer].outvars[0]
-            for pair in chosen
-            if not pair.info.region.stored
+            calls.jaxpr.eqns[index].outvars[0]
+            for each in chosen
+            for index in each.calls[: -2 if each.info.region.stored else -1]
         }
         rng = np.random.default_rng(seed)
         inputs = [
@@ -501,7 +513,7 @@ def test_a_chain_that_fails_costs_only_itself(
         with pytest.raises(CompileError):
             test_lower.lowered(fun, *BOTTLENECK)
         return
-    with pytest.warns(UserWarning, match="one kernel, runs on two: no nvcc"):
+    with pytest.warns(UserWarning, match="one kernel, runs on several: no nvcc"):
         text = cuda_text(bottleneck, *BOTTLENECK)
     ((count, _),) = launches(text)
     assert count == 2
@@ -559,6 +571,8 @@ def host(build: Build) -> str:
         _native.load(f"chain{sides}", str(path))
     flags = ("-DFAKE_CHANNELS=6", "-DFAKE_SIDES=0", "-DFAKE_MERGED=4")
     _native.load("merged", str(build("chain.cc", "merged.so", *flags)))
+    flags = ("-DFAKE_CHANNELS=3", "-DFAKE_SIDES=0", "-DFAKE_JOINED=4")
+    _native.load("joined", str(build("chain.cc", "joined.so", *flags)))
     _native.load("kernel", str(build("kernel.cc", "kernel.so")))
     name = "jax_bolt_test.launch_chain"
     jax.ffi.register_ffi_target(name, _native.host_handlers(), platform="cpu")
@@ -649,12 +663,72 @@ def test_a_merged_shortcut_finds_its_buffers(host, monkeypatch) -> None:
         (late,) = calls.add(product(7, 4, 4), h, h[:4], [], [], (7, 4))
         assert calls.takes(made, (x, w), (late, v))
         roles = (x, w, [], [bias]), (late, v, [None], [other])
-        (z,) = calls.add_chain(made, *roles, ((7, 6), (7, 6)))
+        (z,) = calls.add_chain(made, roles, ((7, 6), (7, 6)))
         return calls.launch([z])[z]
 
     want = (h @ h[:4]) @ v + x @ w + bias + other
     got = jax.jit(run)(*args)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored", [0, 1])
+def test_three_products_find_their_buffers(host, monkeypatch, stored) -> None:
+    """A merged shortcut, and the product over the channels of the sum."""
+    monkeypatch.setattr(loader, "ffi_target", lambda: host)
+    monkeypatch.setattr(
+        measure, "_time", lambda fun, sets, _: (1.0, jax.jit(fun)(sets)[0])
+    )
+
+    def fun(x, w, bias, h, v, other, u, last):
+        y = x @ w + bias[None]
+        y = h @ v + y + other[None]
+        z = y @ u + last[None]
+        return (y, z) if stored else z
+
+    args = [rand(7, 5), rand(5, 6), rand(6), rand(7, 4), rand(4, 6), rand(2, 3).ravel()]
+    args += [rand(6, 3), rand(3)]
+    (found,) = (each for each in pairs(fun, *args) if len(each.calls) == 3)
+    site = found.info
+    assert site.region.stored == bool(stored) and site.region.joints == (0, None)
+    x, w, bias, h, v, other, u, last = args
+    given = (x, w, bias), (h, v, None, other), (None, u, last)
+    order: list[Any] = []
+    for each, values in zip(site.sites, given, strict=True):
+        own = dict(zip(each.operands, values, strict=True))
+        order += [own[i] for i in sorted(own) if own[i] is not None]
+    form = plan.forms.chain_forms(site.region)[0]
+    problems = tuple(region.problem for region in site.region.regions)
+    made = ChainExecutable("joined", problems, form, 0, ())
+    want = fun(*args) if stored else [fun(*args)]
+    for got in (
+        jax.jit(measure.kernel_function(site, made))(*order),
+        chain.reference_fun(site.reference)(*order),
+        measure.truth(site, order),
+    ):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-4, atol=1e-5)
+
+    # Timed against the pair that it begins with, and a kernel.
+    merged = ChainExecutable("merged", problems[:2], form.first, 0, ())  # type: ignore[arg-type]
+    second = invoke.Executable("kernel", problems[2], form.second, 0)
+    operands = measure.make_operands(site, l2_bytes=0)
+    errors = measure.errors(operands, made)
+    assert errors.kernel < 1e-5 and measure.is_accurate(errors, site.region)
+    run = measure.time_apart((merged, second), operands, 0)
+    assert len(run.outputs) == 1 + stored
+
+    def promised(x, w, bias, h, v, other, u, last):
+        calls = Launches()
+        (late,) = calls.add(product(7, 4, 4), h, h[:4], [], [], (7, 4))
+        assert calls.takes(made, (x, w), (late, v), (None, u))
+        roles = (x, w, [], [bias]), (late, v, [None], [other]), (None, u, [], [last])
+        kept = calls.add_chain(made, roles, ((7, 6), (7, 6), (7, 3)))
+        assert len(kept) == 1 + stored
+        return calls.launch(kept)[kept[-1]]
+
+    y = (h @ h[:4]) @ v + x @ w + bias + other
+    got = jax.jit(promised)(*args)
+    np.testing.assert_allclose(got, y @ u + last, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stored", [0, 1])
@@ -714,8 +788,8 @@ def test_promises_on_all_sides(host, monkeypatch) -> None:
         assert calls.takes(both, (left, w), (None, v))
         assert not calls.takes(both, (left, side), (None, v))
         assert not calls.takes(both, (x, w), (None, side))
-        first = (left, w, [side], [bias])
-        y, z = calls.add_chain(both, first, (None, v, [], [other]), ((7, 6), (7, 3)))
+        roles = (left, w, [side], [bias]), (None, v, [], [other])
+        y, z = calls.add_chain(both, roles, ((7, 6), (7, 3)))
         (last,) = calls.add(product(7, 6, 6), y, w.T @ w, [], [], (7, 6))
         made = calls.launch([z, last])
         return made[z], made[last]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import chain_emulator as emulator
 import jax
@@ -17,6 +18,7 @@ from test_implicit_gemm import HOPPER, PLAIN, SIDE, SMALL, conv, gemm, hwio
 from jax_bolt._src import arch, evaluate, ir
 from jax_bolt._src.jit import codegen
 from jax_bolt._src.kernels import chain_rank, chain_sm90, chain_tiles
+from jax_bolt._src.kernels import recipe as recipes
 from jax_bolt._src.kernels.config import Config
 
 # acc * vector_0 + vector_1, and a side input added to that.
@@ -100,23 +102,31 @@ def operands(taken: ir.Chain) -> tuple[dict, list[np.ndarray]]:
     def some(count: int) -> np.ndarray:
         return rng.integers(-2, 3, count).astype(np.float32)
 
-    a, b = map(some, taken.first.problem.operand_elements)
-    _, second_b = taken.second.problem.operand_elements
-    given = {0: a, 1: b, 4: some(second_b)}
-    vectors, sides = [], []
-    for region in (taken.first, taken.second):
+    products: list[np.ndarray] = []
+    loaded: list[np.ndarray] = []  # side inputs that no region makes
+    vectors: list[list[np.ndarray]] = []
+    expected: list[np.ndarray] = []
+    for region, made in zip(taken.regions, (-1, *taken.joints), strict=True):
         problem, epilogue = region.problem, region.epilogue
-        sides.append([some(problem.rows * problem.channels) for _ in epilogue.sides])
+        a, b = map(some, problem.operand_elements)
+        sides = [some(problem.rows * problem.channels) for _ in epilogue.sides]
+        if made is None:
+            a = expected[-1]
+        else:
+            products.append(a)
+        products.append(b)
+        loaded += [side for i, side in enumerate(sides) if i != made]
+        if made is not None and made >= 0:
+            sides[made] = expected[-1]
         vectors.append([some(problem.channels) for _ in epilogue.vectors])
-    given |= {5 + i: side for i, side in enumerate([*sides[0], *sides[1]])}
-    left, expected = a, []
-    for i, region in enumerate((taken.first, taken.second)):
-        weights = given[4] if i else b
-        inputs = jax.tree.map(jnp.asarray, (left, weights, sides[i], vectors[i]))
-        left = evaluate.evaluate(region, *inputs)
-        expected.append(np.asarray(left).reshape(-1))
-    kept = expected if taken.stored else expected[1:]
-    return {"operands": given, "vectors": tuple(vectors)}, kept
+        inputs = jax.tree.map(jnp.asarray, (a, b, sides, vectors[-1]))
+        expected.append(np.asarray(evaluate.evaluate(region, *inputs)).reshape(-1))
+    numbers = (recipes.A, recipes.B, *map(recipes.side, range(recipes.MAX_SIDES)))
+    given = dict(zip(numbers, [*products, *loaded], strict=False))
+    # First, second, shortcut.
+    ordered = (*vectors[-2:], *vectors[:-2])
+    kept = expected[-2 if taken.stored else -1 :]
+    return {"operands": given, "vectors": ordered}, kept
 
 
 def check(taken: ir.Chain, config: Config, gpu: arch.GpuArch, seed: int = 0) -> None:
@@ -125,7 +135,7 @@ def check(taken: ir.Chain, config: Config, gpu: arch.GpuArch, seed: int = 0) -> 
         chain_sm90.recipe(taken, config, gpu),
         chain_sm90.instantiate(taken, config, gpu),
         elements=[output.size for output in expected],
-        applies=(APPLY[taken.first.epilogue], APPLY[taken.second.epilogue]),
+        applies=[APPLY[r.epilogue] for r in (*taken.regions[-2:], *taken.regions[:-2])],
         prologue=chain_sm90.prologue(taken),
         seed=seed,
         **given,
@@ -154,6 +164,77 @@ def test_what_the_kernel_computes(index):
         check(taken, config, HOPPER, seed)
     for seed, config in enumerate(sample(taken, SMALL, 6)):
         check(taken, config, SMALL, seed)
+
+
+def joined(
+    shortcut: ir.Problem,
+    first: ir.Problem,
+    channels: int,
+    *,
+    stored: bool = True,
+    epilogues: tuple[ir.Epilogue, ...] = (AFFINE, RESIDUAL, AFFINE),
+) -> ir.Chain:
+    """``chain``, its first product merged with a ``shortcut``'s."""
+    read = gemm(first.rows, channels, first.channels)
+    regions = [
+        ir.Region(problem=problem, epilogue=epilogue)
+        for problem, epilogue in zip((shortcut, first, read), epilogues, strict=True)
+    ]
+    merged = ir.Chain(first=regions[0], second=regions[1], stored=False, side=0)
+    return ir.Chain(first=merged, second=regions[2], stored=stored)
+
+
+JOINED = [
+    joined(gemm(300, 256, 64), gemm(300, 256, 64), 64),
+    joined(gemm(129, 512, 256), gemm(129, 512, 128), 128, stored=False),
+    joined(
+        hwio(conv(3, 14, 14, 256, 512, 1, stride=(2, 2))),
+        hwio(conv(3, 7, 7, 128, 512, 1)),
+        128,
+    ),
+    joined(
+        hwio(conv(2, 9, 9, 40, 136, 1, stride=(2, 2))),
+        hwio(conv(2, 5, 5, 200, 136, 1)),
+        72,
+        epilogues=(PLAIN, SIDE, PLAIN),
+    ),
+    joined(gemm(70, 64, 24), gemm(70, 64, 8), 200, stored=False),
+    joined(gemm(1, 8, 8), gemm(1, 8, 8), 8),
+]
+
+
+@pytest.mark.parametrize("taken", JOINED, ids=lambda taken: taken.made.problem.text)
+def test_what_the_kernel_computes_with_a_shortcut(taken: ir.Chain) -> None:
+    assert chain_sm90.supports(taken, HOPPER) is None
+    for seed, config in enumerate(chain_sm90.configs(taken, HOPPER)[:3]):
+        check(taken, config, HOPPER, seed)
+    for seed, config in enumerate(sample(taken, SMALL, 8)):
+        check(taken, config, SMALL, seed)
+
+
+def test_a_shortcuts_slots_are_a_group_and_one_more() -> None:
+    taken = JOINED[1]
+    tiles = [t for t in chain_tiles.tiles_of(taken, SMALL) if t.group == 2]
+    for stores in (3, 2):
+        rings = dataclasses.replace(tiles[0].rings, stores=stores)
+        config = dataclasses.replace(tiles[0], rings=rings).config()
+        if stores == 3:
+            check(taken, config, SMALL)
+        else:
+            with pytest.raises((emulator.Deadlock, AssertionError)):
+                check(taken, config, SMALL)
+
+
+def test_what_is_refused_with_a_shortcut() -> None:
+    def refusal(*args: ir.Problem, **options: Any) -> str:
+        return str(chain_sm90.supports(joined(*args, 64, **options), HOPPER))
+
+    one = conv(2, 7, 7, 64, 256, 1)
+    assert "line" in refusal(conv(2, 7, 7, 64, 256), one)
+    assert "two layouts" in refusal(hwio(one), one)
+    assert "besides" in refusal(one, one, epilogues=(AFFINE, RESIDUAL, SIDE))
+    wide = joined(gemm(64, 64, 64), gemm(64, 64, 64), 2048)
+    assert "registers" in str(chain_sm90.supports(wide, HOPPER))
 
 
 @pytest.mark.parametrize("ring", ["pixels", "filters", "stores"])

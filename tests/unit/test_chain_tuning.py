@@ -39,7 +39,7 @@ from jax_bolt._src import (
 )
 from jax_bolt._src.errors import CompileError
 from jax_bolt._src.floor import floor
-from jax_bolt._src.invoke import Executable
+from jax_bolt._src.invoke import ChainExecutable, Executable
 from jax_bolt._src.jit import toolchain
 from jax_bolt._src.primitive import SiteInfo
 from jax_bolt._src.site import Link, Site, totals
@@ -407,6 +407,69 @@ def test_what_is_far_behind_is_not_timed(
     assert len(calls) == 1
 
 
+FIRST_BLOCK = (
+    *(shape(8, 14, 14, 64), shape(8, 14, 14, 128)),
+    *(shape(1, 1, 64, 256), shape(1, 1, 128, 256), shape(1, 1, 256, 64)),
+)
+
+
+def first_block(a, b, wa, wb, down):
+    """A projected shortcut, and the next block's reduction."""
+    y = jax.nn.relu(conv(a, wa) + conv(b, wb))
+    return jax.nn.relu(conv(y, down)), y
+
+
+@pytest.mark.parametrize("merged", ["kernel", "apart"])
+def test_three_are_compared_with_the_pair_that_they_begin_with(
+    machine: resolve.Target, monkeypatch: pytest.MonkeyPatch, merged: str
+) -> None:
+    """Once that was tuned, and only where it is one kernel."""
+    found = pairs(first_block, *FIRST_BLOCK)
+    start, other, longest = (each.info for each in found)
+    assert longest.first.region == start.region and other.region.side is None
+    compiler = machine.origin.compiler or ""
+    for each in longest.sites:
+        entry = dataclasses.replace(site_entry(each), compiler=compiler)
+        machine.results.put(machine.arch, {each.region: entry})
+
+    def tuned(sites: Any, target: Any) -> dict[str, str]:
+        for site in sites:
+            form = forms.chain_forms(site.region)[0].name
+            choice = merged if site.region == start.region else "kernel"
+            entry = dataclasses.replace(entry_of(choice=choice), compiler=compiler)
+            entry = dataclasses.replace(entry, form=form)
+            target.results.put(target.arch, {site.region: entry})
+        return {}
+
+    calls = tuning(monkeypatch, tuned)
+    infos = [each.info for each in reversed(found)]
+    active = dataclasses.replace(options.current(), budget_s=60.0)
+    results.tune_chains(infos, machine, active)
+    assert [site.region for site in calls[0][0]] == [other.region, start.region]
+    if merged == "apart":
+        reason = results.failure(machine.arch, longest.region)
+        assert len(calls) == 1 and reason is not None
+        assert reason.endswith("is not one kernel")
+        return
+    (_, (sites, budget_s, rivals)) = calls
+    assert [site.region for site in sites] == [longest.region] and 0 < budget_s <= 60.0
+    (rival,) = rivals.values()
+    first, second = rival.kernels
+    assert isinstance(first, ChainExecutable) and isinstance(second, Executable)
+    assert first.problems == tuple(r.problem for r in start.region.regions)
+    # All three save what the pair saves, and their own.
+    report = jax_bolt.explain(first_block, *FIRST_BLOCK)
+    links = [[link for link in site.chains if link.chosen] for site in report.sites]
+    assert [link.position for (link,) in links] == ["first", "second", "third"]
+    names = [site.name for site in longest.sites]
+    assert links[2][0].other == f"{names[0]} and {names[1]}"
+    entry = entry_of()
+    assert entry.apart_time_us and entry.time_us
+    saved_us = entry.apart_time_us - entry.time_us
+    assert links[0][0].apart_time_us == pytest.approx(entry.apart_time_us + saved_us)
+    assert links[0][0].saved_us == pytest.approx(2 * saved_us)
+
+
 def test_a_template_that_fails_costs_only_its_chain(
     machine: resolve.Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,7 +606,7 @@ def test_of_two_that_share_a_call_the_one_that_saves_more(
             for link in site.chains
             if not link.chosen
         }
-        assert reason == "another chain of one of both saves more"
+        assert reason == "another chain of one of them saves more"
 
 
 def test_a_full_cache_needs_no_compiler(

@@ -144,7 +144,14 @@ def test_what_is_held_is_ready(monkeypatch):
         assert len(waited) == 2, "once"
 
 
-CASES = [*cases.GEMMS, *cases.CONVS, *chain_cases.CASES, *chain_cases.MERGED]
+CASES = [
+    *(*cases.GEMMS, *cases.CONVS),
+    *(*chain_cases.CASES, *chain_cases.MERGED, *chain_cases.JOINED),
+]
+
+
+def case_merges(region: ir.Work) -> bool:
+    return isinstance(region, ir.Chain) and isinstance(region.first, ir.Chain)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -163,7 +170,8 @@ def test_one_number_of_a_launch_says_so(case: Any):
             # What a prologue packs was written by the kernel just before.
             template: Any = candidate.template
             packed = template.prologue(candidate.form.region) is not None
-            assert changed == ([] if packed else [(0, 1)])
+            geometries = 1 + case_merges(region)
+            assert changed == ([] if packed else [(0, 1)] * geometries)
         elif candidate.template.name == "merged_sm90":
             assert changed == [(0, 1)] * 2
         else:

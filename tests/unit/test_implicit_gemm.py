@@ -23,6 +23,7 @@ from jax_bolt._src.kernels import (
     implicit_gemm_sm90,
     implicit_gemm_tiles,
 )
+from jax_bolt._src.kernels import recipe as recipes
 from jax_bolt._src.kernels.config import Config
 from jax_bolt._src.kernels.image import Image, axes
 from jax_bolt._src.kernels.implicit_gemm_tiles import Tile
@@ -573,8 +574,8 @@ def test_operands_of_a_recipe():
         config = implicit_gemm_sm90.configs(taken, HOPPER)[0]
         recipe = implicit_gemm_sm90.recipe(taken, config, HOPPER)
         sides = [4 + i for i in range(len(epilogue.sides))]
-        vectors = [6 + i for i in range(len(epilogue.vectors))]
-        outputs = [2, *(14 + i for i in range(len(epilogue.auxiliary)))]
+        vectors = [recipes.vector(i) for i in range(len(epilogue.vectors))]
+        outputs = [recipes.output(i) for i in range(1 + len(epilogue.auxiliary))]
         assert [m.operand for m in recipe.maps] == [0, 1, *outputs, *(sides or [2])]
         assert list(recipe.pointers) == (vectors or [-1])
 

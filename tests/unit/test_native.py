@@ -194,11 +194,11 @@ D = jax.ShapeDtypeStruct((4, 3), jnp.float32)
     [
         ([], dict(dims=(1, 2, 3)), "wrong number of dims"),
         ([], dict(kind=7), "unknown problem kind"),
-        ([], dict(sides=3), "too many side inputs"),
+        ([], dict(sides=4), "too many side inputs"),
         ([], dict(sides=-1), "too many side inputs"),
         ([], dict(kind=CONV, dims=(1,) * 15), "not a gemm"),
         ([], dict(sides=1), "operands are missing"),
-        (too_many(9), {}, "too many per-channel inputs"),
+        (too_many(13), {}, "too many per-channel inputs"),
         ([], dict(results=(D, D, D)), "expected one result"),
         ([], dict(outputs=2), "expected one result"),
         ([], dict(outputs=2, results=(D,) * 4), "expected one result"),

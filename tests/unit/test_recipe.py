@@ -48,7 +48,7 @@ RECIPE = Recipe(
 
 def test_encode() -> None:
     assert RECIPE.encode() == (
-        *(3, 384, 132, 2, 100_000, 1, 0, 0, 1, 4, 2),
+        *(4, 384, 132, 2, 100_000, 1, 0, 0, 1, 4, 2),
         *(0, 1, 4),
         *(64, 8, 7, 5, 1),
         *(128, 1024, 7168, 0),
@@ -56,7 +56,7 @@ def test_encode() -> None:
         *(1, 2, 1, 1, 1),
         *(128, 32),
         *(0, 0, 0, 0, 0),
-        *(-1, 2, 5, 13),
+        *(-1, 2, 5, 14),
         *(5, -6),
     )
     assert len(MAP.numbers) == 29
@@ -94,9 +94,9 @@ def test_the_operands_are_those_of_the_abi() -> None:
     assert outputs == [recipe.D, *(4 + count + i for i in range(len(outputs) - 1))]
     with pytest.raises(ValueError, match="output 2 is not from 0 to 1"):
         recipe.output(2)
-    with pytest.raises(ValueError, match="side 2 is not from 0 to 1"):
-        recipe.side(2)
-    with pytest.raises(ValueError, match="vector -1 is not from 0 to 7"):
+    with pytest.raises(ValueError, match="side 3 is not from 0 to 2"):
+        recipe.side(3)
+    with pytest.raises(ValueError, match="vector -1 is not from 0 to 11"):
         recipe.vector(-1)
 
 
@@ -104,7 +104,7 @@ def test_the_operands_are_those_of_the_abi() -> None:
     ("change", "message"),
     [
         (dict(operand=-1), "operand -1"),
-        (dict(operand=15), "operand 15"),
+        (dict(operand=20), "operand 20"),
         (dict(dtype=4), "dtype 4 is not from 0 to 3"),
         (dict(offset=8), "offset 8 is not a multiple of 16 bytes"),
         (dict(offset=-16), "offset -16"),
@@ -143,7 +143,7 @@ def test_maps_that_the_hardware_does_not_have(
         (dict(grid=131), "cluster of 2 does not divide the grid, 131"),
         (dict(smem_bytes=300_000), "smem_bytes 300000"),
         (dict(pointers=(-2,)), "pointer -2"),
-        (dict(pointers=(15,)), "pointer 15"),
+        (dict(pointers=(20,)), "pointer 20"),
         (dict(ints=(2**31,)), "int 2147483648"),
         (dict(maps=(MAP,) * 32), "4136 bytes of parameters, more than 4096"),
     ],
@@ -156,4 +156,4 @@ def test_launches_that_there_are_none_of(change: dict[str, Any], message: str) -
 def test_the_most_parameters() -> None:
     full = Recipe(32, 1, ints=(0,) * 1024)
     assert full.parameter_bytes == 4096
-    assert Recipe(32, 1).encode() == (3, 32, 1, 1, 0, 0, 0, 0, 0, 0, 0)
+    assert Recipe(32, 1).encode() == (4, 32, 1, 1, 0, 0, 0, 0, 0, 0, 0)

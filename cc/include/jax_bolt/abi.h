@@ -9,9 +9,9 @@
 
 #include <stdint.h>
 
-#define JAX_BOLT_ABI_VERSION 2
-#define JAX_BOLT_MAX_VECTORS 8
-#define JAX_BOLT_MAX_SIDES 2
+#define JAX_BOLT_ABI_VERSION 3
+#define JAX_BOLT_MAX_VECTORS 12
+#define JAX_BOLT_MAX_SIDES 3
 #define JAX_BOLT_MAX_AUXILIARY 1
 #define JAX_BOLT_MAX_DIMS 16
 

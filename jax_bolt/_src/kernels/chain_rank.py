@@ -64,28 +64,32 @@ def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estima
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes; and on
     # the same accumulators one waits for the one before.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)
-    taps = layout.image.chunks * len(layout.taps)
-    firsts = shape.image.k_steps * shape.blocks * taps
+    firsts = shape.steps * (units - shape.blocks * shape.outputs)
     seconds = shape.second_steps * shape.blocks * shape.outputs
     products = (firsts + seconds) * one
     in_turn = firsts * max(one, _LATENCY / tile.group)
     in_turn += seconds * max(one, _LATENCY / shape.outputs)
-    regions = (chain.first, shape.blocks), (chain.second, shape.outputs)
+    regions = (chain.made, shape.blocks), (chain.second, shape.outputs)
+    finished = regions
+    if shape.shortcut is not None:
+        finished = ((chain.regions[0], shape.blocks), *regions)
     finish = sum(
         blocks * (_FINISH * tile.pixels * (1 + hoist.work(region.epilogue)))
-        for region, blocks in regions
+        for region, blocks in finished
     )
     finish += _HAND_OVER * (shape.blocks + shape.outputs)
     moved = boxes * layout.load_bytes
     for region, blocks in regions:
-        stored = int(region is chain.second or chain.stored)
-        moved += blocks * layout.slot_bytes * (stored + len(region.epilogue.sides))
+        tensors = int(region is chain.second or chain.stored)
+        if shape.shortcut is None:
+            tensors += len(region.epilogue.sides)
+        moved += blocks * layout.slot_bytes * tensors
     moves = beside * moved / _LOAD_RATE
     if not rings.resident:
         # Warpgroups of a CTA share filters.
         moves += units * UNIT * (beside / tile.warpgroups) / _LOAD_RATE
     alone = in_turn + finish
-    if chain.first.epilogue.sides:
+    if shape.shortcut is None and chain.made.epilogue.sides:
         alone = max(alone, shape.blocks * _SIDE_WAIT / (rings.stores - 1))
     per_turn = max(beside * products, moves, alone)
     first = boxes * layout.load_bytes + min(rings.filters, units) * UNIT

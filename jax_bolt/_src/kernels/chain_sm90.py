@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two regions back to back on Hopper, in one kernel (``jax_bolt/chain/sm90.hpp``).
+"""Two regions back to back on Hopper, in one kernel (``jax_bolt/chain/sm90.hpp``), of
+which the first may be merged with a shortcut's.
 
 To the launcher a chain is a call like any other. Its operands are the first region's A
 and B, then as side inputs the second one's B and what side inputs there are, then the
-vectors of both. Its result is the first region's where that is stored, and the second
-one's is then the auxiliary output.
+vectors of both. With a shortcut, that region's A and B come first, and the others'
+operands are side inputs. Its result is the first region's where that is stored, and the
+second one's is then the auxiliary output.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from .. import ir
@@ -20,6 +23,7 @@ from .chain_tiles import (
     NAME,
     Tile,
     grid,
+    lines_of,
     shape_of,
     shared_bytes,
     tiles_of,
@@ -43,12 +47,29 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
         return Elsewhere("the second region adds the first one's result")
     if reason := refusal(chain, arch):
         return reason
-    epilogues = chain.first.epilogue, chain.second.epilogue
-    sides = sum(len(e.sides) for e in epilogues)
-    if sides + 1 > ir.MAX_SIDES:
-        return f"{sides} side inputs, more than {ir.MAX_SIDES - 1}"
+    if isinstance(chain.first, ir.Chain):
+        reason = _unmerged(chain.first, chain.second)
+    else:
+        sides = sum(len(region.epilogue.sides) for region in chain.regions)
+        reason = f"{sides} side inputs, more than 1" if sides > 1 else None
+    if reason:
+        return reason
     if next(tiles_of(chain, arch), None) is None:
         return "no tile of all channels fits registers and shared memory"
+    return None
+
+
+def _unmerged(merged: ir.Chain, second: ir.Region) -> str | None:
+    """Why the kernel does not take that pair ahead of ``second``, or None."""
+    shortcut, first = merged.regions
+    sides = (len(region.epilogue.sides) for region in (shortcut, first, second))
+    if tuple(sides) != (0, 1, 0):
+        return "side inputs besides the shortcut"
+    lines = lines_of(merged)
+    if lines is None:
+        return "a product that is not one over a line of pixels"
+    if lines[0].k_outer != lines[1].k_outer:
+        return "filters of two layouts"
     return None
 
 
@@ -90,7 +111,8 @@ def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
         *(filters(shape.image.k_outer), filters(shape.k_outer)),
         "true" if chain.stored else "false",
         *(tile.pixels, tile.group, shape.outputs, tile.warpgroups),
-        *(shape.image.k_steps, shape.second_steps),
+        *(shape.steps, shape.second_steps),
+        *(() if shape.shortcut is None else ("Shortcut",)),
     )
     return f"jax_bolt::chain::Sm90<{', '.join(map(str, arguments))}>"
 
@@ -121,22 +143,23 @@ def recipe(
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometry."""
     tile, shape = Tile.of(config), shape_of(chain)
     layout, packing = tile.layout(shape.image), shape.image.packing
-    first, second = (len(r.epilogue.vectors) for r in (chain.first, chain.second))
-    vectors = [recipes.vector(i) for i in range(first + second)]
+    counts = [len(region.epilogue.vectors) for region in chain.regions]
+    numbers = iter(range(sum(counts)))
+    vectors = [[recipes.vector(next(numbers)) for _ in range(n)] for n in counts]
+    *shortcuts, first, second = (group or [recipes.NULL] for group in vectors)
+    ints = layout.integers(shape.blocks, tile.rings, held=held)
+    others: tuple[int, ...] = ()
+    if shape.shortcut is not None:
+        seen = tile.layout(shape.shortcut)
+        others = seen.integers(shape.blocks, tile.rings, held=held)
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=grid(tile, shape, arch),
         smem_bytes=shared_bytes(tile, layout, chain),
         programmatic=True,
         maps=_maps(chain, tile),
-        pointers=(
-            *(vectors[:first] or (recipes.NULL,)),
-            *(vectors[first:] or (recipes.NULL,)),
-        ),
-        ints=(
-            *layout.integers(shape.blocks, tile.rings, held=held),
-            *(shape.blocks, shape.channels),
-        ),
+        pointers=(*first, *second, *(v for group in shortcuts for v in group)),
+        ints=(*ints, shape.blocks, shape.channels, *others),
         workspace_bytes=packing.workspace_bytes if packing else 0,
         prologue=packing.recipe() if packing else None,
     )
@@ -144,23 +167,34 @@ def recipe(
 
 def _maps(chain: ir.Chain, tile: Tile) -> tuple[TensorMap, ...]:
     """In the order of the kernel's Params; what is not there is some other map."""
-    shape = shape_of(chain)
+    shape, merged = shape_of(chain), chain.first
     layout = tile.layout(shape.image)
-    pixels, filters, *_ = layout.maps(1, chain.first.epilogue)
+    first, second = chain.made.epilogue, chain.second.epilogue
+    pixels, filters, *_ = layout.maps(1, first)
+    behind = 0  # operands of the first product that are side inputs
+    if isinstance(merged, ir.Chain):
+        behind = 2
+        pixels = dataclasses.replace(pixels, operand=recipes.side(0))
+        filters = dataclasses.replace(filters, operand=recipes.side(1))
     second_filters = filters_map(
-        recipes.side(0),
+        recipes.side(behind),
         recipes.DTYPES.index(shape.image.dtype),
         taps=1,
         inputs=shape.image.k,
         outputs=shape.channels,
         k_outer=shape.k_outer,
     )
-    first, second = chain.first.epilogue, chain.second.epilogue
     last = recipes.output(int(chain.stored))
     output = layout.tensor(last, second.out_dtype, shape.channels)
     between = output
     if chain.stored:
         between = layout.tensor(recipes.output(0), first.out_dtype)
+    if isinstance(merged, ir.Chain):
+        assert shape.shortcut is not None
+        seen = tile.layout(shape.shortcut)
+        shortcut, *_ = merged.regions
+        own = seen.maps(1, shortcut.epilogue)[:2]
+        return (pixels, filters, second_filters, between, output, *own)
     # The second one's side inputs follow the first one's; here there is one at most.
     sides = [output, output]
     channels = shape.image.k, shape.channels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel of two regions on Hopper wants of both."""
+"""What every kernel of several regions on Hopper wants of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from .. import ir
 from ..arch import GpuArch
 from . import implicit_gemm_sm90
 from .chain_tiles import flat
+from .recipe import MAX_VECTORS
 
 _DTYPES = ("bf16", "f16")  # what a slot of shared memory holds
 
 
 def refusal(chain: ir.Chain, arch: GpuArch) -> str | None:
     """Why no kernel can run ``chain`` on ``arch``, whatever is between, or None."""
-    for region in (chain.first, chain.second):
+    for region in chain.regions:
         problem, epilogue = flat(region.problem), region.epilogue
         if problem.dtype not in _DTYPES:
             return f"takes no operands of {problem.dtype}"
@@ -29,10 +30,9 @@ def refusal(chain: ir.Chain, arch: GpuArch) -> str | None:
         bare = ir.Region(problem=problem, epilogue=epilogue)
         if reason := implicit_gemm_sm90.supports(bare, arch):
             return reason
-    if chain.first.problem.dtype != chain.second.problem.dtype:
+    if len({region.problem.dtype for region in chain.regions}) > 1:
         return "operands of two dtypes"
-    epilogues = chain.first.epilogue, chain.second.epilogue
-    vectors = sum(len(e.vectors) for e in epilogues)
-    if vectors > ir.MAX_VECTORS:
-        return f"{vectors} per-channel inputs, more than {ir.MAX_VECTORS}"
+    vectors = sum(len(region.epilogue.vectors) for region in chain.regions)
+    if vectors > MAX_VECTORS:
+        return f"{vectors} per-channel inputs, more than {MAX_VECTORS}"
     return None

@@ -34,7 +34,8 @@ class Shape:
 
     ``image`` is the first product's, ``blocks`` and ``outputs`` are 64 channels each
     of its result and of the second one's, ``channels``. ``k_outer``: the second filter
-    has its output channels outermost.
+    has its output channels outermost. With a ``shortcut``, a product that is merged
+    into the first one, both are ones over the same line of pixels.
     """
 
     image: Image
@@ -42,18 +43,36 @@ class Shape:
     outputs: int
     channels: int
     k_outer: bool
+    shortcut: Image | None = None
 
     @staticmethod
     def of(chain: ir.Chain) -> Shape:
-        made, read = flat(chain.first.problem), flat(chain.second.problem)
+        made, read = flat(chain.made.problem), flat(chain.second.problem)
         assert isinstance(read, ir.GemmProblem)
+        image, shortcut = Image.of(made), None
+        if isinstance(chain.first, ir.Chain):
+            lines = lines_of(chain.first)
+            assert lines is not None
+            shortcut, image = lines
         return Shape(
-            image=Image.of(made),
+            image=image,
             blocks=-(-made.channels // BLOCK),
             outputs=-(-read.n // BLOCK),
             channels=read.n,
             k_outer=read.b_layout == "col",
+            shortcut=shortcut,
         )
+
+    @property
+    def products(self) -> tuple[Image, ...]:
+        """Those that make what is between: the shortcut's, where there is one, and the
+        first one's."""
+        return (self.image,) if self.shortcut is None else (self.shortcut, self.image)
+
+    @property
+    def steps(self) -> int:
+        """Products in a chunk of the first one's channels, and of the shortcut's."""
+        return self.image.k_steps if self.shortcut is None else ROW // STEP
 
     @functools.cached_property
     def second_steps(self) -> int:
@@ -72,6 +91,20 @@ def flat(problem: ir.Problem) -> ir.Problem:
         dtype=problem.dtype,
         b_layout="row" if problem.filter_layout == "hwio" else "col",
     )
+
+
+def lines_of(merged: ir.Chain) -> tuple[Image, Image] | None:
+    """A shortcut's product and the one it is added to as ones over the same line of
+    pixels, or None."""
+    found: list[Image] = []
+    for region in merged.regions:
+        image = Image.of(flat(region.problem))
+        line = image if image.is_line else line_of(image)
+        if line is None or line.r * line.s != 1 or line.packing is not None:
+            return None
+        found.append(line)
+    shortcut, first = found
+    return (shortcut, first) if shortcut.q == first.q else None
 
 
 shape_of = functools.lru_cache(maxsize=256)(Shape.of)
@@ -171,7 +204,7 @@ def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
 def _accumulators(chain: ir.Chain, warpgroups: int) -> int:
     """Registers of a thread for accumulators: of 232, or 128 where two CTAs share an
     SM, what addresses and one epilogue's columns and matrices leave."""
-    columns = max(len(hoist.columns(r.epilogue)) for r in (chain.first, chain.second))
+    columns = max(len(hoist.columns(r.epilogue)) for r in chain.regions)
     return (180 if warpgroups == 2 else 72) - 2 * columns
 
 
@@ -185,7 +218,8 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
     least = {
         "pixels": boxes if several else min(2, boxes),
         "filters": max(tile.group, shape.outputs) + tile.group,
-        "stores": 2,
+        # A shortcut's group lies in the slots that the first product's will leave from.
+        "stores": 2 if shape.shortcut is None else tile.group + 1,
     }
     most = {
         "pixels": min(MAX_RINGS[0], boxes * turns),
@@ -196,7 +230,7 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
         least["filters"] = most["filters"] = units
     if units > MAX_RINGS[1] if resident else units <= least["filters"]:
         return None
-    if least["pixels"] > MAX_RINGS[0]:
+    if any(least[name] > n for name, n in zip(least, MAX_RINGS, strict=True)):
         return None
     # What grows first where there is room: no ring should be short before all others
     # are long.
@@ -222,18 +256,16 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
 def shared_bytes(tile: Tile, layout: Layout, chain: ir.Chain) -> int:
     rings, shape = tile.rings, shape_of(chain)
     own = rings.pixels * layout.stage_bytes + rings.stores * layout.slot_bytes
-    first, second = (
-        len(hoist.columns(region.epilogue)) for region in (chain.first, chain.second)
-    )
-    columns = 4 * BLOCK * (shape.blocks * first + shape.outputs * second)
+    *firsts, second = (len(hoist.columns(r.epilogue)) for r in chain.regions)
+    columns = 4 * BLOCK * (shape.blocks * sum(firsts) + shape.outputs * second)
     return rings.filters * UNIT + tile.warpgroups * own + columns + _BARRIERS
 
 
 def steps_of(tile: Tile, shape: Shape) -> tuple[int, int]:
     """Boxes of pixels and units of filters that a tile reads."""
-    layout = tile.layout(shape.image)
-    boxes = layout.image.chunks * len(layout.phases)
-    taps = layout.image.chunks * len(layout.taps)
+    layouts = [tile.layout(image) for image in shape.products]
+    boxes = sum(each.image.chunks * len(each.phases) for each in layouts)
+    taps = sum(each.image.chunks * len(each.taps) for each in layouts)
     return boxes, shape.blocks * (taps + shape.outputs)
 
 

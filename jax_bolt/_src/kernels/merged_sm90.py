@@ -18,10 +18,10 @@ from . import hoist
 from . import implicit_gemm_rank as rank
 from . import recipe as recipes
 from .chain_support import refusal
-from .chain_tiles import flat
+from .chain_tiles import flat, lines_of
 from .config import CPP_TYPES, Config
 from .geometry import MAX_RINGS, Rings
-from .image import Image, line_of
+from .image import Image
 from .implicit_gemm_sm90 import varied
 from .implicit_gemm_tiles import (
     FILTER_BLOCK,
@@ -54,7 +54,7 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
         return "side inputs besides the result between"
     if reason := refusal(chain, arch):
         return reason
-    lines = _lines(chain)
+    lines = lines_of(chain)
     if lines is None:
         return "a product that is not one over a line of pixels"
     if lines[0].k_outer != lines[1].k_outer:
@@ -124,7 +124,7 @@ def recipe(
     chain: ir.Chain, config: Config, arch: GpuArch, *, held: bool = False
 ) -> Recipe:
     """How to launch it: grid, shared memory, tensor maps, the kernel's Geometries."""
-    tile, lines = Tile.of(config), _lines(chain)
+    tile, lines = Tile.of(config), lines_of(chain)
     assert lines is not None
     layouts = [tile.layout(line) for line in lines]
     counts = [len(r.epilogue.vectors) for r in (chain.first, chain.second)]
@@ -152,21 +152,9 @@ def recipe(
     )
 
 
-def _lines(chain: ir.Chain) -> tuple[Image, Image] | None:
-    """Both products as ones over the same line of pixels, or None."""
-    found: list[Image] = []
-    for region in (chain.first, chain.second):
-        image = Image.of(flat(region.problem))
-        line = image if image.is_line else line_of(image)
-        if line is None or line.r * line.s != 1 or line.packing is not None:
-            return None
-        found.append(line)
-    return (found[0], found[1]) if found[0].q == found[1].q else None
-
-
 def _as_one(chain: ir.Chain) -> tuple[Image, ir.Region]:
     """One product that does about the work of both."""
-    lines = _lines(chain)
+    lines = lines_of(chain)
     assert lines is not None
     k = sum(line.chunks * line.chunk for line in lines)
     problem = ir.GemmProblem(m=lines[1].q, n=lines[1].k, k=k, dtype=lines[1].dtype)
@@ -178,7 +166,7 @@ def _as_one(chain: ir.Chain) -> tuple[Image, ir.Region]:
 
 
 def _tiles(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
-    lines = _lines(chain)
+    lines = lines_of(chain)
     assert lines is not None
     epilogues = chain.first.epilogue, chain.second.epilogue
     columns = sum(len(hoist.columns(epilogue)) for epilogue in epilogues)

@@ -12,7 +12,7 @@ import dataclasses
 
 from .. import ir
 
-VERSION = 3
+VERSION = 4
 
 # Operands of the custom call, by number.
 NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
@@ -21,9 +21,12 @@ NULL, A, B, D, WORKSPACE = -1, 0, 1, 2, 3
 DTYPES = ("bf16", "f16", "f32", "tf32")
 ITEM_BYTES = (2, 2, 4, 4)
 
+# What the C ABI carries (abi.h): those of a chain's regions together, whose later
+# products' operands count as side inputs.
+MAX_VECTORS, MAX_SIDES = 12, 3
 _SIDES = 4
-_VECTORS = _SIDES + ir.MAX_SIDES
-_AUXILIARY = _VECTORS + ir.MAX_VECTORS
+_VECTORS = _SIDES + MAX_SIDES
+_AUXILIARY = _VECTORS + MAX_VECTORS
 _OPERANDS = _AUXILIARY + ir.MAX_AUXILIARY
 _SWIZZLES = (0, 32, 64, 128)
 _MAX_RANK = 5
@@ -35,13 +38,13 @@ _MAP_BYTES, _POINTER_BYTES, _INT_BYTES = 128, 8, 4
 
 def side(index: int) -> int:
     """The operand number of a side input; ValueError where there is none such."""
-    _range("side", index, 0, ir.MAX_SIDES - 1)
+    _range("side", index, 0, MAX_SIDES - 1)
     return _SIDES + index
 
 
 def vector(index: int) -> int:
     """The operand number of a per-channel input; ValueError as ``side``."""
-    _range("vector", index, 0, ir.MAX_VECTORS - 1)
+    _range("vector", index, 0, MAX_VECTORS - 1)
     return _VECTORS + index
 
 

@@ -358,19 +358,21 @@ def _operands(region: ir.Region) -> dict[str, list]:
 
 
 def _chain_operands(chain: ir.Chain) -> dict[str, list]:
-    """As ``launches.add_chain`` binds them: the second product ahead of side inputs."""
-    first, second = _operands(chain.first), _operands(chain.second)
-    between = first["output_bytes"] if chain.stored else []
-    if chain.side is None:
-        product = second["ab"][1:]
-    else:
-        product = second["ab"]
-        del second["sides"][chain.side]
+    """As ``launches.add_chain`` binds them: later products ahead of side inputs."""
+    first, *others = each = [_operands(region) for region in chain.regions]
+    products: list[Any] = []
+    for made, other in zip(chain.joints, others, strict=True):
+        if made is None:
+            products += other["ab"][1:]
+        else:
+            products += other["ab"]
+            del other["sides"][made]
+    stored = each[-2 if chain.stored else -1 :]
     return {
         "ab": first["ab"],
-        "sides": [*product, *first["sides"], *second["sides"]],
-        "vectors": first["vectors"] + second["vectors"],
-        "output_bytes": between + second["output_bytes"],
+        "sides": [*products, *(side for part in each for side in part["sides"])],
+        "vectors": [vector for part in each for vector in part["vectors"]],
+        "output_bytes": [size for part in stored for size in part["output_bytes"]],
     }
 
 

@@ -61,10 +61,12 @@ def split(site: SiteInfo, operands: Sequence[Any]) -> tuple[Any, Any, list, list
     return lhs, rhs, rest[:count], rest[count:]
 
 
-def split_chain(site: ChainInfo, operands: Sequence[Any]) -> tuple[Roles, Roles]:
-    """As ``split``, of both calls; what is between them is None."""
+def roles_of(site: AnySite, operands: Sequence[Any]) -> list[Roles]:
+    """As ``split``, of every call of a chain; what is between two is None."""
+    if not isinstance(site, ChainInfo):
+        return [split(site, operands)]
     mine, others = site.split(operands)
-    return split(site.first, mine), split(site.second, site.joined(others, None))
+    return [*roles_of(site.first, mine), split(site.second, site.joined(others, None))]
 
 
 def sets_for(region: ir.Work, l2_bytes: int) -> int:
@@ -118,7 +120,7 @@ def _random(site: AnySite, position: int, rng: np.random.Generator) -> np.ndarra
 def kernel_function(site: AnySite, kernel: AnyExecutable) -> Callable:
     """The region on ``kernel``, as a function of the ``bolt_call``'s operands.
 
-    Of a chain, as a function of the operands of both calls.
+    Of a chain, as a function of the operands of all its calls.
     """
 
     def fun(*operands: Any) -> list[Any]:
@@ -141,8 +143,8 @@ def _add(
         shape = site.out_avals[0].shape
         return launches.add(kernel, *split(site, operands), shape)
     assert isinstance(site, ChainInfo)
-    shapes = [s.out_avals[0].shape for s in (site.first, site.second)]
-    return launches.add_chain(kernel, *split_chain(site, operands), shapes)
+    shapes = [each.out_avals[0].shape for each in site.sites]
+    return launches.add_chain(kernel, roles_of(site, operands), shapes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,12 +203,12 @@ def truth(
 ) -> tuple[jax.Array, ...]:
     """The region's outputs from its IR; see ``evaluate.outputs``.
 
-    Of a chain the result between is rounded, as both regions and others read it.
+    Of a chain what is between two regions is rounded, as these and others read it.
     """
     if isinstance(site, ChainInfo):
         mine, others = site.split(operands)
         first = truth(site.first, mine, dtype)
-        between = first[0].astype(JAX_DTYPES[site.region.first.epilogue.out_dtype])
+        between = first[0].astype(JAX_DTYPES[site.region.made.epilogue.out_dtype])
         second = truth(site.second, site.joined(others, between), dtype)
         return (*first, *second) if site.region.stored else second
     lhs, rhs, sides, vectors = split(site, operands)
@@ -254,9 +256,9 @@ def time_in_sequence(kernel: AnyExecutable, operands: Operands, ordinal: int) ->
 
 
 def time_apart(
-    kernels: tuple[Executable, Executable], operands: Operands, ordinal: int
+    kernels: tuple[AnyExecutable, Executable], operands: Operands, ordinal: int
 ) -> Run:
-    """As ``time_in_sequence``, of a chain's regions on a kernel each.
+    """As ``time_in_sequence``, of what a chain joins on a kernel each.
 
     The second kernel must take the first one's result as it lies.
     """

@@ -78,7 +78,7 @@ def executable(
     )
     if isinstance(candidate, ChainCandidate):
         assert isinstance(region, ir.Chain)
-        problems = (region.first.problem, region.second.problem)
+        problems = tuple(each.problem for each in region.regions)
         launch = candidate.form, workspace, recipe, held
         return ChainExecutable(digest, problems, *launch)
     assert isinstance(region, ir.Region)

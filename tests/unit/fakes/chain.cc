@@ -3,6 +3,7 @@
 // input and vector, z = y x side 0 + the second vector. -DFAKE_CHANNELS=<columns of z>,
 // -DFAKE_SIDES=<side inputs of y>. With an auxiliary output y is the result and z that output.
 // -DFAKE_MERGED=<columns of side 0>: z = side 0 x side 1 + y + the second vector instead.
+// -DFAKE_JOINED=<columns of side 0>: that is y, and z = y x side 2 + the third vector.
 #include <cstdint>
 #include <vector>
 
@@ -52,11 +53,20 @@ EXPORT JaxBoltStatus jax_bolt_launch(const JaxBoltProblem* problem, const JaxBol
   Add(z, buffers->vectors[1], m, n);
   return JAX_BOLT_OK;
 #endif
+  int later = 0;  // operands of the product ahead of the last
+#ifdef FAKE_JOINED
+  std::vector<float> sum(m * n);
+  Product(static_cast<const float*>(buffers->sides[0]),
+          static_cast<const float*>(buffers->sides[1]), sum.data(), m, n, FAKE_JOINED);
+  for (int64_t i = 0; i < m * n; ++i) y[i] += sum[i];
+  Add(y.data(), buffers->vectors[1], m, n);
+  later = 2;
+#endif
   if (buffers->auxiliary[0] != nullptr) {
     for (int64_t i = 0; i < m * n; ++i) z[i] = y[i];
     z = static_cast<float*>(buffers->auxiliary[0]);
   }
-  Product(y.data(), static_cast<const float*>(buffers->sides[0]), z, m, FAKE_CHANNELS, n);
-  Add(z, buffers->vectors[1], m, FAKE_CHANNELS);
+  Product(y.data(), static_cast<const float*>(buffers->sides[later]), z, m, FAKE_CHANNELS, n);
+  Add(z, buffers->vectors[1 + later / 2], m, FAKE_CHANNELS);
   return JAX_BOLT_OK;
 }

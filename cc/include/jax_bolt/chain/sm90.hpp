@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two products back to back in one kernel for Hopper: an implicit GEMM, its epilogue, and a product
 // over the channels that it made, with an epilogue of its own. What is between them is stored where
-// something else needs it, and is never read back.
+// something else needs it, and is never read back. A shortcut's product may be merged into the
+// first one: a third product over the same pixels, whose result is the first one's side input.
 //
 // Operands are swapped as in implicit_gemm/sm90.hpp: filters are wgmma's A, pixels its B. So a
 // block of the first result, [pixel][64 channels] with the 128-byte swizzle as the epilogue leaves
@@ -10,7 +11,9 @@
 // A warpgroup that multiplies has tiles of its own, of kPixels pixels and all channels. It walks
 // the first result's channels in blocks: multiply_first, finish into a slot, store, and
 // multiply_second from the same slot, which goes on while the next block's products begin. Then the
-// second result's blocks leave through the same slots. The warpgroups share filters alone. Last is
+// second result's blocks leave through the same slots. A shortcut's group of blocks comes ahead of
+// the first product's, is rounded as it would be stored, and lies in the slots where the first
+// one's will, which are then no slots of loads. The warpgroups share filters alone. Last is
 // one warpgroup that loads: warp 0 pixels, warp 1 filters, warps 2 and 3 the side inputs of a
 // warpgroup each, into the slots that its results leave from.
 //
@@ -20,13 +23,15 @@
 // - Pixels: a tile's stages are freed by its last group of blocks. Where it has several, the ring
 //   holds a whole tile. The loader goes by stages, then by warpgroups: no warpgroup lacks a stage
 //   that the other one has, so that it frees the filters that the other one waits for.
-// - Slots: one is free once the block after it has been stored; there are two or more.
+// - Slots: one is free once the block after it has been stored; there are two or more, and with a
+//   shortcut one more than a group has blocks.
 // A phase of a full barrier is awaited by all its readers before they free what it guards, so that
 // parities never lag by two.
 #ifndef JAX_BOLT_CHAIN_SM90_HPP_
 #define JAX_BOLT_CHAIN_SM90_HPP_
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "jax_bolt/device_kernel.hpp"
@@ -58,11 +63,28 @@ struct Joint {
   std::int32_t channels;  // of the second result
 };
 
-/// The kernel's only parameter. The launcher fills it from a recipe, field by field.
-template <class First, class Second>
+/// In the place of the epilogue of a shortcut, where there is none.
+struct NoShortcut {};
+
+/// The kernel's only parameter. The launcher fills it from a recipe, field by field. Both
+/// geometries have the same tiles, rings, and stages.
+template <class First, class Second, class Shortcut>
 struct Params {
   ptx::TensorMap pixels, filters, second_filters;
   ptx::TensorMap between, output;  // `between` counts only where it is stored
+  ptx::TensorMap shortcut_pixels, shortcut_filters;
+  void const* vectors[array_size(First::kVectors)];
+  void const* second_vectors[array_size(Second::kVectors)];
+  void const* shortcut_vectors[array_size(Shortcut::kVectors)];
+  Geometry geometry;
+  Joint joint;
+  Geometry shortcut;
+};
+
+template <class First, class Second>
+struct Params<First, Second, NoShortcut> {
+  ptx::TensorMap pixels, filters, second_filters;
+  ptx::TensorMap between, output;
   ptx::TensorMap sides, second_sides;
   void const* vectors[array_size(First::kVectors)];
   void const* second_vectors[array_size(Second::kVectors)];
@@ -72,19 +94,23 @@ struct Params {
 
 /// kStored: the first result is an output. kGroup: blocks of it that are accumulated side by side.
 /// kOutputs: blocks of the second result. kSteps, kSecondSteps: products in a unit of filters, of
-/// 16 input channels each.
+/// 16 input channels each; the shortcut's has as many as the first one's.
 template <class First_, class Second_, class Element, Filters kFilters, Filters kSecondFilters,
           bool kStored, int kPixels, int kGroup, int kOutputs, int kWarpgroups, int kSteps,
-          int kSecondSteps>
+          int kSecondSteps, class Shortcut_ = NoShortcut>
 struct Sm90 {
   using First = First_;
   using Second = Second_;
-  using Parameters = Params<First, Second>;
+  using Shortcut = Shortcut_;
+  using Parameters = Params<First, Second, Shortcut>;
 
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   // One warpgroup that multiplies leaves room for a second CTA beside this one.
   static constexpr int kCtas = kWarpgroups == 1 ? 2 : 1;
-  static constexpr bool kAnySides = First::kSides + Second::kSides > 0;
+  static constexpr bool kMerges = !std::is_same_v<Shortcut, NoShortcut>;
+  static constexpr bool kLoadsSides = !kMerges && First::kSides + Second::kSides > 0;
+  static_assert(!kMerges || (First::kSides == 1 && Second::kSides == 0),
+                "the shortcut is the only side input");
   static_assert(sizeof(Element) == 2 && sizeof(typename First::Output) == 2 &&
                     sizeof(typename Second::Output) == 2,
                 "a slot has 128 bytes for 64 channels");
@@ -118,7 +144,8 @@ struct Sm90 {
   /// Where things lie in shared memory.
   struct Memory {
     std::uint32_t filters, pixels, slots;
-    float *columns, *second_columns;  // [channel][Epilogue::kColumns], of all channels
+    // [channel][Epilogue::kColumns], of all channels.
+    float *columns, *second_columns, *shortcut_columns;
     Barriers* barriers;
 
     __device__ __forceinline__ Memory(std::uint8_t* base, Geometry const& g, Joint const& joint) {
@@ -129,7 +156,10 @@ struct Sm90 {
       std::uint32_t const end = slots + kWarpgroups * g.store_stages * g.slot_bytes;
       columns = reinterpret_cast<float*>(base + (end - address));
       second_columns = columns + joint.blocks * kBlock * First::kColumns;
-      barriers = reinterpret_cast<Barriers*>(second_columns + kOutputs * kBlock * Second::kColumns);
+      shortcut_columns = second_columns + kOutputs * kBlock * Second::kColumns;
+      float* last = shortcut_columns;
+      if constexpr (kMerges) last += joint.blocks * kBlock * Shortcut::kColumns;
+      barriers = reinterpret_cast<Barriers*>(last);
     }
     __device__ __forceinline__ std::uint32_t pixel_stage(Geometry const& g, int warpgroup,
                                                          int stage) const {
@@ -179,11 +209,13 @@ struct Sm90 {
   __device__ static void set_up(Parameters const& p, Barriers& barriers, int warp) {
     Geometry const& g = p.geometry;
     if (warp == 0) {
+      if constexpr (kMerges) ptx::prefetch(p.shortcut_pixels);
       ptx::prefetch(p.pixels);
       for (int i = 0; i < kWarpgroups; ++i) {
         set_up(barriers.pixels_full[i], barriers.pixels_empty[i], g.pixel_stages, 4);
       }
     } else if (warp == 1) {
+      if constexpr (kMerges) ptx::prefetch(p.shortcut_filters);
       ptx::prefetch(p.filters);
       ptx::prefetch(p.second_filters);
       set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, 4 * kWarpgroups);
@@ -195,28 +227,34 @@ struct Sm90 {
   }
 
   __device__ static void load_pixels(Parameters const& p, Memory const& memory) {
-    Geometry const& g = p.geometry;
     Ring ring;
-    for (int turn = 0; tile_index(turn, 0) < g.tiles; ++turn) {
-      for (int chunk = 0; chunk < g.chunks; ++chunk) {
-        for (int phase = 0; phase < g.phases; ++phase) {
-          for (int i = 0; i < kWarpgroups; ++i) {
-            int const index = tile_index(turn, i);
-            if (index < g.tiles) {
-              load_pixels(p, memory, Tile(g, index), i, ring, chunk, phase);
-            }
+    for (int turn = 0; tile_index(turn, 0) < p.geometry.tiles; ++turn) {
+      if constexpr (kMerges) load_pixels(p.shortcut_pixels, p.shortcut, memory, turn, ring);
+      load_pixels(p.pixels, p.geometry, memory, turn, ring);
+    }
+  }
+
+  /// What a product reads of the tiles of a turn.
+  __device__ static __forceinline__ void load_pixels(ptx::TensorMap const& map, Geometry const& g,
+                                                     Memory const& memory, int turn, Ring& ring) {
+    for (int chunk = 0; chunk < g.chunks; ++chunk) {
+      for (int phase = 0; phase < g.phases; ++phase) {
+        for (int i = 0; i < kWarpgroups; ++i) {
+          int const index = tile_index(turn, i);
+          if (index < g.tiles) {
+            load_pixels(map, g, memory, Tile(g, index), i, ring, chunk, phase);
           }
-          ring.advance(g.pixel_stages);
         }
+        ring.advance(g.pixel_stages);
       }
     }
   }
 
   /// The pixels that one phase of a tile reads of a chunk, as one box.
-  __device__ static __forceinline__ void load_pixels(Parameters const& p, Memory const& memory,
-                                                     Tile const& tile, int warpgroup,
-                                                     Ring const& ring, int chunk, int phase) {
-    Geometry const& g = p.geometry;
+  __device__ static __forceinline__ void load_pixels(ptx::TensorMap const& map, Geometry const& g,
+                                                     Memory const& memory, Tile const& tile,
+                                                     int warpgroup, Ring const& ring, int chunk,
+                                                     int phase) {
     ptx::Barrier& full = memory.barriers->pixels_full[warpgroup][ring.stage];
     memory.barriers->pixels_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
     full.arrive_and_expect(g.load_bytes);
@@ -224,10 +262,10 @@ struct Sm90 {
     if (g.image_cols > 0) {
       int const line = tile.col / g.image_cols, image = line / g.image_rows;
       int const col = tile.col - line * g.image_cols, row = line - image * g.image_rows;
-      ptx::gather(p.pixels, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
+      ptx::gather(map, full, to, chunk * kChunk, col * g.step_cols + g.first_col,
                   row * g.step_rows + g.first_row, image, g.phase_col[phase], g.phase_row[phase]);
     } else {
-      ptx::load(p.pixels, full, to, chunk * kChunk + g.phase_channel[phase],
+      ptx::load(map, full, to, chunk * kChunk + g.phase_channel[phase],
                 tile.col * g.step_cols + g.phase_col[phase], g.phase_parity[phase],
                 tile.row * g.step_rows + g.phase_row[phase], tile.image);
     }
@@ -237,16 +275,10 @@ struct Sm90 {
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Ring ring;
-    int const taps = count_taps(g);
     for (int turn = 0; tile_index(turn, 0) < g.tiles; ++turn) {
       for (int first = 0; first < p.joint.blocks; first += kGroup) {
-        for (int chunk = 0; chunk < g.chunks; ++chunk) {
-          for (int tap = 0; tap < taps; ++tap) {
-            for (int i = 0; i < kGroup; ++i) {
-              load_unit<kFilters>(p.filters, g, memory, ring, first + i, chunk, g.tap_filter[tap]);
-            }
-          }
-        }
+        if constexpr (kMerges) load_group(p.shortcut_filters, p.shortcut, memory, ring, first);
+        load_group(p.filters, g, memory, ring, first);
         for (int i = 0; i < kGroup; ++i) {
           for (int output = 0; output < kOutputs; ++output) {
             load_unit<kSecondFilters>(p.second_filters, g, memory, ring, output, first + i, 0);
@@ -254,6 +286,19 @@ struct Sm90 {
         }
       }
       if (g.resident) return;
+    }
+  }
+
+  /// A group of blocks' filters of the first product, or of the shortcut's.
+  __device__ static __forceinline__ void load_group(ptx::TensorMap const& map, Geometry const& g,
+                                                    Memory const& memory, Ring& ring, int first) {
+    int const taps = count_taps(g);
+    for (int chunk = 0; chunk < g.chunks; ++chunk) {
+      for (int tap = 0; tap < taps; ++tap) {
+        for (int i = 0; i < kGroup; ++i) {
+          load_unit<kFilters>(map, g, memory, ring, first + i, chunk, g.tap_filter[tap]);
+        }
+      }
     }
   }
 
@@ -378,20 +423,20 @@ struct Sm90 {
     __device__ void drain() {
       Geometry const& g = p.geometry;
       if (g.resident) return;
-      int const units = p.joint.blocks * (g.chunks * count_taps(g) + kOutputs);
+      int units = p.joint.blocks * (g.chunks * count_taps(g) + kOutputs);
+      if constexpr (kMerges) units += p.joint.blocks * p.shortcut.chunks * count_taps(p.shortcut);
       for (int i = 0; i < units; ++i) {
         next_unit();
         release_units(0);
       }
     }
 
-    /// A group of the first product's blocks. Its tile's pixels come with the first group, and are
-    /// freed by the last.
-    __device__ __forceinline__ void multiply_first(bool is_first, bool is_last,
+    /// A group of the first product's blocks, or of the shortcut's. Its tile's pixels, from `ring`
+    /// on, come with the first group, and are freed by the last.
+    __device__ __forceinline__ void multiply_first(Geometry const& g, bool is_first, bool is_last,
+                                                   Ring& ring,
                                                    Accumulators (&accumulators)[kGroup]) {
-      Geometry const& g = p.geometry;
       Barriers& barriers = *memory.barriers;
-      Ring ring = pixels;
       gmma::ScaleOut scale = gmma::ScaleOut::Zero;
       int read = -1;  // the stage that only products under way need yet
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
@@ -432,9 +477,7 @@ struct Sm90 {
         cute::warpgroup_fence_operand(accumulators[i / (kPixels / 2)][i % (kPixels / 2)]);
       }
       release_units(0);
-      if (!is_last) return;
-      release(barriers.pixels_empty[warpgroup][read]);
-      pixels = ring;
+      if (is_last) release(barriers.pixels_empty[warpgroup][read]);
     }
 
     /// Adds the second product over the channels of a slot; leaves it under way.
@@ -460,14 +503,15 @@ struct Sm90 {
     }
 
     /// The next slot, once it is free and its side input is there.
-    __device__ __forceinline__ std::uint32_t next_slot() {
+    __device__ __forceinline__ std::uint32_t next_slot() const { return slot_at(slots); }
+    __device__ __forceinline__ std::uint32_t slot_at(Ring const& at) const {
       Barriers& barriers = *memory.barriers;
-      if constexpr (kAnySides) {
-        barriers.slots_full[warpgroup][slots.stage].wait(slots.parity);
+      if constexpr (kLoadsSides) {
+        barriers.slots_full[warpgroup][at.stage].wait(at.parity);
       } else {
-        barriers.slots_empty[warpgroup][slots.stage].wait(slots.parity ^ 1);
+        barriers.slots_empty[warpgroup][at.stage].wait(at.parity ^ 1);
       }
-      return memory.slot(p.geometry, warpgroup, slots.stage);
+      return memory.slot(p.geometry, warpgroup, at.stage);
     }
 
     /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and into
@@ -526,6 +570,19 @@ struct Sm90 {
       }
     }
 
+    /// A group of the shortcut's blocks, into the slots that the first product's will leave from.
+    __device__ __forceinline__ void fill_shortcut(int first, Accumulators (&accumulators)[kGroup]) {
+      Ring ahead = slots;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i, ahead.advance(p.geometry.store_stages)) {
+        int const channel = (first + i) * kBlock;
+        finish<Shortcut>(accumulators[i], memory.shortcut_columns + channel * Shortcut::kColumns,
+                         p.geometry.channels - channel, slot_at(ahead));
+      }
+      // A warp's lanes read what others of them wrote.
+      __syncwarp();
+    }
+
     /// After `finish`: the slot is the second product's and TMA's to read, the one before is no
     /// product's any more.
     __device__ __forceinline__ void hand_over() {
@@ -563,8 +620,15 @@ struct Sm90 {
       gmma::ScaleOut scale = gmma::ScaleOut::Zero;
       if (g.resident) filters = {};  // its first round, for every tile
       for (int first = 0; first < p.joint.blocks; first += kGroup) {
+        bool const is_first = first == 0, is_last = first + kGroup == p.joint.blocks;
         Accumulators accumulators[kGroup];
-        multiply_first(first == 0, first + kGroup == p.joint.blocks, accumulators);
+        Ring ring = pixels;
+        if constexpr (kMerges) {
+          multiply_first(p.shortcut, is_first, is_last, ring, accumulators);
+          fill_shortcut(first, accumulators);
+        }
+        multiply_first(g, is_first, is_last, ring, accumulators);
+        if (is_last) pixels = ring;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           int const channel = (first + i) * kBlock;
@@ -635,8 +699,8 @@ struct Sm90 {
           load_pixels(p, memory);
         } else if (warp == 1) {
           load_filters(p, memory);
-        } else if (kAnySides && warp - 2 < kWarpgroups) {
-          load_sides(p, memory, warp - 2);
+        } else if (warp - 2 < kWarpgroups) {
+          if constexpr (kLoadsSides) load_sides(p, memory, warp - 2);
         }
       }
     } else {
@@ -650,6 +714,9 @@ struct Sm90 {
       if (!g.held) ptx::wait_for_earlier_kernels();
       tabulate<First>(p.vectors, g.channels, p.joint.blocks, memory.columns);
       tabulate<Second>(p.second_vectors, p.joint.channels, kOutputs, memory.second_columns);
+      if constexpr (kMerges) {
+        tabulate<Shortcut>(p.shortcut_vectors, g.channels, p.joint.blocks, memory.shortcut_columns);
+      }
       ptx::sync(kColumns, 128 * kWarpgroups);
       consume(p, memory, warpgroup);
     }
