@@ -181,7 +181,7 @@ class Launch:
         """What the kernel, its launch and the hardware take for granted."""
         g, t, recipe = self.g, self.t, self.recipe
         assert t.pixels % 8 == 0 and 8 <= t.pixels <= 256
-        assert t.warpgroups in (1, 2) and self.blocks % t.group == 0
+        assert t.warpgroups in (1, 2, 3) and self.blocks % t.group == 0
         assert recipe.threads == 128 * (t.warpgroups + 1)
         assert recipe.cluster == 1 and recipe.programmatic
         assert 1 <= recipe.grid <= g.tiles and g.channel_tiles == 1
@@ -207,8 +207,8 @@ class Launch:
         assert self.second_filters.bytes == UNIT
         assert self.output.bytes == self.between.bytes == g.side_bytes
         assert all(side.bytes == g.side_bytes for side in self.sides)
-        barriers = 2 * limit("kMaxFilterStages")
-        barriers += 4 * (limit("kMaxPixelStages") + limit("kMaxSlots"))
+        barriers = limit("kMaxPixelStages") + limit("kMaxSlots")
+        barriers = 2 * (limit("kMaxFilterStages") + limit("kMaxWarpgroups") * barriers)
         used = g.pixel_stages * g.stage_bytes + g.store_stages * g.slot_bytes
         used = t.warpgroups * used + g.filter_stages * UNIT + 8 * barriers
         shared = single.SHARED_BYTES[2 if t.warpgroups == 1 else 1]
@@ -263,7 +263,8 @@ class Cta:
     def run(self) -> None:
         chance = self.launch.random
         roles = [self.load_pixels(), self.load_filters()]
-        roles += [self.load_sides(wg) for wg in range(self.t.warpgroups)]
+        ends = {0: 1, 1: self.t.warpgroups}  # of warps 2 and 3
+        roles += [self.load_sides(*each) for each in ends.items() if each[0] < each[1]]
         roles += [Warpgroup(self, wg).run() for wg in range(self.t.warpgroups)]
         idle = 0
         while roles:
@@ -386,25 +387,31 @@ class Cta:
     def has_side(self, which: int) -> bool:
         return not self.t.merges and self.launch.recipe.maps[5 + which].operand == 5
 
-    def load_sides(self, wg: int) -> Role:
+    def load_sides(self, first: int, end: int) -> Role:
         g, ring = self.g, Ring()
-        for turn in self.turns(wg) if self.any_sides else ():
-            image, row, col = self.tile(self.tile_index(turn, wg))
+        for turn in self.turns(first) if self.any_sides else ():
             for block in range(self.launch.blocks + self.t.outputs):
-                second = int(block >= self.launch.blocks)
-                channel = (block - second * self.launch.blocks) * BLOCK
-                full, empty = (b[ring.stage] for b in self.slot_barriers[wg])
-                yield from empty.wait(ring.parity ^ 1)
-                if self.has_side(second):
-                    full.arrive(g.stores * g.side_bytes)
-                    side, slot = self.launch.sides[second], self.slots[wg][ring.stage]
-                    for i in range(g.stores):
-                        where = (channel, col, row + i, image)
-                        self.load(side, full, slot, i * g.store_bytes, *where)
-                else:
-                    full.arrive()
+                for wg in range(first, end):
+                    if self.tile_index(turn, wg) < g.tiles:
+                        yield from self.load_side(turn, wg, ring, block)
                 ring.advance(g.store_stages)
         yield
+
+    def load_side(self, turn: int, wg: int, ring: Ring, block: int) -> Role:
+        g = self.g
+        image, row, col = self.tile(self.tile_index(turn, wg))
+        second = int(block >= self.launch.blocks)
+        channel = (block - second * self.launch.blocks) * BLOCK
+        full, empty = (b[ring.stage] for b in self.slot_barriers[wg])
+        yield from empty.wait(ring.parity ^ 1)
+        if self.has_side(second):
+            full.arrive(g.stores * g.side_bytes)
+            side, slot = self.launch.sides[second], self.slots[wg][ring.stage]
+            for i in range(g.stores):
+                where = (channel, col, row + i, image)
+                self.load(side, full, slot, i * g.store_bytes, *where)
+        else:
+            full.arrive()
 
 
 class Warpgroup:

@@ -26,7 +26,7 @@ _OVERLAP = 0.2  # of SMs' and device memory's times, what the longer does not hi
 class Estimate:
     """What a launch takes, in an SM's cycles.
 
-    ``turns`` are the busiest warpgroup's tiles. Of a turn of the SM's two warpgroups
+    ``turns`` are the busiest warpgroup's tiles. Of a turn of the SM's warpgroups
     count their ``products``, what they move (``moves``), or what one of them does
     alone (``alone``), whichever takes longest. ``memory`` is device memory's time, of
     which the SMs hide a part.
@@ -60,7 +60,7 @@ def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estima
     turns = turns_of(tile, shape, arch)
     busy_sms = min(arch.sm_count, grid(tile, shape, arch))
     # Warpgroups that an SM runs side by side.
-    beside = min(2, tile.warpgroups * -(-grid(tile, shape, arch) // busy_sms))
+    beside = tile.warpgroups * min(tile.ctas, -(-grid(tile, shape, arch) // busy_sms))
     # A wgmma of N pixels takes N / 2 cycles, or what reading its operands takes; and on
     # the same accumulators one waits for the one before.
     one = max(tile.pixels / 2, 16 + tile.pixels / 4)

@@ -75,13 +75,18 @@ def _unmerged(merged: ir.Chain, second: ir.Region) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
-    """The tiles with the least estimated time, best first."""
+    """The tiles with the least estimated time, best first; the best of two warpgroups
+    and that of three follow the best of all."""
     # Neighbours in size are near-ties: one of a kind.
     kinds: dict[tuple[object, ...], Tile] = {}
     for tile in _ranked(chain, arch):
         sizes = tile.pixels // _NEAR, tile.group, tile.warpgroups
         kinds.setdefault((*sizes, tile.rings.resident, tile.im2col), tile)
-    return tuple(tile.config() for tile in (*kinds.values(),)[:_CANDIDATES])
+    found = [*kinds.values()]
+    # The model was fitted to kernels of one and of two.
+    heads = [t for n in (2, 3) for t in [t for t in found if t.warpgroups == n][:1]]
+    ordered = dict.fromkeys((*found[:1], *heads, *found))
+    return tuple(tile.config() for tile in [*ordered][:_CANDIDATES])
 
 
 @functools.lru_cache(maxsize=256)

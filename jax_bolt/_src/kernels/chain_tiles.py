@@ -23,7 +23,8 @@ NAME = "chain_sm90"
 UNIT = BLOCK * ROW  # bytes of 64 output channels' filter for 64 input channels
 # Stages that jax_bolt/chain/sm90.hpp has barriers for: pixels, filters, slots.
 MAX_RINGS = (16, 32, 8)
-_BARRIERS = 2 * (2 * MAX_RINGS[0] + MAX_RINGS[1] + 2 * MAX_RINGS[2]) * 8
+WARPGROUPS = 3  # that multiply, at most
+_BARRIERS = 2 * (MAX_RINGS[1] + WARPGROUPS * (MAX_RINGS[0] + MAX_RINGS[2])) * 8
 _ENOUGH = 4  # slots of a warpgroup
 _IM2COL = "im2col-"  # in a config's text
 
@@ -174,7 +175,7 @@ def tiles_of(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
     if line is not None and image.r * image.s <= MAX_PHASES:
         found += [(True, *block) for block in blocks_of(line)]
     for im2col, block, pixels in found:
-        for warpgroups in (2, 1):
+        for warpgroups in range(WARPGROUPS, 0, -1):
             for group in range(1, min(4, shape.blocks) + 1):
                 if shape.blocks % group:
                     continue
@@ -202,10 +203,11 @@ def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
 
 
 def _accumulators(chain: ir.Chain, warpgroups: int) -> int:
-    """Registers of a thread for accumulators: of 232, or 128 where two CTAs share an
-    SM, what addresses and one epilogue's columns and matrices leave."""
+    """Registers of a thread for accumulators: of 232, of 160 with three warpgroups, or
+    of 128 where two CTAs share an SM, what addresses and one epilogue's columns and
+    matrices leave."""
     columns = max(len(hoist.columns(r.epilogue)) for r in chain.regions)
-    return (180 if warpgroups == 2 else 72) - 2 * columns
+    return {1: 72, 2: 180, 3: 108}[warpgroups] - 2 * columns
 
 
 def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile | None:

@@ -55,6 +55,7 @@ using implicit_gemm::Ring;
 inline constexpr int kMaxPixelStages = 16;
 inline constexpr int kMaxFilterStages = 32;
 inline constexpr int kMaxSlots = 8;
+inline constexpr int kMaxWarpgroups = 3;  // that multiply
 
 /// What chain_tiles.py says beside the first product's geometry, whose `channels` are those between
 /// the products and whose `tiles` have all of them.
@@ -117,7 +118,11 @@ struct Sm90 {
   static_assert(First::kSides <= 1 && Second::kSides <= 1,
                 "a side input lies in its result's slot");
   static_assert(AuxiliaryOf<First>::kCount + AuxiliaryOf<Second>::kCount == 0);
-  static_assert(kWarpgroups == 1 || kWarpgroups == 2, "a warp each loads their side inputs");
+  static_assert(1 <= kWarpgroups && kWarpgroups <= kMaxWarpgroups);
+  // What a thread that loads keeps, and one that multiplies takes: with those of a CTA's other
+  // threads, all that there are.
+  static constexpr int kKept = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kTaken = kWarpgroups == 2 ? 232 : 160;
 
   static constexpr int kBlock = 64;           // output channels
   static constexpr int kChunk = 64;           // input channels: the widest swizzle
@@ -137,8 +142,9 @@ struct Sm90 {
 
   struct Barriers {
     ptx::Barrier filters_full[kMaxFilterStages], filters_empty[kMaxFilterStages];
-    ptx::Barrier pixels_full[2][kMaxPixelStages], pixels_empty[2][kMaxPixelStages];
-    ptx::Barrier slots_full[2][kMaxSlots], slots_empty[2][kMaxSlots];
+    ptx::Barrier pixels_full[kMaxWarpgroups][kMaxPixelStages];
+    ptx::Barrier pixels_empty[kMaxWarpgroups][kMaxPixelStages];
+    ptx::Barrier slots_full[kMaxWarpgroups][kMaxSlots], slots_empty[kMaxWarpgroups][kMaxSlots];
   };
 
   /// Where things lie in shared memory.
@@ -205,6 +211,10 @@ struct Sm90 {
     }
   }
 
+  /// The warpgroups whose side inputs warp 2 or 3 loads.
+  __device__ static __forceinline__ int first_side(int warp) { return warp - 2; }
+  __device__ static __forceinline__ int end_side(int warp) { return warp == 2 ? 1 : kWarpgroups; }
+
   /// Sets up the barriers that a warp of the loading warpgroup waits for: it may start at once.
   __device__ static void set_up(Parameters const& p, Barriers& barriers, int warp) {
     Geometry const& g = p.geometry;
@@ -219,8 +229,10 @@ struct Sm90 {
       ptx::prefetch(p.filters);
       ptx::prefetch(p.second_filters);
       set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, 4 * kWarpgroups);
-    } else if (warp - 2 < kWarpgroups) {
-      set_up(barriers.slots_full[warp - 2], barriers.slots_empty[warp - 2], g.store_stages, 1);
+    } else {
+      for (int i = first_side(warp); i < end_side(warp); ++i) {
+        set_up(barriers.slots_full[i], barriers.slots_empty[i], g.store_stages, 1);
+      }
     }
     ptx::fence_barrier_init();
     ptx::fence_async_proxy();
@@ -271,7 +283,7 @@ struct Sm90 {
     }
   }
 
-  /// The filters of a tile, in the order in which both warpgroups read them; resident ones once.
+  /// The filters of a tile, in the order in which all warpgroups read them; resident ones once.
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Ring ring;
@@ -319,32 +331,40 @@ struct Sm90 {
     ring.advance(g.filter_stages);
   }
 
-  /// A warpgroup's side inputs. A slot that gets none passes through here, too, so that its
-  /// barriers keep step with the ring.
-  __device__ static void load_sides(Parameters const& p, Memory const& memory, int warpgroup) {
+  /// Side inputs of the warpgroups from `first` to `end`, block by block: one that is behind waits
+  /// for no other's.
+  __device__ static void load_sides(Parameters const& p, Memory const& memory, int first, int end) {
     Geometry const& g = p.geometry;
-    Barriers& barriers = *memory.barriers;
     Ring ring;
-    for (int turn = 0; tile_index(turn, warpgroup) < g.tiles; ++turn) {
-      Tile const tile(g, tile_index(turn, warpgroup));
+    for (int turn = 0; tile_index(turn, first) < g.tiles; ++turn) {
       for (int block = 0; block < p.joint.blocks + kOutputs; ++block) {
-        bool const first = block < p.joint.blocks;
-        ptx::Barrier& full = barriers.slots_full[warpgroup][ring.stage];
-        barriers.slots_empty[warpgroup][ring.stage].wait(ring.parity ^ 1);
-        if (first ? First::kSides > 0 : Second::kSides > 0) {
-          full.arrive_and_expect(g.stores * g.side_bytes);
-          ptx::TensorMap const& map = first ? p.sides : p.second_sides;
-          int const channel = (first ? block : block - p.joint.blocks) * kBlock;
-          std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
-          for (int i = 0; i < g.stores; ++i) {
-            ptx::load(map, full, slot + i * g.store_bytes, channel, tile.col, tile.row + i,
-                      tile.image);
-          }
-        } else {
-          full.arrive();
+        for (int i = first; i < end && tile_index(turn, i) < g.tiles; ++i) {
+          load_side(p, memory, Tile(g, tile_index(turn, i)), i, ring.stage, ring.parity, block);
         }
         ring.advance(g.store_stages);
       }
+    }
+  }
+
+  /// A block's side input. A slot that gets none passes through here, too, so that its barriers
+  /// keep step with the ring.
+  __device__ static __forceinline__ void load_side(Parameters const& p, Memory const& memory,
+                                                   Tile const& tile, int warpgroup, int stage,
+                                                   std::uint32_t parity, int block) {
+    Geometry const& g = p.geometry;
+    bool const first = block < p.joint.blocks;
+    ptx::Barrier& full = memory.barriers->slots_full[warpgroup][stage];
+    memory.barriers->slots_empty[warpgroup][stage].wait(parity ^ 1);
+    if (first ? First::kSides > 0 : Second::kSides > 0) {
+      full.arrive_and_expect(g.stores * g.side_bytes);
+      ptx::TensorMap const& map = first ? p.sides : p.second_sides;
+      int const channel = (first ? block : block - p.joint.blocks) * kBlock;
+      std::uint32_t const slot = memory.slot(g, warpgroup, stage);
+      for (int i = 0; i < g.stores; ++i) {
+        ptx::load(map, full, slot + i * g.store_bytes, channel, tile.col, tile.row + i, tile.image);
+      }
+    } else {
+      full.arrive();
     }
   }
 
@@ -686,7 +706,7 @@ struct Sm90 {
     Memory const memory(shared, g, p.joint);
     int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
     if (warpgroup == kWarpgroups) {
-      if constexpr (kWarpgroups > 1) ptx::keep_registers<40>();
+      if constexpr (kWarpgroups > 1) ptx::keep_registers<kKept>();
       int const warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0) & 3;
       bool const elected = ptx::elect();
       if (elected) set_up(p, *memory.barriers, warp);
@@ -699,12 +719,12 @@ struct Sm90 {
           load_pixels(p, memory);
         } else if (warp == 1) {
           load_filters(p, memory);
-        } else if (warp - 2 < kWarpgroups) {
-          if constexpr (kLoadsSides) load_sides(p, memory, warp - 2);
+        } else if (kLoadsSides && first_side(warp) < end_side(warp)) {
+          if constexpr (kLoadsSides) load_sides(p, memory, first_side(warp), end_side(warp));
         }
       }
     } else {
-      if constexpr (kWarpgroups > 1) ptx::take_registers<232>();
+      if constexpr (kWarpgroups > 1) ptx::take_registers<kTaken>();
       if ((threadIdx.x & 127) == 0) {
         if (kStored) ptx::prefetch(p.between);
         ptx::prefetch(p.output);
