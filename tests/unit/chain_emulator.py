@@ -47,6 +47,7 @@ class Arguments:
     warpgroups: int
     steps: int
     second_steps: int
+    cluster: int
     merges: bool
 
     @staticmethod
@@ -76,6 +77,7 @@ class Arguments:
             warpgroups=int(given["kWarpgroups"]),
             steps=int(given["kSteps"]),
             second_steps=int(given["kSecondSteps"]),
+            cluster=int(given["kCluster"]),
             merges=bool(given["Shortcut_"]),
         )
 
@@ -183,8 +185,9 @@ class Launch:
         assert t.pixels % 8 == 0 and 8 <= t.pixels <= 256
         assert t.warpgroups in (1, 2, 3) and self.blocks % t.group == 0
         assert recipe.threads == 128 * (t.warpgroups + 1)
-        assert recipe.cluster == 1 and recipe.programmatic
-        assert 1 <= recipe.grid <= g.tiles and g.channel_tiles == 1
+        assert recipe.cluster == t.cluster and recipe.programmatic
+        assert recipe.grid % t.cluster == 0 and g.channel_tiles == 1
+        assert 1 <= recipe.grid < g.tiles + t.cluster
         assert self.blocks == -(-g.channels // BLOCK)
         assert t.outputs == -(-self.channels // BLOCK)
         assert (t.steps == 4 or g.chunks == 1) and g.loads == 1
@@ -203,8 +206,9 @@ class Launch:
         assert g.stage_bytes % 1024 == g.slot_bytes % 1024 == 0
         assert g.slot_bytes >= t.pixels * ROW
         for _, pixels, filters in self.products:
-            assert pixels.bytes == g.load_bytes and filters.bytes == UNIT
-        assert self.second_filters.bytes == UNIT
+            assert pixels.bytes == g.load_bytes
+            assert filters.bytes * t.cluster == UNIT
+        assert self.second_filters.bytes * t.cluster == UNIT
         assert self.output.bytes == self.between.bytes == g.side_bytes
         assert all(side.bytes == g.side_bytes for side in self.sides)
         barriers = limit("kMaxPixelStages") + limit("kMaxSlots")
@@ -221,8 +225,12 @@ class Launch:
         return self.blocks * (steps + self.t.outputs)
 
     def run(self) -> Launch:
-        for cta in range(self.recipe.grid):
-            Cta(self, cta).run()
+        size = self.t.cluster
+        for first in range(0, self.recipe.grid, size):
+            ctas = [Cta(self, first + rank) for rank in range(size)]
+            for cta in ctas:
+                cta.cluster = ctas
+            run(ctas, self.random)
         return self
 
     def store(self, which: int, box: np.ndarray, *coordinates: int) -> None:
@@ -231,8 +239,32 @@ class Launch:
         self._written[which if self.t.stored else 0][written] += 1
 
 
+def run(ctas: Sequence[Cta], chance: random.Random) -> None:
+    """All roles of a cluster, in a random order of turns."""
+    roles = [role for cta in ctas for role in cta.roles()]
+    under_way = ctas[0].under_way
+    idle = 0
+    while roles:
+        if under_way and chance.random() < 0.4:
+            under_way.pop(chance.randrange(len(under_way)))()
+            idle = 0
+        role = chance.choice(roles)
+        try:
+            next(role)
+            idle += 1
+        except StopIteration:
+            roles.remove(role)
+            idle = 0
+        if idle > 4000 * len(ctas) and not under_way:
+            raise Deadlock(f"{len(roles)} roles wait for each other")
+    for load in under_way:
+        load()
+
+
 class Cta:
     """One CTA: its shared memory, its barriers and its roles."""
+
+    cluster: Sequence[Cta]
 
     def __init__(self, launch: Launch, index: int):
         self.launch, self.index = launch, index
@@ -250,7 +282,7 @@ class Cta:
             )
 
         self.units = memory(g.filter_stages, UNIT)
-        self.unit_barriers = barriers(g.filter_stages, len(wgs))
+        self.unit_barriers = barriers(g.filter_stages, len(wgs) * self.t.cluster)
         self.pixels = [memory(g.pixel_stages, g.stage_bytes) for _ in wgs]
         self.pixel_barriers = [barriers(g.pixel_stages, 1) for _ in wgs]
         self.slots = [memory(g.store_stages, g.slot_bytes) for _ in wgs]
@@ -258,30 +290,23 @@ class Cta:
         for stages in self.pixels:
             for stage in stages:
                 stage[g.load_bytes // ROW :] = 0  # clear_tails
-        self.under_way: list[Callable[[], None]] = []  # loads
+        self._under_way: list[Callable[[], None]] = []
 
-    def run(self) -> None:
-        chance = self.launch.random
+    @property
+    def rank(self) -> int:
+        return self.index % self.t.cluster
+
+    @property
+    def under_way(self) -> list[Callable[[], None]]:
+        """Loads of the cluster."""
+        return self.cluster[0]._under_way
+
+    def roles(self) -> list[Role]:
         roles = [self.load_pixels(), self.load_filters()]
         ends = {0: 1, 1: self.t.warpgroups}  # of warps 2 and 3
         roles += [self.load_sides(*each) for each in ends.items() if each[0] < each[1]]
         roles += [Warpgroup(self, wg).run() for wg in range(self.t.warpgroups)]
-        idle = 0
-        while roles:
-            if self.under_way and chance.random() < 0.4:
-                self.under_way.pop(chance.randrange(len(self.under_way)))()
-                idle = 0
-            role = chance.choice(roles)
-            try:
-                next(role)
-                idle += 1
-            except StopIteration:
-                roles.remove(role)
-                idle = 0
-            if idle > 4000 and not self.under_way:
-                raise Deadlock(f"{len(roles)} roles wait for each other")
-        for load in self.under_way:
-            load()
+        return roles
 
     def tile_index(self, turn: int, warpgroup: int) -> int:
         at = turn * self.t.warpgroups + warpgroup
@@ -290,6 +315,13 @@ class Cta:
     def turns(self, warpgroup: int = 0) -> Iterator[int]:
         turn = 0
         while self.tile_index(turn, warpgroup) < self.g.tiles:
+            yield turn
+            turn += 1
+
+    def cluster_turns(self) -> Iterator[int]:
+        """Those in which any of its CTAs has a tile."""
+        turn = 0
+        while self.tile_index(turn, 0) - self.rank < self.g.tiles:
             yield turn
             turn += 1
 
@@ -348,7 +380,7 @@ class Cta:
 
     def load_filters(self) -> Role:
         t, ring, second = self.t, Ring(), self.launch.second_filters
-        for _ in self.turns():
+        for _ in self.cluster_turns():
             for first in range(0, self.launch.blocks, t.group):
                 for g, _, filters in self.launch.products:
                     for chunk, tap, i in np.ndindex(g.chunks, taps_of(g), t.group):
@@ -373,11 +405,14 @@ class Cta:
         full, empty = (b[ring.stage] for b in self.unit_barriers)
         yield from empty.wait(ring.parity ^ 1)
         full.arrive(UNIT)
+        row = self.rank * (BLOCK // self.t.cluster)
         if k_outer:
-            where = (chunk * 64, tap, block * BLOCK, 0)
+            where = (chunk * 64, tap, block * BLOCK + row, 0)
         else:
-            where = (block * BLOCK, chunk * 64, tap, 0)
-        self.load(tensor, full, self.units[ring.stage], 0, *where)
+            where = (block * BLOCK, chunk * 64 + row, tap, 0)
+        for cta in self.cluster:
+            to, own = cta.units[ring.stage], cta.unit_barriers[0][ring.stage]
+            self.load(tensor, own, to, row * ROW, *where)
         ring.advance(self.g.filter_stages)
 
     @property
@@ -456,7 +491,8 @@ class Warpgroup:
         if self.g.resident:
             return
         while self.held > kept:
-            self.cta.unit_barriers[1][self.oldest].arrive()
+            for cta in self.cta.cluster:
+                cta.unit_barriers[1][self.oldest].arrive()
             self.oldest = (self.oldest + 1) % self.g.filter_stages
             self.held -= 1
 
@@ -604,7 +640,7 @@ class Warpgroup:
             self.advance()
 
     def run(self) -> Role:
-        for turn in self.cta.turns():
+        for turn in self.cta.cluster_turns():
             index = self.cta.tile_index(turn, self.index)
             if index < self.g.tiles:
                 yield from self.run_tile(index)

@@ -86,8 +86,9 @@ def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estima
         moved += blocks * layout.slot_bytes * tensors
     moves = beside * moved / _LOAD_RATE
     if not rings.resident:
-        # Warpgroups of a CTA share filters.
-        moves += units * UNIT * (beside / tile.warpgroups) / _LOAD_RATE
+        # Warpgroups of a CTA share filters, and so do a cluster's CTAs.
+        read = units * UNIT / tile.cluster
+        moves += read * (beside / tile.warpgroups) / _LOAD_RATE
     alone = in_turn + finish
     if shape.shortcut is None and chain.made.epilogue.sides:
         alone = max(alone, shape.blocks * _SIDE_WAIT / (rings.stores - 1))

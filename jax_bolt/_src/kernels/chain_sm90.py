@@ -75,17 +75,21 @@ def _unmerged(merged: ir.Chain, second: ir.Region) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
-    """The tiles with the least estimated time, best first; the best of two warpgroups
-    and that of three follow the best of all."""
+    """The tiles with the least estimated time, best first; the best of two and of three
+    warpgroups, alone and in clusters, follow the best of all."""
     # Neighbours in size are near-ties: one of a kind.
     kinds: dict[tuple[object, ...], Tile] = {}
     for tile in _ranked(chain, arch):
         sizes = tile.pixels // _NEAR, tile.group, tile.warpgroups
-        kinds.setdefault((*sizes, tile.rings.resident, tile.im2col), tile)
+        flags = tile.rings.resident, tile.im2col, tile.cluster
+        kinds.setdefault((*sizes, *flags), tile)
     found = [*kinds.values()]
-    # The model was fitted to kernels of one and of two.
-    heads = [t for n in (2, 3) for t in [t for t in found if t.warpgroups == n][:1]]
-    ordered = dict.fromkeys((*found[:1], *heads, *found))
+    # The model was fitted to kernels of one and of two, alone.
+    heads: dict[tuple[int, int], Tile] = {}
+    for tile in found:
+        if tile.warpgroups > 1:
+            heads.setdefault((tile.warpgroups, tile.cluster), tile)
+    ordered = dict.fromkeys((*found[:1], *heads.values(), *found))
     return tuple(tile.config() for tile in [*ordered][:_CANDIDATES])
 
 
@@ -116,7 +120,7 @@ def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
         *(filters(shape.image.k_outer), filters(shape.k_outer)),
         "true" if chain.stored else "false",
         *(tile.pixels, tile.group, shape.outputs, tile.warpgroups),
-        *(shape.steps, shape.second_steps),
+        *(shape.steps, shape.second_steps, tile.cluster),
         *(() if shape.shortcut is None else ("Shortcut",)),
     )
     return f"jax_bolt::chain::Sm90<{', '.join(map(str, arguments))}>"
@@ -160,6 +164,7 @@ def recipe(
     return Recipe(
         threads=128 * (tile.warpgroups + 1),
         grid=grid(tile, shape, arch),
+        cluster=tile.cluster,
         smem_bytes=shared_bytes(tile, layout, chain),
         programmatic=True,
         maps=_maps(chain, tile),
@@ -189,6 +194,8 @@ def _maps(chain: ir.Chain, tile: Tile) -> tuple[TensorMap, ...]:
         outputs=shape.channels,
         k_outer=shape.k_outer,
     )
+    filters = _part(filters, shape.image.k_outer, tile)
+    second_filters = _part(second_filters, shape.k_outer, tile)
     last = recipes.output(int(chain.stored))
     output = layout.tensor(last, second.out_dtype, shape.channels)
     between = output
@@ -198,7 +205,8 @@ def _maps(chain: ir.Chain, tile: Tile) -> tuple[TensorMap, ...]:
         assert shape.shortcut is not None
         seen = tile.layout(shape.shortcut)
         shortcut, *_ = merged.regions
-        own = seen.maps(1, shortcut.epilogue)[:2]
+        read, weights, *_ = seen.maps(1, shortcut.epilogue)
+        own = read, _part(weights, shape.shortcut.k_outer, tile)
         return (pixels, filters, second_filters, between, output, *own)
     # The second one's side inputs follow the first one's; here there is one at most.
     sides = [output, output]
@@ -207,3 +215,10 @@ def _maps(chain: ir.Chain, tile: Tile) -> tuple[TensorMap, ...]:
         for dtype in epilogue.sides:
             sides[i] = layout.tensor(recipes.side(1), dtype, channels[i])
     return (pixels, filters, second_filters, between, output, *sides)
+
+
+def _part(filters: TensorMap, k_outer: bool, tile: Tile) -> TensorMap:
+    """A map of what one CTA of a cluster loads of a unit: some of its rows."""
+    box = list(filters.box)
+    box[2 if k_outer else 1] //= tile.cluster
+    return dataclasses.replace(filters, box=tuple(box))

@@ -25,6 +25,7 @@ UNIT = BLOCK * ROW  # bytes of 64 output channels' filter for 64 input channels
 MAX_RINGS = (16, 32, 8)
 WARPGROUPS = 3  # that multiply, at most
 _BARRIERS = 2 * (MAX_RINGS[1] + WARPGROUPS * (MAX_RINGS[0] + MAX_RINGS[2])) * 8
+_CLUSTER = 2  # CTAs that load filters for each other
 _ENOUGH = 4  # slots of a warpgroup
 _IM2COL = "im2col-"  # in a config's text
 
@@ -117,7 +118,7 @@ class Tile:
 
     ``group`` blocks of the first result are accumulated side by side. The rings'
     ``filters`` are units, the others a warpgroup's. With ``im2col`` the block is one of
-    ``line_of`` the image.
+    ``line_of`` the image. ``cluster`` CTAs load filters for each other.
     """
 
     pixels: int
@@ -126,6 +127,7 @@ class Tile:
     block: Block
     rings: Rings = NO_RINGS
     im2col: bool = False
+    cluster: int = 1
 
     @property
     def ctas(self) -> int:
@@ -147,6 +149,7 @@ class Tile:
             resident=rings.resident,
             block=f"{_IM2COL * self.im2col}{b.images}x{b.rows}x{b.cols}",
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
+            **({"cluster": self.cluster} if self.cluster > 1 else {}),
         )
 
     @staticmethod
@@ -161,6 +164,7 @@ class Tile:
             block=Block(images, rows, cols),
             rings=Rings(*stages, resident=int(config["resident"])),
             im2col=block.startswith(_IM2COL),
+            cluster=int(dict(config.params).get("cluster", 1)),
         )
 
 
@@ -190,7 +194,7 @@ def tiles_of(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
 
 def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
     """``base`` with all filters resident, and with a ring of them where that leaves
-    more room for the rest."""
+    more room for the rest: every CTA's own, and two CTAs' together."""
     resident, streamed = (_staged(base, chain, arch, n) for n in (1, 0))
     if resident is not None:
         yield resident
@@ -200,6 +204,7 @@ def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
             return
     if streamed is not None:
         yield streamed
+        yield dataclasses.replace(streamed, cluster=_CLUSTER)
 
 
 def _accumulators(chain: ir.Chain, warpgroups: int) -> int:
@@ -272,8 +277,10 @@ def steps_of(tile: Tile, shape: Shape) -> tuple[int, int]:
 
 
 def grid(tile: Tile, shape: Shape, arch: GpuArch) -> int:
+    """CTAs: whole clusters, of which one may have fewer tiles than CTAs."""
     tiles = tile.layout(shape.image).tile_count(shape.blocks)
-    return min(tiles, arch.sm_count * tile.ctas)
+    clusters = -(-tiles // tile.cluster)
+    return tile.cluster * min(clusters, arch.sm_count * tile.ctas // tile.cluster)
 
 
 def turns_of(tile: Tile, shape: Shape, arch: GpuArch) -> int:

@@ -13,7 +13,8 @@
 // multiply_second from the same slot, which goes on while the next block's products begin. Then the
 // second result's blocks leave through the same slots. A shortcut's group of blocks comes ahead of
 // the first product's, is rounded as it would be stored, and lies in the slots where the first
-// one's will, which are then no slots of loads. The warpgroups share filters alone. Last is
+// one's will, which are then no slots of loads. The warpgroups share filters alone, and so do those
+// of a cluster's CTAs: each CTA loads its part of a unit for all of them. Last is
 // one warpgroup that loads: warp 0 pixels, warp 1 filters, warps 2 and 3 the side inputs of a
 // warpgroup each, into the slots that its results leave from.
 //
@@ -95,10 +96,11 @@ struct Params<First, Second, NoShortcut> {
 
 /// kStored: the first result is an output. kGroup: blocks of it that are accumulated side by side.
 /// kOutputs: blocks of the second result. kSteps, kSecondSteps: products in a unit of filters, of
-/// 16 input channels each; the shortcut's has as many as the first one's.
+/// 16 input channels each; the shortcut's has as many as the first one's. kCluster: CTAs that share
+/// filters.
 template <class First_, class Second_, class Element, Filters kFilters, Filters kSecondFilters,
           bool kStored, int kPixels, int kGroup, int kOutputs, int kWarpgroups, int kSteps,
-          int kSecondSteps, class Shortcut_ = NoShortcut>
+          int kSecondSteps, int kCluster = 1, class Shortcut_ = NoShortcut>
 struct Sm90 {
   using First = First_;
   using Second = Second_;
@@ -124,9 +126,11 @@ struct Sm90 {
   static constexpr int kKept = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kTaken = kWarpgroups == 2 ? 232 : 160;
 
-  static constexpr int kBlock = 64;           // output channels
-  static constexpr int kChunk = 64;           // input channels: the widest swizzle
-  static constexpr int kUnit = kBlock * 128;  // bytes of one block's filter for one chunk
+  static constexpr int kBlock = 64;                    // output channels
+  static constexpr int kChunk = 64;                    // input channels: the widest swizzle
+  static constexpr int kUnit = kBlock * 128;           // bytes of one block's filter for one chunk
+  static constexpr int kPartRows = kBlock / kCluster;  // of 128 bytes, that one CTA loads of it
+  static_assert(kPartRows % 8 == 0, "a part begins where the swizzle does");
   // From one K step to the next: 32 bytes along a row of a K-major filter, 16 rows down an M-major
   // one.
   static constexpr int kStep = kFilters == Filters::kKrsc ? 32 : 2048;
@@ -195,6 +199,13 @@ struct Sm90 {
     return (turn * kWarpgroups + warpgroup) * gridDim.x + blockIdx.x;
   }
 
+  __device__ static __forceinline__ int rank() { return kCluster == 1 ? 0 : blockIdx.x % kCluster; }
+
+  /// Whether a CTA of the cluster has a tile in this turn: all of them pass its filters on.
+  __device__ static __forceinline__ bool any_tile(Geometry const& g, int turn) {
+    return tile_index(turn, 0) - rank() < g.tiles;
+  }
+
   __device__ static __forceinline__ int count_taps(Geometry const& g) {
     int taps = 0;
     for (int phase = 0; phase < g.phases; ++phase) taps += g.phase_taps[phase];
@@ -228,7 +239,8 @@ struct Sm90 {
       if constexpr (kMerges) ptx::prefetch(p.shortcut_filters);
       ptx::prefetch(p.filters);
       ptx::prefetch(p.second_filters);
-      set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages, 4 * kWarpgroups);
+      set_up(barriers.filters_full, barriers.filters_empty, g.filter_stages,
+             4 * kWarpgroups * kCluster);
     } else {
       for (int i = first_side(warp); i < end_side(warp); ++i) {
         set_up(barriers.slots_full[i], barriers.slots_empty[i], g.store_stages, 1);
@@ -287,7 +299,7 @@ struct Sm90 {
   __device__ static void load_filters(Parameters const& p, Memory const& memory) {
     Geometry const& g = p.geometry;
     Ring ring;
-    for (int turn = 0; tile_index(turn, 0) < g.tiles; ++turn) {
+    for (int turn = 0; any_tile(g, turn); ++turn) {
       for (int first = 0; first < p.joint.blocks; first += kGroup) {
         if constexpr (kMerges) load_group(p.shortcut_filters, p.shortcut, memory, ring, first);
         load_group(p.filters, g, memory, ring, first);
@@ -314,21 +326,36 @@ struct Sm90 {
     }
   }
 
-  /// A block of output channels' filter for a chunk of input channels and a tap.
+  /// A block of output channels' filter for a chunk of input channels and a tap: this CTA's part of
+  /// its rows.
   template <Filters kOf>
   __device__ static __forceinline__ void load_unit(ptx::TensorMap const& map, Geometry const& g,
                                                    Memory const& memory, Ring& ring, int block,
                                                    int chunk, int tap) {
     ptx::Barrier& full = memory.barriers->filters_full[ring.stage];
-    memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
-    full.arrive_and_expect(kUnit);
-    std::uint32_t const to = memory.filters + ring.stage * kUnit;
-    if constexpr (kOf == Filters::kKrsc) {
-      ptx::load(map, full, to, chunk * kChunk, tap, block * kBlock, 0);
+    if constexpr (kCluster == 1) {
+      memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
     } else {
-      ptx::load(map, full, to, block * kBlock, chunk * kChunk, tap, 0);
+      memory.barriers->filters_empty[ring.stage].wait_for_cluster(ring.parity ^ 1);
+    }
+    full.arrive_and_expect(kUnit);
+    int const row = rank() * kPartRows;
+    std::uint32_t const to = memory.filters + ring.stage * kUnit + row * 128;
+    if constexpr (kOf == Filters::kKrsc) {
+      load_part(map, full, to, chunk * kChunk, tap, block * kBlock + row);
+    } else {
+      load_part(map, full, to, block * kBlock, chunk * kChunk + row, tap);
     }
     ring.advance(g.filter_stages);
+  }
+
+  __device__ static __forceinline__ void load_part(ptx::TensorMap const& map, ptx::Barrier& full,
+                                                   std::uint32_t to, int c0, int c1, int c2) {
+    if constexpr (kCluster == 1) {
+      ptx::load(map, full, to, c0, c1, c2, 0);
+    } else {
+      ptx::load_to_all((1 << kCluster) - 1, map, full, to, c0, c1, c2, 0);
+    }
   }
 
   /// Side inputs of the warpgroups from `first` to `end`, block by block: one that is behind waits
@@ -404,6 +431,18 @@ struct Sm90 {
     }
   }
 
+  /// As below, to every CTA that loads a part of it.
+  __device__ static __forceinline__ void release_unit(ptx::Barrier& empty) {
+    if constexpr (kCluster == 1) {
+      release(empty);
+    } else {
+      int const lane = threadIdx.x & 31;
+      if (lane < kCluster) {
+        ptx::arrive_in_cluster(ptx::in_cta(ptx::shared_address(&empty), lane));
+      }
+    }
+  }
+
   /// One warp's word that it has read a stage.
   __device__ static __forceinline__ void release(ptx::Barrier& empty) {
     if ((threadIdx.x & 31) == 0) empty.arrive();
@@ -434,12 +473,12 @@ struct Sm90 {
     __device__ __forceinline__ void release_units(int kept) {
       if (p.geometry.resident) return;
       for (; held > kept; --held) {
-        release(memory.barriers->filters_empty[oldest]);
+        release_unit(memory.barriers->filters_empty[oldest]);
         if (++oldest == p.geometry.filter_stages) oldest = 0;
       }
     }
 
-    /// A tile's units without a tile: the other warpgroup's last one needs them alone.
+    /// A tile's units without a tile: other warpgroups' last ones need them alone.
     __device__ void drain() {
       Geometry const& g = p.geometry;
       if (g.resident) return;
@@ -688,7 +727,7 @@ struct Sm90 {
 
   __device__ static void consume(Parameters const& p, Memory const& memory, int warpgroup) {
     Consumer consumer{p, memory, warpgroup};
-    for (int turn = 0; tile_index(turn, 0) < p.geometry.tiles; ++turn) {
+    for (int turn = 0; any_tile(p.geometry, turn); ++turn) {
       int const index = tile_index(turn, warpgroup);
       if (index < p.geometry.tiles) {
         consumer.run_tile(Tile(p.geometry, index));
@@ -712,6 +751,7 @@ struct Sm90 {
       if (elected) set_up(p, *memory.barriers, warp);
       __syncwarp();
       ptx::arrive(kSetUp, kThreads);
+      meet_cluster();
       if (warp == 0) ptx::allow_next_kernel();
       if (elected) {
         if (warp != 1 || !g.held) ptx::wait_for_earlier_kernels();
@@ -723,6 +763,7 @@ struct Sm90 {
           if constexpr (kLoadsSides) load_sides(p, memory, first_side(warp), end_side(warp));
         }
       }
+      meet_cluster();
     } else {
       if constexpr (kWarpgroups > 1) ptx::take_registers<kTaken>();
       if ((threadIdx.x & 127) == 0) {
@@ -731,6 +772,7 @@ struct Sm90 {
       }
       clear_tails(g, memory, warpgroup);
       ptx::sync(kSetUp, kThreads);
+      meet_cluster();
       if (!g.held) ptx::wait_for_earlier_kernels();
       tabulate<First>(p.vectors, g.channels, p.joint.blocks, memory.columns);
       tabulate<Second>(p.second_vectors, p.joint.channels, kOutputs, memory.second_columns);
@@ -739,6 +781,16 @@ struct Sm90 {
       }
       ptx::sync(kColumns, 128 * kWarpgroups);
       consume(p, memory, warpgroup);
+      meet_cluster();
+    }
+  }
+
+  /// Every CTA's barriers are set up; or no CTA has anything to write to another one's memory.
+  __device__ static __forceinline__ void meet_cluster() {
+    if constexpr (kCluster > 1) {
+      __syncwarp();
+      ptx::arrive_cluster();
+      ptx::wait_cluster();
     }
   }
 };

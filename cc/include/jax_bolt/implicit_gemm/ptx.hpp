@@ -96,6 +96,12 @@ __device__ __forceinline__ std::uint32_t in_cta(std::uint32_t address, int rank)
   return there;
 }
 
+/// One arrival at a barrier that lies at `address` in the cluster.
+__device__ __forceinline__ void arrive_in_cluster(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
+               : "memory");
+}
+
 /// All of a warp's threads together. What was written before arriving is seen after waiting.
 __device__ __forceinline__ void arrive_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -165,6 +171,16 @@ __device__ __forceinline__ void load(TensorMap const& map, Barrier& full, std::u
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
       "l"(&map), "r"(shared_address(&full)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+/// To the same place in every CTA of `ctas`, a bit each, whose own barrier counts the bytes.
+__device__ __forceinline__ void load_to_all(std::uint16_t ctas, TensorMap const& map, Barrier& full,
+                                            std::uint32_t to, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(&map), "r"(shared_address(&full)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(ctas)
       : "memory");
 }
 
