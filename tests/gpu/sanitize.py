@@ -50,6 +50,7 @@ def error_of(site, operands, candidate) -> float:
 def error_of_chain(site, operands, candidate) -> float:
     """As ``error_of``, of several regions in one kernel."""
     kernel = chains.load(site, candidate)
+    assert isinstance(kernel, invoke.ChainExecutable)
     shapes = [each.out_avals[0].shape for each in site.sites]
     a, b, sides, vectors = launches.bound(
         kernel, measure.roles_of(site, operands), shapes

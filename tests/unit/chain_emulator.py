@@ -163,9 +163,10 @@ class Launch:
         self.between, self.output = stored
         self.sides = [] if self.t.merges else maps[5:]
         # What the loaders and the warpgroups read for each product ahead of a block.
-        self.products = [(self.g, self.pixels, self.filters)]
+        self.products: list[tuple[Any, Tensor, Tensor]] = []
         if self.t.merges:
-            self.products.insert(0, (self.shortcut, *maps[5:]))
+            self.products.append((self.shortcut, maps[5], maps[6]))
+        self.products.append((self.g, self.pixels, self.filters))
         self.vectors = vectors
         # By the call: the shortcut's come first there.
         order = [*vectors[2:], *vectors[:2]]
@@ -612,11 +613,12 @@ class Warpgroup:
             self.filters = Ring()
         for first in range(0, blocks, t.group):
             ends, ring = (first == 0, first + t.group == blocks), copy.copy(self.pixels)
+            acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
             for g, _, _ in self.launch.products:
-                acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
                 yield from self.multiply_first(g, *ends, ring, acc)
                 if g is not self.g:
                     yield from self.fill_shortcut(first, acc)
+                    acc = np.zeros_like(acc)
             if ends[1]:
                 self.pixels = ring
             for i in range(t.group):

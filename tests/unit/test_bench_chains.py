@@ -36,7 +36,7 @@ def test_bolts_pairs_are_chains_that_the_kernel_takes():
 def test_a_bottlenecks_result_is_stored_and_its_bytes_counted():
     first = pairs(chain_pairs.RESNET)[0]
     region = first.site.region
-    assert region.stored and len(region.first.epilogue.sides) == 1
+    assert region.stored and len(region.made.epilogue.sides) == 1
     blank = bench_chains.blank(first)
     assert 1.2 < blank["bytes_ratio"] < 1.4
     assert "-" in bench_chains.row(blank)

@@ -231,7 +231,7 @@ def test_models_in_another_layout_have_chains() -> None:
     args = shape(2, 16, 8, 8), shape(2, 32, 8, 8), shape(32, 16, 1, 1)
     (pair,) = pairs(fun, *args, shape(16, 32, 1, 1))
     assert pair.info.region.stored
-    first, second = pair.info.region.first, pair.info.region.second
+    first, second = pair.info.region.regions
     assert (first.problem.channels, second.problem.channels) == (32, 16)
 
 
@@ -420,7 +420,7 @@ def executable(site: chain.ChainInfo) -> resolve.Resolution:
     if not found:
         return plan.Rejection("; ".join(reasons))
     candidate = found[0]
-    problems = site.region.first.problem, site.region.second.problem
+    problems = tuple(r.problem for r in site.region.regions)
     made = ChainExecutable(
         "c" * 64, problems, candidate.form, 0, recipe=candidate.recipe
     )
@@ -610,7 +610,7 @@ def test_a_chain_finds_its_buffers(host, monkeypatch, stored, side) -> None:
     site = info(fun, args)
     assert site.region.stored == bool(stored)
     (form,) = plan.forms.chain_forms(site.region)[:1]
-    problems = site.region.first.problem, site.region.second.problem
+    problems = tuple(r.problem for r in site.region.regions)
     made = ChainExecutable(f"chain{side}", problems, form, 0, ())
     order = operands_of(site, fun, args)
     got = jax.jit(measure.kernel_function(site, made))(*order)
@@ -642,11 +642,13 @@ def test_a_merged_shortcut_finds_its_buffers(host, monkeypatch) -> None:
     x, w, bias, h, v, other = args
     (site,) = (p.info for p in pairs(fun, *args) if p.info.region.side is not None)
     form = plan.forms.chain_forms(site.region)[0]
-    problems = site.region.first.problem, site.region.second.problem
+    problems = tuple(r.problem for r in site.region.regions)
     made = ChainExecutable("merged", problems, form, 0, ())
     first, second = (
         dict(zip(s.operands, given, strict=True))
-        for s, given in ((site.first, (x, w, bias)), (site.second, (h, v, None, other)))
+        for s, given in zip(
+            site.sites, ((x, w, bias), (h, v, None, other)), strict=True
+        )
     )
     del second[site.between]
     order = [each[i] for each in (first, second) for i in sorted(each)]
@@ -699,7 +701,7 @@ def test_three_products_find_their_buffers(host, monkeypatch, stored) -> None:
     form = plan.forms.chain_forms(site.region)[0]
     problems = tuple(region.problem for region in site.region.regions)
     made = ChainExecutable("joined", problems, form, 0, ())
-    want = fun(*args) if stored else [fun(*args)]
+    want: Any = fun(*args) if stored else [fun(*args)]
     for got in (
         jax.jit(measure.kernel_function(site, made))(*order),
         chain.reference_fun(site.reference)(*order),
@@ -740,14 +742,14 @@ def test_both_ways_are_timed_with_the_same_results(host, monkeypatch, stored) ->
     )
     fun, args = model_of(bool(stored), True)
     site = info(fun, args)
-    problems = site.region.first.problem, site.region.second.problem
+    problems = tuple(r.problem for r in site.region.regions)
     form = plan.forms.chain_forms(site.region)[0]
     both = ChainExecutable("chain1", problems, form, 0, ())
     first, second = (
         invoke.Executable(
             "kernel", each.region.problem, plan.forms.Form("direct", each.region), 0
         )
-        for each in (site.first, site.second)
+        for each in site.sites
     )
     operands = measure.make_operands(site, l2_bytes=0)
     runs = [
@@ -777,7 +779,7 @@ def test_promises_on_all_sides(host, monkeypatch) -> None:
     fun, args = model_of(True, True)
     x, w, bias, v, other, _ = args
     site = info(fun, args)
-    problems = site.region.first.problem, site.region.second.problem
+    problems = tuple(r.problem for r in site.region.regions)
     form = plan.forms.chain_forms(site.region)[0]
     both = ChainExecutable("chain1", problems, form, 0, ())
 

@@ -227,8 +227,8 @@ def test_a_shortcuts_slots_are_a_group_and_one_more() -> None:
 
 
 def test_what_is_refused_with_a_shortcut() -> None:
-    def refusal(*args: ir.Problem, **options: Any) -> str:
-        return str(chain_sm90.supports(joined(*args, 64, **options), HOPPER))
+    def refusal(one: ir.Problem, other: ir.Problem, **options: Any) -> str:
+        return str(chain_sm90.supports(joined(one, other, 64, **options), HOPPER))
 
     one = conv(2, 7, 7, 64, 256, 1)
     assert "line" in refusal(conv(2, 7, 7, 64, 256), one)

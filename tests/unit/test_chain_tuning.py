@@ -266,7 +266,7 @@ def save(target: resolve.Target, *entries: db.Entry | None) -> None:
     """Tuning results for the first site, the second one and the chain."""
     site = info()
     regions: tuple[ir.Work, ...] = (
-        site.first.region,
+        site.sites[0].region,
         site.second.region,
         site.region,
     )
@@ -279,7 +279,7 @@ def save(target: resolve.Target, *entries: db.Entry | None) -> None:
 
 def known(target: resolve.Target, chain_entry: db.Entry | None = None) -> None:
     site = info()
-    save(target, site_entry(site.first), site_entry(site.second), chain_entry)
+    save(target, site_entry(site.sites[0]), site_entry(site.second), chain_entry)
 
 
 def text_of(fun: Any = bottleneck) -> str:
@@ -337,18 +337,18 @@ def test_chains_are_tuned_after_their_sites(
 
     def tuned(sites: Any, target: Any) -> dict[str, str]:
         both = [s for s in sites if isinstance(s, SiteInfo)]
-        entries = [site_entry(s) for s in (site.first, site.second)] if both else []
+        entries = [site_entry(s) for s in site.sites] if both else []
         save(target, *(entries or (None, None)), None if both else entry_of())
         return {}
 
     calls = tuning(monkeypatch, tuned)
     assert count_with(on_miss="tune") == 1
     (sites, _, none), (chains, _, rivals) = calls
-    assert [s.region for s in sites] == [site.first.region, site.second.region]
+    assert [s.region for s in sites] == [site.sites[0].region, site.second.region]
     assert none is None and [c.region for c in chains] == [site.region]
     (rival,) = rivals.values()
     assert rival.chosen_us is None
-    wanted = [site.first.region.problem, site.second.region.problem]
+    wanted = [site.sites[0].region.problem, site.second.region.problem]
     assert [kernel.problem for kernel in rival.kernels] == wanted
     assert all(isinstance(kernel, Executable) for kernel in rival.kernels)
     assert count_with(on_miss="tune") == 1 and len(calls) == 2
@@ -362,7 +362,7 @@ def test_a_site_on_xla_has_its_time_beside_the_others_kernel(
 ) -> None:
     site = info()
     slow = site_entry(site.second, choice="xla")
-    save(machine, site_entry(site.first), slow, None)
+    save(machine, site_entry(site.sites[0]), slow, None)
     calls = tuning(monkeypatch, lambda *_: {site.region.text: "not reached"})
     with options.options(on_miss="tune"):
         text_of()
@@ -382,7 +382,7 @@ def test_a_site_without_a_kernel_of_its_own(
 ) -> None:
     site = info()
     gone = dataclasses.replace(site_entry(site.second), choice="xla", config="gone")
-    save(machine, site_entry(site.first), gone, None)
+    save(machine, site_entry(site.sites[0]), gone, None)
     calls = tuning(monkeypatch, lambda *_: {})
     results.tune_chains([site], machine, options.current())
     reason = results.failure(machine.arch, site.region)
@@ -395,7 +395,7 @@ def test_what_is_far_behind_is_not_timed(
 ) -> None:
     """The sites' kernels take 4 µs each."""
     site = info()
-    save(machine, site_entry(site.first), site_entry(site.second), None)
+    save(machine, site_entry(site.sites[0]), site_entry(site.second), None)
     calls = tuning(monkeypatch, lambda *_: {})
     monkeypatch.setattr(chain_stub, "micros", lambda *_: 10.1)
     results.tune_chains([site], machine, options.current())
@@ -512,7 +512,7 @@ def test_a_second_kernel_that_has_its_input_rearranged(
     (pair,) = pairs(fun, *args)
     site = pair.info
     assert site.region.side == (0 if merged else None)
-    for each in (site.first, site.second):
+    for each in site.sites:
         found, _ = plan.candidates(each.region, machine.arch)
         (padded, *_) = (c for c in found if c.form.name == "pixels_k_major")
         entry = dataclasses.replace(
@@ -617,7 +617,7 @@ def test_a_full_cache_needs_no_compiler(
     assert count(text_of()) == 1
     # As tuning would have left them.
     site = info()
-    for region in (site.first.region, site.second.region, site.region):
+    for region in (site.sites[0].region, site.second.region, site.region):
         entry = machine.results.get(machine.arch, region)
         candidate = plan.chosen(region, machine.arch, entry) if entry else None
         assert entry is not None and candidate is not None
@@ -764,7 +764,7 @@ def test_totals_count_a_chain_once() -> None:
         time_us=5.0,
         apart_time_us=8.0,
     )
-    region = info().first.region
+    region = info().sites[0].region
     site = Site(
         name="a",
         line="",

@@ -285,7 +285,7 @@ def test_a_chain_is_the_one_of_the_model_that_takes_the_advice():
     program = jax.make_jaxpr(fun)(*shapes)
     found = chain.sequences(rewrite.rewrite(program, options.Options()).program)
     ((pair,),) = found
-    advised = variants.chained(pair.info.first.region)
+    advised = variants.chained(pair.info.sites[0].region)
     assert advised is not None and advised.text == pair.info.region.text
 
 
@@ -639,7 +639,7 @@ def test_a_chain_is_timed_after_its_regions(gpu, choice):
     tuned = {site.region.text for site in gpu.tuned}
     assert len(gpu.chains) == 2
     for info in gpu.chains:
-        assert {info.first.region.text, info.second.region.text} <= tuned
+        assert {each.region.text for each in info.sites} <= tuned
     one = advice.sites[0].pointwise
     assert one is not None and one.chain is not None and one.chain.estimate_us
     if choice is None:  # nothing says that it was timed

@@ -278,7 +278,7 @@ def test_texts_of_regions(seed):
         parsed += 1
         assert region.text == text
         if isinstance(region, ir.Chain):
-            region = region.first
+            region = region.regions[0]
         try:
             functor = codegen.functor(region.epilogue)
         except ValueError:

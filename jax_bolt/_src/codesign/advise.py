@@ -193,7 +193,7 @@ def _measure(
 
 def chain_site(chain: ir.Chain, name: str) -> ChainInfo:
     """As ``variants.site``, of a chain."""
-    first, second = chain.first, chain.second
+    first, second = chain.regions  # advice has no chain of three
     after = variants.site(second, f"{name}, a 1x1 conv after it")
     return ChainInfo(variants.site(first, name), after, chain)
 

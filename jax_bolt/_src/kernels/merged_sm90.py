@@ -47,7 +47,7 @@ def supports(chain: ir.Chain, arch: GpuArch) -> str | None:
     """Why no config can run ``chain`` on ``arch``, or None."""
     if chain.side is None:
         return Elsewhere("the second region multiplies the first one's result")
-    first, second = chain.first.epilogue, chain.second.epilogue
+    first, second = chain.made.epilogue, chain.second.epilogue
     if chain.stored:
         return "the result between is needed elsewhere"
     if first.sides or len(second.sides) != 1:
@@ -127,11 +127,11 @@ def recipe(
     tile, lines = Tile.of(config), lines_of(chain)
     assert lines is not None
     layouts = [tile.layout(line) for line in lines]
-    counts = [len(r.epilogue.vectors) for r in (chain.first, chain.second)]
+    counts = [len(r.epilogue.vectors) for r in chain.regions]
     vectors = [recipes.vector(i) for i in range(sum(counts))]
     first, second = (
         layout.maps(tile.filter_blocks, region.epilogue)
-        for layout, region in zip(layouts, (chain.first, chain.second), strict=True)
+        for layout, region in zip(layouts, chain.regions, strict=True)
     )
     moved = (dataclasses.replace(second[i], operand=recipes.side(i)) for i in (0, 1))
     return Recipe(
@@ -168,7 +168,7 @@ def _as_one(chain: ir.Chain) -> tuple[Image, ir.Region]:
 def _tiles(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
     lines = lines_of(chain)
     assert lines is not None
-    epilogues = chain.first.epilogue, chain.second.epilogue
+    epilogues = chain.made.epilogue, chain.second.epilogue
     columns = sum(len(hoist.columns(epilogue)) for epilogue in epilogues)
     for tile in tiles_of(lines[1], chain.second.epilogue, arch):
         if tile.splits > 1 or tile.parts > 1 or tile.rings.resident:
