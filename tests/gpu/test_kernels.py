@@ -94,7 +94,8 @@ def tiles(candidates):
 
 def is_deep(case):
     """Whether its sums are long and its tiles few."""
-    return any(text in case.name for text in ("1000x136", "7x7x320", "7x7x256"))
+    deep = ("1000x136", "7x7x320", "7x7x256", "7x7x464")
+    return any(text in case.name for text in deep)
 
 
 @functools.cache
