@@ -146,6 +146,7 @@ CONVS = [
     hwio(conv(2, 8, 9, 64, 128, groups=2)),
     conv(3, 11, 10, 96, 256, groups=2, stride=(3, 2), padding=(2, 1, 0, 3)),
     conv(2, 8, 9, 192, 128, groups=2),
+    hwio(conv(2, 8, 10, 192, 128, groups=2, stride=(2, 2))),
     hwio(conv(2, 9, 10, 160, 128, groups=2, stride=(2, 2))),
     hwio(conv(5, 21, 23, 128, 256, 1, stride=(2, 2), groups=2)),
     # 5x5, 7x7, asymmetric padding
