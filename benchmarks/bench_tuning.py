@@ -10,7 +10,8 @@ the results that come with jax_bolt.
 
 ``--space N`` then times all tiles of N problems, drawn from the benchmark's, with base
 programs, compiles the best of them with the region's own epilogue as well, and compares
-with what the tuner's two stages take of it and with the rank model's order. With
+with what the tuner's two stages take of it and with the rank model's order. (A base
+program multiplies a last chunk's zeros, which the model does not count.) With
 ``--budget-s`` no problem is begun later than that; ``--tiles`` keeps all their times.
 
 Writes ``tuning-<device>-<date>.json``. Exits with 1 where a process did not end well or

@@ -302,6 +302,11 @@ CONVS = [
     # Gathered by TMA, across the ends of rows and images.
     _conv(3, 21, 23, 64, 136, 1, 1, stride=2),
     _conv(5, 14, 15, 320, 72, 1, 1, F16, stride=(3, 2), padding=((1, 0), (1, 2))),
+    # Of their last 64 input channels (32 of float32) some are not there.
+    _conv(2, 14, 14, 96, 96, 3, 3),
+    _conv(3, 15, 13, 112, 64, 3, 3, F16, stride=2),
+    _conv(1, 7, 7, 464, 96, 3, 3),
+    _conv(2, 9, 9, 100, 24, 3, 3, F32),
     # Auxiliary outputs.
     _stores_sum(_conv(2, 15, 13, 64, 128, 3, 3, bare=True, stride=2)),
     _stores_sum(_conv(1, 7, 7, 320, 200, 3, 3, bare=True)),
@@ -318,6 +323,7 @@ GROUPED = [
     _conv(2, 10, 9, 256, 256, 3, 3, groups=2, dilation=2),
     _conv(3, 13, 15, 256, 128, 1, 1, groups=8, stride=2),
     _conv(1, 7, 7, 320, 640, 3, 3, groups=10, padding="VALID", bare=True),
+    _conv(2, 9, 10, 192, 128, 3, 3, groups=2),
 ]
 CONVS += GROUPED
 # A pool of the result: stems, whole images, rows and columns, and what no kernel pools.

@@ -8,8 +8,10 @@ problem before anything is compiled for the region itself.
 On Hopper a program takes a second to compile, and of the template arguments those are
 here that most of the first 24 candidates of usual CNNs, BERT and dense layers have, at
 batch sizes from 1 to 128: full chunks of input channels, filters with the output
-channels innermost. The other architectures' stock templates take ten seconds a kernel
-and have a few tiles each, so a few problems list them all.
+channels innermost. They also time problems whose last chunk is not full, and multiply
+its zeros, which the region's own kernel leaves out. The other architectures' stock
+templates take ten seconds a kernel and have a few tiles each, so a few problems list
+them all.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from .arch import GpuArch
 from .jit import codegen
 from .kernels import conv_sm80, gemm_sm80, implicit_gemm_sm90
 from .kernels.geometry import Block
+from .kernels.image import Image
 from .kernels.implicit_gemm_tiles import Tile
 from .plan import Candidate
 
@@ -44,7 +47,8 @@ def stand_in(candidate: Candidate) -> Candidate | None:
     """The candidate that has a base program and the template arguments of another.
 
     It takes the same operands, reads and writes as much, and is launched alike. None
-    where the library has none. A second side input and auxiliary outputs are left out.
+    where the library has none. A second side input and auxiliary outputs are left out,
+    and no products of zeros.
     """
     made = plain(candidate)
     if made is None or made.source not in _known(candidate.arch):
@@ -72,7 +76,12 @@ def plain(candidate: Candidate) -> Candidate | None:
         epilogue=_epilogue(with_side=bool(epilogue.sides) and not stock),
     )
     form = forms.Form(candidate.form.name, simple)
-    return dataclasses.replace(candidate, form=form)
+    config = candidate.config
+    if candidate.template is implicit_gemm_sm90:
+        image = Image.of(simple.problem)
+        zeros = image.last_steps < image.k_steps
+        config = dataclasses.replace(Tile.of(config), zeros=zeros).config()
+    return dataclasses.replace(candidate, form=form, config=config)
 
 
 @functools.cache

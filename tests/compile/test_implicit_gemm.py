@@ -80,6 +80,30 @@ def compiled(region: ir.Region, tile: tiles.Tile, folder: Path, more: str = "") 
     return (folder / compiler.LOG).read_text()
 
 
+@pytest.mark.parametrize(
+    ("traits", "channels", "layout"),
+    [
+        ({"schedule": "pingpong", "channel_blocks": 2}, 96, "hwio"),
+        ({"schedule": "cooperative", "warps_n": 2, "blocks": 2}, 80, "krsc"),
+        ({"splits": 2, "warpgroups": 2}, 176, "hwio"),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_last_chunks_with_fewer_products(tmp_path, traits, channels, layout):
+    """Two loops over taps share the accumulators, which stay where they are."""
+    few = {"n": 1, "h": 7, "w": 7} if "splits" in traits else {}
+    problem = ir.ConvProblem(
+        **({"n": 32, "h": 28, "w": 28} | few),
+        **{"c": channels, "k": 128, "r": 3, "s": 3, "padding": (1, 1, 1, 1)},
+        **{"dtype": "bf16", "filter_layout": layout},
+    )
+    region = ir.Region(problem=problem, epilogue=bias_silu(0, "bf16"))
+    check = "static_assert(!JaxBoltKernel::kAlike);\n"
+    log = compiled(region, largest(region, **traits), tmp_path, check)
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+    assert "C75" not in log, log
+
+
 FEW_TILES = ir.ConvProblem(
     n=1, h=7, w=7, c=512, k=512, r=3, s=3, padding=(1, 1, 1, 1), dtype="bf16"
 )

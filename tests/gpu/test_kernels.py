@@ -18,7 +18,7 @@ from jax_bolt._src.errors import CompileError
 from jax_bolt._src.jit import loader
 from jax_bolt._src.kernels import depthwise, depthwise_tiles, implicit_gemm_sm90
 from jax_bolt._src.kernels.image import Image
-from jax_bolt._src.kernels.implicit_gemm_tiles import tiles_of
+from jax_bolt._src.kernels.implicit_gemm_tiles import Tile, tiles_of
 from jax_bolt._src.primitive import reference_fun
 from jax_bolt._src.tune import isolate, measure
 from jax_bolt._src.tune.target import executable
@@ -94,7 +94,8 @@ def tiles(candidates):
 
 def is_deep(case):
     """Whether its sums are long and its tiles few."""
-    return any(text in case.name for text in ("1000x136", "7x7x320", "7x7x256"))
+    deep = ("1000x136", "7x7x320", "7x7x256", "7x7x464")
+    return any(text in case.name for text in deep)
 
 
 @functools.cache
@@ -214,6 +215,46 @@ def test_results_are_bitwise_equal_over_runs(case):
         for _ in range(100):
             again = [np.asarray(output).tobytes() for output in fun(*operands)]
             assert again == first, candidate.text
+
+
+PARTLY = [
+    case
+    for case in cases.CONVS
+    if re.search("conv-.*x(96-96|112-64|464-96|100-24)x3x3", case.name)
+]
+
+
+@pytest.mark.parametrize("case", PARTLY, ids=str)
+def test_products_of_zeros_change_nothing(case):
+    """A kernel leaves those of its last chunk out, and its sums are the same."""
+    if target().arch.sm != 90:
+        pytest.skip("needs Hopper's kernels")
+    site = case.site()
+    operands = measure.make_operands(site, l2_bytes=1).sets[0]
+    own = [
+        candidate
+        for candidate in all_candidates()[0][case.name]
+        if candidate.template is implicit_gemm_sm90
+    ]
+    assert own
+    whole = [
+        with_tile(c, dataclasses.replace(Tile.of(c.config), zeros=True)) for c in own
+    ]
+    sources = {candidate.source for candidate in whole}
+    assert sources.isdisjoint(candidate.source for candidate in own)
+    made = target().kernels.build(target().toolchain, sorted(sources), target().arch)
+    for candidate, other in zip(own, whole, strict=True):
+        digest = target().digest(other.source)
+        kernels = (
+            load(site, candidate),
+            executable(site.region, other, digest, made[digest], target()),
+        )
+        results = [
+            jax.jit(measure.kernel_function(site, k))(*operands) for k in kernels
+        ]
+        for got, want in zip(*results, strict=True):
+            # A zero may have another sign.
+            np.testing.assert_array_equal(got, want, candidate.text)
 
 
 def test_every_output_element_is_written():

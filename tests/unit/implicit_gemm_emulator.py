@@ -99,6 +99,7 @@ class Arguments:
     splits: int
     parts: int
     steps: int
+    last_steps: int
     pool: SimpleNamespace | None
 
     @staticmethod
@@ -137,6 +138,7 @@ class Arguments:
             splits=int(given["kSplits"]),
             parts=int(given["kParts"]),
             steps=int(given["kSteps"]),
+            last_steps=int(given["kLastSteps"]),
             pool=pool,
         )
 
@@ -386,6 +388,7 @@ class Launch:
             assert t.blocks * t.channel_blocks == 1
         # What is beyond the products' depth is zeros.
         assert t.steps == 4 or g.chunks == 1
+        assert 1 <= t.last_steps <= t.steps
         # A stage is free only after the next one's first product was issued.
         assert 2 <= g.pixel_stages <= limit("kMaxPixelStages")
         if g.resident:
@@ -515,6 +518,8 @@ class Launch:
             g.group_outputs == g.channels
         )
         for chunk in range(g.chunks):
+            steps = t.steps if chunk + 1 < g.chunks else t.last_steps
+            depth = steps * 32 // self.pixels.item
             tap = 0
             for phase in range(g.phases):
                 first = group + chunk * self.chunk
@@ -523,7 +528,6 @@ class Launch:
                     for nb, accumulator in enumerate(accumulators):
                         at = g.tap_offset[tap] + nb * g.block_bytes
                         found = _take(stage, at, t.pixels)
-                        depth = t.steps * 32 // self.pixels.item
                         accumulator += found[:, :depth] @ filters[chunk][tap][:depth]
                     tap += 1
         return accumulators

@@ -10,6 +10,7 @@ import pytest
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import base, ir, plan
 from jax_bolt._src.jit import compiler
+from jax_bolt._src.kernels.implicit_gemm_tiles import Tile
 
 HOPPER = arch_.from_name("sm_90a")
 RELU = (
@@ -100,6 +101,20 @@ def test_what_no_program_stands_for(other: ir.Region) -> None:
     pairs = [p for p in stand_ins(other) if p[0].form.name != "space_to_depth"]
     assert pairs
     assert [s for _, s in pairs if s is not None] == []
+
+
+@pytest.mark.parametrize("channels", [96, 80, 112])
+def test_programs_of_full_chunks_time_those_that_are_not(channels: int) -> None:
+    pairs = stand_ins(region(c=channels, k=channels))
+    known = [(c, stand) for c, stand in pairs if stand is not None]
+    assert len(known) > len(pairs) / 4
+    for candidate, stand in known:
+        assert stand.recipe == candidate.recipe
+        tile = dataclasses.replace(Tile.of(candidate.config), zeros=True)
+        assert stand.config == tile.config()
+        # Not even without its epilogue would the region's own kernel be in the library.
+        own = dataclasses.replace(stand, config=candidate.config)
+        assert own.source not in base.sources(HOPPER)
 
 
 def test_stock_templates() -> None:

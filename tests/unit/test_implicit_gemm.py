@@ -134,12 +134,21 @@ CONVS = [
     conv(1, 9, 20, 8, 16, 3, stride=(2, 1), padding=(1, 1, 0, 0)),
     conv(2, 8, 14, 24, 64, 5, dilation=(2, 1), padding=(4, 4, 0, 0)),
     conv(3, 1, 40, 16, 16, 1, 4, padding=(0, 0, 0, 0)),
+    # chunks of which the last one is not full: 1, 2 or 3 of its 4 products
+    conv(2, 14, 14, 96, 96),
+    hwio(conv(1, 9, 13, 112, 64)),
+    conv(2, 15, 13, 96, 40, stride=(2, 2)),
+    hwio(conv(2, 14, 14, 144, 64, stride=(2, 2))),
+    hwio(conv(1, 7, 7, 232, 72, 1)),
     # groups: of one block and chunk, of several, of chunks that are not full
     conv(2, 9, 13, 128, 128, groups=2),
     hwio(conv(2, 14, 14, 192, 192, groups=3, stride=(2, 2))),
     conv(1, 9, 10, 256, 256, groups=2),
     hwio(conv(2, 8, 9, 64, 128, groups=2)),
     conv(3, 11, 10, 96, 256, groups=2, stride=(3, 2), padding=(2, 1, 0, 3)),
+    conv(2, 8, 9, 192, 128, groups=2),
+    hwio(conv(2, 8, 10, 192, 128, groups=2, stride=(2, 2))),
+    hwio(conv(2, 9, 10, 160, 128, groups=2, stride=(2, 2))),
     hwio(conv(5, 21, 23, 128, 256, 1, stride=(2, 2), groups=2)),
     # 5x5, 7x7, asymmetric padding
     conv(2, 14, 14, 24, 40, 5),
@@ -523,6 +532,53 @@ def test_an_estimate_counts_the_tiles_of_the_busiest_sm():
     assert shared > 0
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype", "steps"),
+    [
+        (16, "bf16", (1, 1)),
+        (48, "bf16", (3, 3)),
+        (64, "bf16", (4, 4)),
+        (72, "bf16", (4, 1)),
+        (96, "bf16", (4, 2)),
+        (168, "f16", (4, 3)),
+        (192, "bf16", (4, 4)),
+        (12, "f32", (2, 2)),
+        (100, "f32", (4, 1)),
+    ],
+)
+def test_no_products_over_channels_that_do_not_exist(channels, dtype, steps):
+    taken = region(gemm(700, 136, channels, dtype=dtype, b_layout="col"))
+    config = implicit_gemm_sm90.configs(taken, HOPPER)[0]
+    instance = implicit_gemm_sm90.instantiate(taken, config, HOPPER)
+    arguments = emulator.Arguments.of(instance)
+    assert (arguments.steps, arguments.last_steps) == steps
+
+
+def test_an_estimate_counts_the_products_that_run():
+    """Of two and a half chunks, of which a split tile's last CTA has the half one."""
+
+    def products(channels: int, tile: Tile) -> float:
+        problem = gemm(4096, 512, channels)
+        image, taken = Image.of(problem), region(problem)
+        return implicit_gemm_rank.estimate(tile, image, taken, HOPPER).products
+
+    tiles = [
+        tile
+        for tile in implicit_gemm_tiles.tiles_of(
+            Image.of(gemm(4096, 512, 160)), PLAIN, HOPPER
+        )
+        # Where two products take longer than what is between chunks.
+        if tile.splits == 1 and tile.pixels >= 224
+    ]
+    assert tiles
+    for tile in tiles:
+        assert products(160, tile) * 12 == products(192, tile) * 10
+    split = dataclasses.replace(tiles[0], splits=2)
+    assert products(160, split) * 8 == products(192, split) * 6
+    split = dataclasses.replace(tiles[0], splits=3)
+    assert products(160, split) == products(192, split)
+
+
 def test_boxes_that_step_over_pixels_take_longer():
     """A stride is folded into the map where chunks of channels are full."""
     folded, stepped = strided(64), strided(48)
@@ -550,7 +606,8 @@ def test_the_source_says_no_sizes(epilogue):
     pairs = [
         (conv(4, 14, 14, 64, 136), conv(9, 14, 14, 64, 136)),
         (conv(4, 14, 14, 64, 136), conv(4, 9, 14, 128, 72)),
-        (gemm(300, 264, 64), gemm(700, 136, 200)),
+        (gemm(300, 264, 64), gemm(700, 136, 192)),
+        (gemm(300, 264, 72), gemm(700, 136, 200)),
     ]
     for one, other in pairs:
         tiles = [
@@ -629,7 +686,7 @@ def test_operands_of_a_recipe():
         (region(conv(1, 8, 8, 64, 64, groups=2)), "groups of 32 output channels"),
         # A box would have some of the next group's, of which infinity times 0 is NaN.
         (region(conv(1, 8, 8, 48, 128, groups=2)), "groups of 24 input channels"),
-        (region(conv(1, 8, 8, 192, 128, groups=2)), "groups of 96 input channels"),
+        (region(conv(1, 8, 8, 208, 128, groups=2)), "groups of 104 input channels"),
     ],
     ids=lambda value: getattr(value, "text", ""),
 )

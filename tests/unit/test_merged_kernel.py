@@ -112,6 +112,18 @@ def test_the_worker_binds_both_products() -> None:
     assert operands["output_bytes"] == [2 * 512 * pixels]
 
 
+@pytest.mark.parametrize(
+    ("channels", "last"),
+    [((64, 320), 4), ((64, 96), 4), ((200, 72), 1), ((8, 24), 2), ((160, 112), 3)],
+)
+def test_products_of_the_last_chunk(channels: tuple[int, int], last: int) -> None:
+    """As many as either product needs."""
+    chain = chain_of(cases._shortcut(2, 9, *channels, 136))
+    config = merged_sm90.configs(chain, HOPPER)[0]
+    instance = merged_sm90.instantiate(chain, config, HOPPER)
+    assert instance.endswith(f", {last}>")
+
+
 def test_sizes_are_not_in_the_source() -> None:
     small, large = (chain_of(cases._shortcut(n, 14, 64, 64, 256)) for n in (3, 32))
     config = merged_sm90.configs(large, HOPPER)[0]

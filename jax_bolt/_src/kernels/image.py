@@ -128,6 +128,12 @@ class Image:
         return -(-min(ROW, self.c * self.item) // STEP)
 
     @property
+    def last_steps(self) -> int:
+        """The same of the last chunk, which may have fewer."""
+        row = self.c * self.item
+        return -(-(row - ROW * (self.chunks - 1)) // STEP)
+
+    @property
     def is_line(self) -> bool:
         """Any run of pixels is a tile, and no image is in sight: one tap and one row,
         or whatever im2col mode gathers."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 from .. import ir
@@ -98,7 +99,10 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     pingpong = tile.schedule == "pingpong"
     sharing = 1 if pingpong else tile.warpgroups
     blocks = tile.blocks * tile.channel_blocks
-    products = steps * image.k_steps * blocks * sharing * one
+    taps, per_step = len(layout.taps), blocks * sharing * one
+    whole, last = _busiest_chunks(tile, image)
+    depth = whole * image.k_steps + last * image.last_steps
+    products = taps * depth * per_step
     moved = sum(ir.ITEM_BYTES[d] // 2 for d in epilogue.tensors)
     moved *= blocks * sharing * tile.parts * layout.slot_bytes
     moves = boxes * _box(layout) + moved / _LOAD_RATE
@@ -111,7 +115,8 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
         work += _POOL * blocks * math.prod((*layout.store_box, *image.pool.window))
     slots = blocks * tile.parts * _slot_wait(rings, epilogue)
     finish = max(work, slots)
-    in_turn = max(products, steps * _STEP)
+    in_turn = whole * max(image.k_steps * per_step, _STEP)
+    in_turn = taps * (in_turn + last * max(image.last_steps * per_step, _STEP))
     if pingpong:
         # One warpgroup multiplies while the other finishes.
         both = (in_turn + finish + _HAND_OVER) / 2
@@ -133,6 +138,17 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     total = _START + first + max(own, memory) + beside
     busiest = -(-count // min(ctas, arch.sm_count))
     return Estimate(busiest, in_turn, moves, waiting, finish, memory, total)
+
+
+def _busiest_chunks(tile: Tile, image: Image) -> tuple[int, int]:
+    """Of the CTA of a tile that multiplies most: its whole chunks, and 1 where it has
+    the last one besides.
+
+    No other CTA has more chunks than the last one, which may save products.
+    """
+    ends = [image.chunks * rank // tile.splits for rank in range(tile.splits + 1)]
+    *others, own = (end - first for first, end in itertools.pairwise(ends))
+    return (own, 0) if own in others else (own - 1, 1)
 
 
 def _box(layout: Layout) -> float:

@@ -14,7 +14,7 @@ from . import implicit_gemm_rank as rank
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
 from .geometry import MAX_PHASES, MAX_TAPS
-from .image import BLOCK, ROW, STEP, Image, cols_of, rows_of
+from .image import BLOCK, STEP, Image, cols_of, rows_of
 from .implicit_gemm_tiles import (
     NAME,
     Tile,
@@ -52,8 +52,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         outputs = problem.k // problem.groups
         if outputs % BLOCK:
             return f"groups of {outputs} output channels, not of a multiple of {BLOCK}"
-        if not _ends_whole(problem):
-            # What a box or a step has beyond a group is the next one's, times zero.
+        if problem.group_channels * ir.ITEM_BYTES[problem.dtype] % STEP:
+            # What a product has beyond a group is the next one's, times zero.
             return f"groups of {problem.group_channels} input channels"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
@@ -96,12 +96,6 @@ def _pool_limit(region: ir.Region, pool: ir.Pool) -> str | None:
     if region.epilogue.out_dtype not in ("bf16", "f16"):
         return f"a pool of {region.epilogue.out_dtype}"
     return None
-
-
-def _ends_whole(problem: ir.ConvProblem) -> bool:
-    """Whether products end where a group's input channels do."""
-    row = problem.group_channels * ir.ITEM_BYTES[problem.dtype]
-    return row % (STEP if row < ROW else ROW) == 0
 
 
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
@@ -148,16 +142,16 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
     del arch  # only sm_90a is supported
     tile = Tile.of(config)
     scope = "jax_bolt::implicit_gemm"
-    krsc = Image.of_region(region).k_outer
+    image = Image.of_region(region)
     schedule = {"cooperative": "kCooperative", "pingpong": "kPingPong"}[tile.schedule]
     arguments = (
         "Epilogue",
         CPP_TYPES[region.problem.dtype],
-        f"{scope}::Filters::{'kKrsc' if krsc else 'kHwio'}",
+        f"{scope}::Filters::{'kKrsc' if image.k_outer else 'kHwio'}",
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
         *(tile.splits, tile.parts),
-        Image.of_region(region).k_steps,
+        *(image.k_steps, image.k_steps if tile.zeros else image.last_steps),
     )
     if region.pool is not None:
         sizes = (*region.pool.window, *region.pool.stride)

@@ -34,7 +34,9 @@ class Tile:
     ``blocks`` and ``channel_blocks`` are wgmmas of one warpgroup, of ``pixels`` pixels
     and 64 channels; ``warps_m`` and ``warps_n`` are warpgroups along channels and
     pixels; ``splits`` are the CTAs of a cluster that share a tile's input channels. A
-    block leaves in ``parts``. With ``im2col`` it is one of ``line_of`` the image.
+    block leaves in ``parts``. With ``im2col`` it is one of ``line_of`` the image. With
+    ``zeros`` products of nothing but these are not left out of the last chunk: such a
+    program serves any number of input channels.
     """
 
     pixels: int
@@ -48,6 +50,7 @@ class Tile:
     splits: int = 1
     parts: int = 1
     im2col: bool = False
+    zeros: bool = False
 
     @property
     def filter_blocks(self) -> int:
@@ -81,6 +84,7 @@ class Tile:
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
             splits=self.splits,
             parts=self.parts,
+            **({"zeros": 1} if self.zeros else {}),
         )
 
     @staticmethod
@@ -107,6 +111,7 @@ class Tile:
             splits=int(config["splits"]),
             parts=int(config["parts"]),
             im2col=block.startswith(_IM2COL),
+            zeros="zeros" in dict(config.params),
         )
 
 

@@ -91,13 +91,14 @@ def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
     """The C++ type that ``JAX_BOLT_DEVICE_KERNEL`` takes."""
     del arch  # only sm_90a is supported
     tile, scope = Tile.of(config), "jax_bolt::implicit_gemm"
-    image = Image.of(flat(chain.second.problem))
+    first, image = (Image.of(flat(r.problem)) for r in (chain.first, chain.second))
     schedule = {"cooperative": "kCooperative", "pingpong": "kPingPong"}[tile.schedule]
     arguments = (
         *("First", "Second", CPP_TYPES[image.dtype]),
         f"{scope}::Filters::{'kKrsc' if image.k_outer else 'kHwio'}",
         *(tile.pixels, tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n),
         f"{scope}::Schedule::{schedule}",
+        max(first.last_steps, image.last_steps),
     )
     return f"jax_bolt::chain::MergedSm90<{', '.join(map(str, arguments))}>"
 

@@ -23,15 +23,16 @@ struct MergedParams {
   implicit_gemm::Geometry first_geometry, geometry;
 };
 
-/// The parameters are those of implicit_gemm::Sm90.
+/// The parameters are those of implicit_gemm::Sm90. kLastSteps: as many as the last chunks of both
+/// products need.
 template <class First_, class Second_, class Element, implicit_gemm::Filters kFilters, int kPixels,
           int kPixelBlocks, int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN,
-          implicit_gemm::Schedule kSchedule>
+          implicit_gemm::Schedule kSchedule, int kLastSteps>
 struct MergedSm90 {
   template <class Epilogue>
   using Product =
       implicit_gemm::Sm90<Epilogue, Element, kFilters, kPixels, kPixelBlocks, kChannelBlocks,
-                          kWarpgroupsM, kWarpgroupsN, kSchedule, 1, 1, 4>;
+                          kWarpgroupsM, kWarpgroupsN, kSchedule, 1, 1, 4, kLastSteps>;
   using First = Product<First_>;
   using Second = Product<Second_>;
   using Parameters = MergedParams<First_, Second_>;

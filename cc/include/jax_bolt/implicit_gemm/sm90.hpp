@@ -65,10 +65,11 @@ struct Ring {
 /// kWarpgroupsM, kWarpgroupsN: warpgroups along channels and pixels. kSplits: CTAs of a cluster
 /// that share a tile, each with its part of the chunks (split-K); a cluster has one tile then.
 /// kParts: what a block leaves in, one slot after the other; more than 1 for pixels of one line
-/// only. kSteps: products in a chunk, of 32 bytes each. Pool: what leaves of the results.
+/// only. kSteps: products in a chunk, of 32 bytes each; kLastSteps: in the last one, of which some
+/// may be zeros alone. Pool: what leaves of the results.
 template <class Epilogue_, class Element, Filters kFilters, int kPixels, int kPixelBlocks,
           int kChannelBlocks, int kWarpgroupsM, int kWarpgroupsN, Schedule kSchedule, int kSplits,
-          int kParts, int kSteps, class Pool = NoPool>
+          int kParts, int kSteps, int kLastSteps, class Pool = NoPool>
 struct Sm90 {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue, Pool>;
@@ -95,6 +96,8 @@ struct Sm90 {
   static_assert(!Pool::kPools || (kSplits == 1 && kParts == 1 && kSides + kAuxiliary == 0 &&
                                   sizeof(Output) == 2),
                 "one warpgroup has all results of a pooled block, in one tile");
+  static_assert(0 < kLastSteps && kLastSteps <= kSteps && kSteps <= 4, "a chunk has 128 bytes");
+  static constexpr bool kAlike = kLastSteps == kSteps;  // the chunks
 
   static constexpr int kBlock = 64;                     // output channels
   static constexpr int kChunk = 128 / sizeof(Element);  // input channels: the widest swizzle
@@ -439,10 +442,38 @@ struct Sm90 {
         descriptor(memory.filters + warpgroup_m(warpgroup) * kChannelBlocks * kFilterBlock);
     std::uint64_t const pixel_base =
         descriptor(memory.pixels) + moved(warpgroup_n(warpgroup) * kPixelBlocks * g.block_bytes);
-    gmma::ScaleOut scale = gmma::ScaleOut::Zero;
-    int free_pixels = -1;
     pixel_stage = filter_stage = -1;
-    for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
+    if constexpr (kAlike) {
+      multiply_chunks<kSteps>(g, barriers, first_chunk(g), filter_base, pixel_base, pixels, filters,
+                              accumulators, pixel_stage, filter_stage);
+    } else {
+      // One loop: between two of them ptxas puts a tile's divisions, and products run out
+      // meanwhile. Of a split tile, the last CTA alone has the problem's last chunk.
+      for (int chunk = first_chunk(g); chunk < end_chunk(g); ++chunk) {
+        if (chunk + 1 < g.chunks) {
+          multiply_chunks<kSteps>(g, barriers, chunk, filter_base, pixel_base, pixels, filters,
+                                  accumulators, pixel_stage, filter_stage);
+        } else {
+          multiply_chunks<kLastSteps>(g, barriers, chunk, filter_base, pixel_base, pixels, filters,
+                                      accumulators, pixel_stage, filter_stage);
+        }
+      }
+    }
+  }
+
+  /// kCount products of every tap in chunk `first`, or in all from there on where they are alike. A
+  /// run-time count, or a branch between two of a tap's products, would make ptxas run wgmmas one
+  /// at a time. The stages are those that earlier products of the tile read, -1 where there are
+  /// none.
+  template <int kCount>
+  __device__ static __forceinline__ void multiply_chunks(Geometry const& g, Barriers& barriers,
+                                                         int first, std::uint64_t filter_base,
+                                                         std::uint64_t pixel_base, Ring& pixels,
+                                                         Ring& filters, Accumulators& accumulators,
+                                                         int& pixel_stage, int& filter_stage) {
+    gmma::ScaleOut scale = pixel_stage < 0 ? gmma::ScaleOut::Zero : gmma::ScaleOut::One;
+    int free_pixels = pixel_stage;
+    for (int chunk = first; chunk < (kAlike ? end_chunk(g) : first + 1); ++chunk) {
       int tap = 0;
       for (int phase = 0; phase < g.phases; ++phase) {
         barriers.pixels_full[pixels.stage].wait(pixels.parity);
@@ -453,7 +484,7 @@ struct Sm90 {
           std::uint64_t const b = stage + moved(g.tap_offset[tap]);
           cute::warpgroup_arrive();
 #pragma unroll
-          for (int k = 0; k < kSteps; ++k) {
+          for (int k = 0; k < kCount; ++k) {
 #pragma unroll
             for (int nb = 0; nb < kPixelBlocks; ++nb) {
 #pragma unroll
