@@ -76,7 +76,19 @@ def test_the_largest_tiles(
 ) -> None:
     if isinstance(problem, ir.ConvProblem):
         problem = dataclasses.replace(problem, filter_layout="hwio")
-    chain = chain_of(problem, channels, sides, stored)
+    check(tmp_path, chain_of(problem, channels, sides, stored), traits)
+
+
+def test_the_largest_tile_with_a_shortcut(tmp_path: Path) -> None:
+    """Three warpgroups, and two CTAs that load filters for each other."""
+    chain = chain_of(EXPAND, 128, (1, 0), stored=True)
+    shortcut = ir.Region(problem=EXPAND, epilogue=norm_silu(0, "bf16"))
+    merged = ir.Chain(first=shortcut, second=chain.made, stored=False, side=0)
+    chain = dataclasses.replace(chain, first=merged)
+    check(tmp_path, chain, {"warpgroups": 3, "cluster": 2})
+
+
+def check(tmp_path: Path, chain: ir.Chain, traits: dict[str, object]) -> None:
     assert chain_sm90.supports(chain, HOPPER) is None
     config = largest(chain, **traits).config()
     source = codegen.chain_source(chain, chain_sm90, config, HOPPER)

@@ -91,7 +91,7 @@ def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
     """The C++ type that ``JAX_BOLT_DEVICE_KERNEL`` takes."""
     del arch  # only sm_90a is supported
     tile, scope = Tile.of(config), "jax_bolt::implicit_gemm"
-    first, image = (Image.of(flat(r.problem)) for r in (chain.first, chain.second))
+    first, image = (Image.of(flat(r.problem)) for r in chain.regions)
     schedule = {"cooperative": "kCooperative", "pingpong": "kPingPong"}[tile.schedule]
     arguments = (
         *("First", "Second", CPP_TYPES[image.dtype]),

@@ -87,7 +87,7 @@ template <class First, class Second>
 struct Params<First, Second, NoShortcut> {
   ptx::TensorMap pixels, filters, second_filters;
   ptx::TensorMap between, output;
-  ptx::TensorMap sides, second_sides;
+  ptx::TensorMap sides[2];  // of the first product, and of the second
   void const* vectors[array_size(First::kVectors)];
   void const* second_vectors[array_size(Second::kVectors)];
   Geometry geometry;
@@ -360,13 +360,15 @@ struct Sm90 {
 
   /// Side inputs of the warpgroups from `first` to `end`, block by block: one that is behind waits
   /// for no other's.
-  __device__ static void load_sides(Parameters const& p, Memory const& memory, int first, int end) {
+  __device__ static void load_sides(Parameters const& p, ptx::TensorMap const* sides,
+                                    Memory const& memory, int first, int end) {
     Geometry const& g = p.geometry;
     Ring ring;
     for (int turn = 0; tile_index(turn, first) < g.tiles; ++turn) {
       for (int block = 0; block < p.joint.blocks + kOutputs; ++block) {
         for (int i = first; i < end && tile_index(turn, i) < g.tiles; ++i) {
-          load_side(p, memory, Tile(g, tile_index(turn, i)), i, ring.stage, ring.parity, block);
+          load_side(p, sides, memory, Tile(g, tile_index(turn, i)), i, ring.stage, ring.parity,
+                    block);
         }
         ring.advance(g.store_stages);
       }
@@ -375,16 +377,17 @@ struct Sm90 {
 
   /// A block's side input. A slot that gets none passes through here, too, so that its barriers
   /// keep step with the ring.
-  __device__ static __forceinline__ void load_side(Parameters const& p, Memory const& memory,
-                                                   Tile const& tile, int warpgroup, int stage,
-                                                   std::uint32_t parity, int block) {
+  __device__ static __forceinline__ void load_side(Parameters const& p, ptx::TensorMap const* sides,
+                                                   Memory const& memory, Tile const& tile,
+                                                   int warpgroup, int stage, std::uint32_t parity,
+                                                   int block) {
     Geometry const& g = p.geometry;
     bool const first = block < p.joint.blocks;
     ptx::Barrier& full = memory.barriers->slots_full[warpgroup][stage];
     memory.barriers->slots_empty[warpgroup][stage].wait(parity ^ 1);
     if (first ? First::kSides > 0 : Second::kSides > 0) {
       full.arrive_and_expect(g.stores * g.side_bytes);
-      ptx::TensorMap const& map = first ? p.sides : p.second_sides;
+      ptx::TensorMap const& map = sides[first ? 0 : 1];
       int const channel = (first ? block : block - p.joint.blocks) * kBlock;
       std::uint32_t const slot = memory.slot(g, warpgroup, stage);
       for (int i = 0; i < g.stores; ++i) {
@@ -630,12 +633,15 @@ struct Sm90 {
     }
 
     /// A group of the shortcut's blocks, into the slots that the first product's will leave from.
-    __device__ __forceinline__ void fill_shortcut(int first, Accumulators (&accumulators)[kGroup]) {
+    /// `table` is of all channels.
+    template <class Epilogue>
+    __device__ __forceinline__ void fill_ahead(Accumulators const (&accumulators)[kGroup],
+                                               float const* table, int first) {
       Ring ahead = slots;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i, ahead.advance(p.geometry.store_stages)) {
         int const channel = (first + i) * kBlock;
-        finish<Shortcut>(accumulators[i], memory.shortcut_columns + channel * Shortcut::kColumns,
+        finish<Epilogue>(accumulators[i], table + channel * Epilogue::kColumns,
                          p.geometry.channels - channel, slot_at(ahead));
       }
       // A warp's lanes read what others of them wrote.
@@ -684,7 +690,7 @@ struct Sm90 {
         Ring ring = pixels;
         if constexpr (kMerges) {
           multiply_first(p.shortcut, is_first, is_last, ring, accumulators);
-          fill_shortcut(first, accumulators);
+          fill_ahead<Shortcut>(accumulators, memory.shortcut_columns, first);
         }
         multiply_first(g, is_first, is_last, ring, accumulators);
         if (is_last) pixels = ring;
@@ -759,8 +765,10 @@ struct Sm90 {
           load_pixels(p, memory);
         } else if (warp == 1) {
           load_filters(p, memory);
-        } else if (kLoadsSides && first_side(warp) < end_side(warp)) {
-          if constexpr (kLoadsSides) load_sides(p, memory, first_side(warp), end_side(warp));
+        } else if (first_side(warp) < end_side(warp)) {
+          if constexpr (kLoadsSides) {
+            load_sides(p, p.sides, memory, first_side(warp), end_side(warp));
+          }
         }
       }
       meet_cluster();
