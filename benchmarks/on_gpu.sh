@@ -7,6 +7,7 @@
 #
 #   benchmarks/on_gpu.sh [--out DIR] [--skip STAGE[,STAGE]] [-- ARGS of bench_models.py]
 #
+# benchmarks/prebuild.py compiles ahead what this compiles, on a machine without a GPU.
 # Stages: install, models, torch, kernels, chains, tuning, second, tests, memcheck,
 # racecheck, synccheck. Each one's output is kept in DIR/<stage>.log; a stage that fails does not
 # stop the later ones, except install. Uses no network: JAX with CUDA, flax, pytest, pybind11,
@@ -18,7 +19,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 out="$root/benchmarks/results"
 skip=""
-usage() { sed -n '3,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 while [ $# -gt 0 ]; do
   case "$1" in
