@@ -37,6 +37,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Flax and others need JAX's default promotion, not the suite's strict one."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
 @functools.cache
 def _no_gpu() -> str | None:
     try:

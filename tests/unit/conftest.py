@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 from fake_nvcc import FakeNvcc
 from fakes import Build, builder
@@ -17,16 +15,6 @@ from jax_bolt._src.jit import store
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return builder(tmp_path_factory.mktemp("fakes"))
-
-
-@pytest.fixture
-def as_users_run_it() -> Iterator[None]:
-    """Flax and others need JAX's default promotion, not the suite's strict one."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
 
 
 @pytest.fixture
