@@ -43,8 +43,8 @@ def candidates(case) -> list[ChainCandidate]:
     )
     kinds = {}
     for tile in chain_tiles.tiles_of(form.region, arch):
-        several = tile.group > 1
-        kinds[tile.warpgroups, several, tile.rings.resident, tile.im2col] = tile
+        rings = tile.group > 1, tile.rings.resident
+        kinds[(tile.warpgroups, tile.cluster, tile.im2col, *rings)] = tile
     first = chain_sm90.configs(form.region, arch)[0]
     configs = dict.fromkeys((first, *(tile.config() for tile in kinds.values())))
     return [ChainCandidate(form, chain_sm90, config, arch) for config in configs]

@@ -333,11 +333,7 @@ struct Sm90 {
                                                    Memory const& memory, Ring& ring, int block,
                                                    int chunk, int tap) {
     ptx::Barrier& full = memory.barriers->filters_full[ring.stage];
-    if constexpr (kCluster == 1) {
-      memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
-    } else {
-      memory.barriers->filters_empty[ring.stage].wait_for_cluster(ring.parity ^ 1);
-    }
+    memory.barriers->filters_empty[ring.stage].wait(ring.parity ^ 1);
     full.arrive_and_expect(kUnit);
     int const row = rank() * kPartRows;
     std::uint32_t const to = memory.filters + ring.stage * kUnit + row * 128;

@@ -96,10 +96,10 @@ __device__ __forceinline__ std::uint32_t in_cta(std::uint32_t address, int rank)
   return there;
 }
 
-/// One arrival at a barrier that lies at `address` in the cluster.
+/// One arrival at a barrier that lies at `address` in the cluster. It says that something was read:
+/// what this thread wrote is not released to other CTAs, which would take long.
 __device__ __forceinline__ void arrive_in_cluster(std::uint32_t address) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
 /// All of a warp's threads together. What was written before arriving is seen after waiting.
