@@ -99,8 +99,7 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     sharing = 1 if pingpong else tile.warpgroups
     blocks = tile.blocks * tile.channel_blocks
     products = steps * image.k_steps * blocks * sharing * one
-    moved = sum(ir.ITEM_BYTES[d] // 2 for d in epilogue.tensors)
-    moved *= blocks * sharing * tile.parts * layout.slot_bytes
+    moved = _slots(layout, epilogue) * blocks * sharing * tile.parts
     moves = boxes * _box(layout) + moved / _LOAD_RATE
     waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
     if not rings.resident:
@@ -142,6 +141,16 @@ def _box(layout: Layout) -> float:
     down, right = image.steps
     found = _BOX + read / _LOAD_RATE + _SKIPPED * pixels * (down * right - 1)
     return found + (_GATHERED * pixels if image.source is not None else 0.0)
+
+
+def _slots(layout: Layout, epilogue: ir.Epilogue) -> float:
+    """Bytes that come and leave in the slot of a part of a block."""
+    leave = sum(ir.ITEM_BYTES[output.dtype] // 2 for output in epilogue.outputs)
+    come = sum(ir.ITEM_BYTES[dtype] // 2 for dtype in epilogue.sides)
+    # A mean leaves from where the results were.
+    stored = math.prod(layout.store_box) * ROW
+    left = stored if layout.pools_in_place else layout.slot_bytes
+    return leave * left + come * layout.slot_bytes
 
 
 def _slot_wait(rings: Rings, epilogue: ir.Epilogue) -> float:
