@@ -170,7 +170,7 @@ class _Step:
         assert isinstance(self.kernel, invoke.Executable)
         ((out,),) = (eqn.outvars for eqn in self.eqns)
         made = invoke.pooled(self.kernel, values[out])
-        return [(out, made.reshape(out.aval.shape))]
+        return [(out, made.reshape(compat.aval_of(out).shape))]
 
     @property
     def label(self) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def kept(y):
     return jnp.mean(y, axis=(1, 2), keepdims=True)
 
 
-def as_flax_pools(y, padding="VALID"):
+def as_flax_pools(y, padding: Any = "VALID"):
     """``nn.avg_pool`` over the whole image, and the reshape that follows it."""
     window = (1, *y.shape[1:3], 1)
     total = lax.reduce_window(y, 0.0, lax.add, window, window, padding)

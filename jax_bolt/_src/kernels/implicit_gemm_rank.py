@@ -27,6 +27,7 @@ from .implicit_gemm_tiles import (
 _START = 3080  # from launch to the first product, and the last store
 _FINISH = 1.0  # of an epilogue: a pixel of a block, for every instruction
 _POOL = 1.5  # of a result in an output's window; counted in instructions, not fitted
+_MEAN = 140  # of a mean besides, to add up the lanes' sums and divide; counted, too
 _HAND_OVER = 1415  # from a tile's products to its epilogue, and on to the next ones
 _STORE_WAIT = 780  # from a slot's store to its next results
 _SIDE_WAIT = 2200  # from asking for a side input to it
@@ -107,7 +108,9 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
     work = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
     if image.pool is not None:
-        work += _POOL * blocks * math.prod((*layout.store_box, *image.pool.window))
+        each = _POOL * math.prod(image.pool.window)
+        each += _MEAN if image.pool.is_mean else 0
+        work += each * blocks * math.prod(layout.store_box)
     slots = blocks * tile.parts * _slot_wait(rings, epilogue)
     finish = max(work, slots)
     in_turn = max(products, steps * _STEP)
