@@ -521,6 +521,22 @@ def test_any_conv_with_a_pool(problem, pool):
         check(taken, config, SMALL)
 
 
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(convs(), st.sampled_from([PLAIN, SIDE, WIDE]))
+def test_any_conv_with_a_mean(problem, epilogue):
+    taken = averaged(problem, epilogue)
+    refused = implicit_gemm_sm90.supports(taken, HOPPER)
+    if refused is not None:
+        # Of large images alone.
+        assert refused.startswith(("a mean of", "no tile fits"))
+        assert problem.p * problem.q > 64
+        return
+    for config in implicit_gemm_sm90.configs(taken, HOPPER)[:2]:
+        check(taken, config, HOPPER)
+    for config in sample(taken, SMALL, 4):
+        check(taken, config, SMALL)
+
+
 def test_the_problems_cover_every_kind_of_tile():
     """So that the tests above leave no schedule, layout or shape of block out."""
     kinds, blocks, resident, parts, im2col = (set() for _ in range(5))
