@@ -121,7 +121,7 @@ def test_the_end_of_a_network_is_one_custom_call(forced):
     first, _ = jax_bolt.explain(head, *args).sites
     if not first.kernel.startswith("implicit_gemm_sm90"):
         pytest.skip("Hopper's kernel alone pools")
-    assert first.region.pool is not None
+    assert first.region is not None and first.region.pool is not None
     text = fun.lower(*args).as_text()
     assert text.count("kind = 3") == 1 and "stablehlo.reduce" not in text
     close(fun(*args), jax.jit(head)(*args))
