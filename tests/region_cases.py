@@ -201,6 +201,42 @@ def _pooled(size: int, every: int, around: Any, *sizes: Any, **kw: Any) -> Case:
     return Case(f"conv-{tag}-max{size}-{every}-{around}", fun, (*args, *stats))
 
 
+def _averaged(average: Callable, *sizes: Any, **kw: Any) -> Case:
+    """A conv of such sizes, BatchNorm, a residual and relu, and the mean of that."""
+    n, h, w, c, k, r, s, *dtype = sizes
+    of: Any = dtype[0] if dtype else BF16
+    args = (shape(n, h, w, c, dtype=of), shape(r, s, c, k, dtype=of))
+    out = jax.eval_shape(lambda x, f: conv(x, f, **kw), *args)
+
+    def fun(x, f, side, *stats):
+        return average(_norm_add_relu(conv(x, f, **kw), stats, side))
+
+    tag = f"{jnp.dtype(of).name}-{n}x{h}x{w}x{c}-{k}x{r}x{s}-{kw}"
+    stats = (shape(k, dtype=F32),) * 4
+    side = shape(*out.shape, dtype=of)
+    return Case(f"conv-{tag}-{average.__name__}", fun, (*args, side, *stats))
+
+
+def _mean(y: Any) -> Any:
+    return jnp.mean(y, axis=(1, 2))
+
+
+def _mean_kept(y: Any) -> Any:
+    return jnp.mean(y, axis=(1, 2), keepdims=True)
+
+
+def _mean_of_float32(y: Any) -> Any:
+    return jnp.mean(y.astype(F32), axis=(1, 2))
+
+
+def _mean_as_window(y: Any) -> Any:
+    """As Flax's ``avg_pool`` over the whole image."""
+    window = (1, *y.shape[1:3], 1)
+    return lax.reduce_window(y, 0.0, lax.add, window, window, "VALID") / (
+        y.shape[1] * y.shape[2]
+    )
+
+
 def _stores_sum(case: Case, dtype: Any = None) -> Case:
     """``case``, a root alone, in a block of a pre-activation ResNet: the sum with the
     residual is stored, and what BatchNorm and relu make of it.
@@ -340,6 +376,19 @@ POOLED = [
     _pooled(2, 2, "VALID", 2, 12, 10, 46, 33, 3, 3),
 ]
 CONVS += POOLED
+# The mean of each image: one to a block or several, in boxes with and without gaps.
+AVERAGED = [
+    _averaged(_mean, 5, 7, 7, 64, 136, 1, 1),
+    _averaged(_mean, 9, 7, 7, 128, 200, 3, 3),
+    _averaged(_mean_kept, 7, 4, 4, 64, 72, 3, 3, F16),
+    _averaged(_mean_as_window, 3, 14, 14, 24, 136, 3, 3, F16, stride=2),
+    _averaged(_mean_of_float32, 3, 8, 9, 64, 72, 1, 1),
+    _averaged(_mean, 5, 7, 7, 64, 136, 1, 1, F32),
+    _averaged(_mean, 3, 9, 8, 12, 64, 3, 3, F32),
+    _averaged(_mean, 2, 24, 20, 16, 64, 3, 3),
+    _averaged(_mean, 2, 12, 10, 46, 33, 3, 3),
+]
+CONVS += AVERAGED
 SAME3, SAME5, SAME7 = (((i, i), (i, i)) for i in (1, 2, 3))
 DEPTHWISE = [
     _depthwise(2, 15, 13, 40, 3, 3),

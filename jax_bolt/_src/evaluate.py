@@ -134,9 +134,12 @@ def pooled(region: ir.Region, result: jax.Array) -> jax.Array:
     """``[rows, channels]`` of a conv's result, as the region's pool leaves it."""
     pool, p = region.pool, region.problem
     assert pool is not None and isinstance(p, ir.ConvProblem)
+    images = result.reshape(p.n, p.p, p.q, p.k)
+    if pool.is_mean:
+        return images.sum((1, 2)) / (p.p * p.q)
     top, bottom, left, right = pool.padding
     found = lax.reduce_window(
-        result.reshape(p.n, p.p, p.q, p.k),
+        images,
         jnp.asarray(-jnp.inf, result.dtype),
         lax.max,
         (1, *pool.window, 1),

@@ -120,7 +120,9 @@ def _pooled_forms(region: ir.Region, pool: ir.Pool) -> tuple[Form, ...]:
     names = _names(region.problem)
     # A product has no rows and columns to pool.
     inside = [name for name in names if name in _CONVS]
-    if not inside and region.problem.channels % _unit(region.problem) == 0:
+    if not inside and region.problem.dtype == "f32":
+        inside.append("krsc")  # as TF32 tensor cores read it
+    elif not inside and region.problem.channels % _unit(region.problem) == 0:
         inside.append("hwio")
     apart = dataclasses.replace(region, pool=None)
     return (

@@ -12,7 +12,8 @@ A region computes, for every output element at flat row ``i`` and channel ``j``:
 where ``acc`` is the f32 accumulator of the root. The epilogue is a straight-line
 program over f32 (and bool) values, so any elementwise expression has a place in it.
 A value on the way may be stored as well: an auxiliary output. Of a conv's result a
-maximum over windows of its rows and columns may be stored instead: a pool.
+maximum over windows of its rows and columns, or the mean over all of them, may be
+stored instead: a pool.
 """
 
 from __future__ import annotations
@@ -313,10 +314,10 @@ Problem: TypeAlias = GemmProblem | ConvProblem
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """A maximum over windows of a conv's rows and columns, each (h, w).
+    """A maximum over windows of a conv's rows and columns, each (h, w), or a mean.
 
     ``padding`` is (top, bottom, left, right): a window leaves out what lies beyond the
-    image, and always has some of it.
+    image, and always has some of it. The one window of a mean is the image.
 
     Raises ValueError for a window that may have none.
     """
@@ -324,6 +325,7 @@ class Pool:
     window: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    operation: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
         r, s = self.window
@@ -332,13 +334,20 @@ class Pool:
             raise ValueError(f"{self.text} has a size below its least")
         if max(top, bottom) >= r or max(left, right) >= s:
             raise ValueError(f"{self.text} has windows of padding alone")
+        if self.is_mean and ({*self.stride}, {*self.padding}) != ({1}, {0}):
+            raise ValueError(f"{self.text} is a mean of more than one window")
+
+    @property
+    def is_mean(self) -> bool:
+        return self.operation == "mean"
 
     @property
     def label(self) -> str:
-        """Such as "max3x3/2"."""
+        """Such as "max3x3/2" and "mean7x7"."""
         down, right = self.stride
         strides = f"{down}" if down == right else _dims(self.stride)
-        return f"max{_dims(self.window)}" + ("" if strides == "1" else f"/{strides}")
+        window = f"{self.operation}{_dims(self.window)}"
+        return window if strides == "1" else f"{window}/{strides}"
 
     def sizes(self, p: int, q: int) -> tuple[int, int]:
         """Rows and columns of what ``p`` rows and ``q`` columns become."""
@@ -349,9 +358,8 @@ class Pool:
 
     @property
     def text(self) -> str:
-        return (
-            f"max[{_dims(self.window)} st{_dims(self.stride)} pad{_dims(self.padding)}]"
-        )
+        stride, padding = _dims(self.stride), _dims(self.padding)
+        return f"{self.operation}[{_dims(self.window)} st{stride} pad{padding}]"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,9 +367,10 @@ class Region:
     """A root and its epilogue: what one kernel computes.
 
     With a ``pool``, that of the result, rounded to its ``out_dtype``, is stored in the
-    result's place.
+    result's place, in the same dtype.
 
-    Raises ValueError for a pool of anything but a conv's one result.
+    Raises ValueError for a pool of anything but a conv's one result, and for a mean of
+    a part of it.
     """
 
     problem: Problem
@@ -373,6 +382,9 @@ class Region:
             return
         if not isinstance(self.problem, ConvProblem) or self.epilogue.auxiliary:
             raise ValueError(f"{self.text}: a pool is of a conv's one result")
+        p = self.problem
+        if self.pool.is_mean and self.pool.window != (p.p, p.q):
+            raise ValueError(f"{self.text}: a mean is of all rows and columns")
 
     @property
     def text(self) -> str:

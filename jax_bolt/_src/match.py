@@ -21,8 +21,8 @@ other.
     conv(x, w) -> add the residual -> sub, mul, add, relu -> the next conv
                          \\________ the next residual
 
-Where all that reads a conv's one result is max-pooling, the region ends in that: then
-the result need not be in memory.
+Where all that reads a conv's one result is max-pooling, or a mean over the image, the
+region ends in that: then the result need not be in memory.
 """
 
 from __future__ import annotations
@@ -110,10 +110,9 @@ def find_regions(
 ) -> tuple[list[Match], list[Refusal]]:
     """All regions of one (canonical) jaxpr; bodies of calls are not entered.
 
-    A region has at most so many ``auxiliary`` outputs, and ends in max-pooling only if
-    ``pools``. Later roots choose first: where
-    two branches meet, as in a residual add, the epilogue belongs to one of them and the
-    other's result is its side input.
+    A region has at most so many ``auxiliary`` outputs, and ends in a pool only if
+    ``pools``. Later roots choose first: where two branches meet, as in a residual add,
+    the epilogue belongs to one of them and the other's result is its side input.
     """
     graph = Graph(jaxpr)
     matches: list[Match] = []
@@ -159,12 +158,18 @@ def site_name(eqn: JaxprEqn) -> str:
 class _Ending:
     """A region's equations in order, its result and its auxiliary outputs.
 
-    With a ``pool`` the last equation is that of the result.
+    With ``pooling`` the last equations are that of the result.
     """
 
     eqns: list[int]
     outputs: tuple[Var, ...]
-    pool: ir.Pool | None = None
+    pooling: pooled.Pooling | None = None
+
+    @property
+    def computed(self) -> list[int]:
+        """Its equations but those of the pool."""
+        pooling = () if self.pooling is None else self.pooling.eqns
+        return self.eqns[: len(self.eqns) - len(pooling)]
 
 
 def _rank(graph: Graph, match: Match) -> tuple[int, ...]:
@@ -242,23 +247,22 @@ class _Growth:
             if self._ends_at(index) and self._pays(outputs):
                 endings.append(_Ending(sorted(inside), outputs))
         # Where no float value ends the region well the root alone still does.
-        return [each for ending in endings[::-1] for each in self._pooled(ending)]
+        endings.reverse()
+        found = [each for each in map(self._pooled, endings) if each is not None]
+        # A mean begins with a cast, with which a region without it might end.
+        found.sort(key=lambda ending: -len(ending.eqns))
+        return [*found, *endings]
 
-    def _pooled(self, ending: _Ending) -> list[_Ending]:
-        """``ending``, after what it is with the pool of its result, if there is one."""
-        (out, *auxiliary), inside = ending.outputs, set(ending.eqns)
-        readers = self.graph.users.get(out, set()) - inside
-        escapes = out in self.graph.escapes
-        if not self.pools or auxiliary or escapes or len(readers) != 1:
-            return [ending]
-        (index,) = readers
-        frame = self.frames[out]
-        if frame.moves or index in self.taken or frame.repeats > 1:
-            return [ending]
-        pool = pooled.read(self.graph.eqns[index], out, self.problem.problem)
-        if pool is None:
-            return [ending]
-        return [_Ending([*ending.eqns, index], ending.outputs, pool), ending]
+    def _pooled(self, ending: _Ending) -> _Ending | None:
+        """``ending`` with the pool of its result, if there is one."""
+        out, *auxiliary = ending.outputs
+        if not self.pools or auxiliary:
+            return None
+        frame, problem = self.frames[out], self.problem.problem
+        pooling = pooled.find(self.graph, out, frame, problem, self.taken)
+        if pooling is None:
+            return None
+        return _Ending([*ending.eqns, *pooling.eqns], ending.outputs, pooling)
 
     def _grows(self, eqn: JaxprEqn, ancestors: dict[Var, frozenset[int]]) -> bool:
         if len(eqn.outvars) != 1 or eqn.effects or is_drop(eqn.outvars[0]):
@@ -339,15 +343,16 @@ class _Growth:
         emission = Emission(
             self.graph, self.root, self.problem, self.frames, set(eqns), self.taken
         )
-        computed, results = eqns, ending.outputs
-        if ending.pool is not None:
-            computed, results = eqns[:-1], tuple(self.graph.eqns[eqns[-1]].outvars)
-        for index in computed[1:]:
+        pool, results = None, ending.outputs
+        if ending.pooling is not None:
+            pool = ending.pooling.pool
+            results = tuple(self.graph.eqns[eqns[-1]].outvars)
+        for index in ending.computed[1:]:
             emission.equation(index)
         builder = emission.builder
         if len(builder.vectors) > ir.MAX_VECTORS or len(builder.sides) > ir.MAX_SIDES:
             raise NotElementwise("more inputs than a kernel takes")
-        if ending.pool is not None and builder.sides:
+        if pool is not None and not pool.is_mean and builder.sides:
             raise NotElementwise("side inputs are as large as the result, not its pool")
         read = self.graph.eqns[self.root].invars
         operands = [read[i] for i in self.problem.operands]
@@ -360,9 +365,12 @@ class _Growth:
         region = ir.Region(
             problem=self.problem.problem,
             epilogue=builder.epilogue(stored),
-            pool=ending.pool,
+            pool=pool,
         )
-        names = label(self.problem.label, region.epilogue, _callees(self, computed))
+        callees = _callees(self, ending.computed)
+        names = label(self.problem.label, region.epilogue, callees)
+        # Of a mean only images and channels are left, in the kernel's order.
+        is_mean = pool is not None and pool.is_mean
         return Match(
             root=self.root,
             eqns=tuple(eqns),
@@ -372,9 +380,9 @@ class _Growth:
             region=region,
             name=name,
             views=(self.problem.lhs, self.problem.rhs, *emission.views()),
-            result=self.frames[ending.outputs[0]].view,
+            result=None if is_mean else self.frames[ending.outputs[0]].view,
             shares_layout=self.problem.shares_layout,
-            label=names if ending.pool is None else f"{names}+{ending.pool.label}",
+            label=names if pool is None else f"{names}+{pool.label}",
         )
 
     def _needed(self, outputs: Sequence[Var], inputs: Sequence[Any]) -> set[int]:

@@ -41,7 +41,7 @@ class Options:
     disable: names of kernel templates that are never used. "cast" keeps the casts of
         parameters apart, and "sequence" the launches of consecutive kernels;
         "auxiliary" leaves each kernel one output, "chain" each site its own kernel, and
-        "pool" max-pooling as it is.
+        "pool" max-pooling, and means over images, as they are.
     dump_dir: where every traced program is written, as it came, as it was rewritten,
         and its regions; None writes nothing.
     """

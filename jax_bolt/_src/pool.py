@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -126,6 +127,8 @@ def in_two_passes(reference: ClosedJaxpr, pool: PoolInfo, operand: Any) -> list[
 
 def apply(pool: ir.Pool, x: jax.Array) -> jax.Array:
     """``pool`` of what a kernel left in NHWC, as a program that has it would run."""
+    if pool.is_mean:
+        return jnp.mean(x, axis=(1, 2))
 
     def written(x: jax.Array) -> jax.Array:
         top, bottom, left, right = pool.padding

@@ -17,7 +17,7 @@ _REGION = re.compile(
     r"(?P<problem>(?:gemm|conv)\[[^\]]*\]) "
     r"\((?P<vectors>[^()]*)\)\((?P<sides>[^()]*)\)"
     r"\{(?P<body>.*);(?P<outputs>\w+:%\d+(?:,\w+:%\d+)*)\}"
-    r"(?: (?P<pool>max\[[^\]]*\]))?"
+    r"(?: (?P<pool>(?:max|mean)\[[^\]]*\]))?"
 )
 _GEMM = re.compile(
     r"gemm\[(?P<dtype>\w+) (?P<a_layout>row|col),(?P<b_layout>row|col) "
@@ -30,7 +30,8 @@ _CONV = re.compile(
     r"(?P<hwio> hwio)?\]"
 )
 _POOL = re.compile(
-    r"max\[(?P<window>[\dx]+) st(?P<stride>[\dx]+) pad(?P<padding>[\dx]+)\]"
+    r"(?P<operation>max|mean)\[(?P<window>[\dx]+) "
+    r"st(?P<stride>[\dx]+) pad(?P<padding>[\dx]+)\]"
 )
 _JOINT = re.compile(r" -(stored|kept)(?: side(\d+))?-> ")
 _OP = re.compile(r"%(\d+)=(\w+)(?:\[([^\]]*)\])?\(((?:%\d+(?:,%\d+)*)?)\)")
@@ -86,7 +87,8 @@ def _pool(text: str) -> ir.Pool:
     counts = {"window": 2, "stride": 2, "padding": 4}
     sizes: dict[str, Any]
     sizes = {name: _dims(found[name], count) for name, count in counts.items()}
-    return ir.Pool(**sizes)
+    operation: Any = found["operation"]
+    return ir.Pool(**sizes, operation=operation)
 
 
 def _problem(text: str) -> ir.Problem:

@@ -162,6 +162,32 @@ def test_pools(tmp_path, traits, dtype):
     assert "C751" not in log, log
 
 
+@pytest.mark.parametrize(
+    ("traits", "sides", "out_dtype"),
+    [
+        ({"schedule": "pingpong", "channel_blocks": 2}, 1, "bf16"),
+        ({"schedule": "cooperative", "warps_n": 2, "blocks": 2}, 1, "f16"),
+        ({"schedule": "cooperative", "warpgroups": 1}, 0, "f32"),
+    ],
+    ids=str,
+)
+def test_means(tmp_path, traits, sides, out_dtype):
+    """Beside side inputs and of results of either width, without spills."""
+    problem = ir.ConvProblem(
+        n=32, h=7, w=7, c=512, k=2048, r=1, s=1, dtype="bf16", filter_layout="hwio"
+    )
+    region = ir.Region(
+        problem=problem,
+        epilogue=bias_silu(sides, out_dtype),
+        pool=ir.Pool(window=(7, 7), operation="mean"),
+    )
+    tiles_of_slot = tiles.slot_tiles_of(region.epilogue)
+    check = f"static_assert(JaxBoltKernel::kSlotTiles == {tiles_of_slot});\n"
+    log = compiled(region, largest(region, **traits), tmp_path, check)
+    assert "0 bytes spill stores, 0 bytes spill loads" in log, log
+    assert "C751" not in log, log
+
+
 def storing(epilogue: ir.Epilogue, dtype: ir.DType) -> ir.Epilogue:
     """``epilogue``, and what it begins with as an auxiliary output."""
     return dataclasses.replace(epilogue, auxiliary=(ir.Output(2, dtype),))

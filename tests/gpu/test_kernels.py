@@ -163,7 +163,9 @@ def test_error_is_at_most_1_25_of_xla(case):
 STORING = [c for c in (*cases.GEMMS, *cases.CONVS) if "stores-" in c.name]
 
 
-@pytest.mark.parametrize("case", [*STORING, *cases.POOLED[:3]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*STORING, *cases.POOLED[:3], *cases.AVERAGED[:3]], ids=str
+)
 def test_a_part_and_what_xla_makes_of_it(case):
     """As accurate as plain JAX is when it rounds what is stored before it reads it."""
     site = case.site()
@@ -200,7 +202,7 @@ REPEATED = [
     case
     for case in (*cases.GEMMS, *cases.CONVS)
     if is_deep(case)
-    or case in (cases.DEPTHWISE[0], *cases.POOLED)
+    or case in (cases.DEPTHWISE[0], *cases.POOLED, *cases.AVERAGED)
     or "33x31x3-64" in case.name
 ]
 
@@ -261,7 +263,8 @@ def test_every_output_element_is_written():
     """The tuner's worker looks for what two launches leave as it was."""
     with isolate.worker(target().ordinal) as worker:
         some = (cases.GEMMS[0], cases.CONVS[0], cases.CONVS[6])
-        for case in (*some, *STORING, *cases.POOLED, *cases.DEPTHWISE):
+        pooled = (*cases.POOLED, *cases.AVERAGED)
+        for case in (*some, *STORING, *pooled, *cases.DEPTHWISE):
             for candidate in all_candidates()[0][case.name]:
                 digest, path = built(candidate)
                 assert not isinstance(path, CompileError)

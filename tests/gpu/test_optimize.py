@@ -106,6 +106,32 @@ def test_heuristic_kernels_run_in_every_transform(args, forced):
     assert ours <= 1.25 * plain
 
 
+def test_the_end_of_a_network_is_one_custom_call(forced):
+    """Its last conv takes the mean, and the last product waits for that."""
+
+    def head(x, residual, w, dense):
+        y = jax.nn.relu(cases.conv(x, w) + residual)
+        return jnp.mean(y, axis=(1, 2)) @ dense
+
+    args = (
+        *(normal(0, 9, 7, 7, 64), normal(1, 9, 7, 7, 256)),
+        *(normal(2, 1, 1, 64, 256) * 0.1, normal(3, 256, 72) * 0.1),
+    )
+    fun = jax_bolt.optimize(head)
+    first, _ = jax_bolt.explain(head, *args).sites
+    if not first.kernel.startswith("implicit_gemm_sm90"):
+        pytest.skip("Hopper's kernel alone pools")
+    assert first.region is not None and first.region.pool is not None
+    text = fun.lower(*args).as_text()
+    assert text.count("kind = 3") == 1 and "stablehlo.reduce" not in text
+    close(fun(*args), jax.jit(head)(*args))
+    xs = jnp.stack([args[0], args[0] * 2])
+    close(
+        jax.vmap(fun, in_axes=(0, None, None, None))(xs, *args[1:]),
+        jax.vmap(head, in_axes=(0, None, None, None))(xs, *args[1:]),
+    )
+
+
 def test_depthwise_convs_between_pointwise_ones(forced):
     """Inverted residual blocks: each kernel may start while the one before it runs."""
 

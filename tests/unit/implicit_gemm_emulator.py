@@ -107,7 +107,8 @@ class Arguments:
         """From the C++ type that ``instantiate`` names."""
         scope = "jax_bolt::implicit_gemm"
         found = re.fullmatch(
-            rf"{scope}::Sm90<(.*?)(?:, {scope}::MaxPool<(.*)>)?>", instance
+            rf"{scope}::Sm90<(.*?)(?:, {scope}::(?:MaxPool<(.*)>|(MeanPool)))?>",
+            instance,
         )
         assert found is not None, instance
         values = [value.strip() for value in found[1].split(",")]
@@ -118,7 +119,10 @@ class Arguments:
         if found[2]:
             sizes = map(int, found[2].split(","))
             names = template_parameters("pool.hpp", "MaxPool")
-            pool = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
+            given_pool = dict(zip(names, sizes, strict=True))
+            pool = SimpleNamespace(in_place=False, **given_pool)
+        elif found[3]:
+            pool = SimpleNamespace(in_place=True)
         assert given["Epilogue_"] == "Epilogue"
 
         def one_of(name: str, enum: str, *names: str) -> str:
@@ -418,9 +422,12 @@ class Launch:
         used += t.warpgroups * (t.splits - 1) * groups * 8 * BLOCK * 4
         used += slots * g.slot_bytes + 8 * barriers
         if t.pool is not None:
-            assert not self.sides and len(self.to) == t.splits == t.parts == 1
-            assert self.to[0].item == 2 and g.stores == 1
+            assert len(self.to) == t.splits == t.parts == g.stores == 1
             assert self.to[0].bytes == g.block_outputs * ROW <= g.slot_bytes
+            assert t.pool.in_place or (not self.sides and self.to[0].item == 2)
+            # In place there is a slot for all of a block's results.
+            held = g.slot_bytes if t.pool.in_place else g.results_bytes
+            assert t.pixels * ROW <= held
             used += t.warpgroups * g.results_bytes
         assert used <= recipe.smem_bytes <= SHARED_BYTES[t.ctas]
 
@@ -582,7 +589,8 @@ class Launch:
         vectors = [vector[channels] for vector in self.vectors]
         results = self.apply(accumulators, vectors, sides)
         if self.t.pool is not None:
-            results = [self._pooled(result, col, row) for result in results]
+            pooled = self._means if self.t.pool.in_place else self._maxima
+            results = [pooled(result, col, row) for result in results]
         for to, result, positions in zip(
             self.to, results, self._positions, strict=True
         ):
@@ -595,7 +603,30 @@ class Launch:
                     at = (channel + first, col, row + i, image)
                     positions.append(to.store(box, *at))
 
-    def _pooled(self, results: np.ndarray, block_col: int, block_row: int):
+    def _means(self, results: np.ndarray, block_col: int, block_row: int):
+        """MeanPool::reduce: a block's outputs, one after the other."""
+        g = self.g
+        assert block_col == block_row == 0
+        memory = _nothing(g.slot_bytes, BLOCK)
+        _put(memory, 0, results)
+        # As many results as 32 lanes read at once, 16 bytes of 16 channels each.
+        step = 32 // self.to[0].item
+        down, right = divmod(step, g.result_cols)
+        for image in range(g.block_outputs):
+            total = np.zeros(BLOCK, np.float32)
+            for lane in range(step):
+                row, col = divmod(lane, g.result_cols)
+                while row < g.result_rows:
+                    at = (image * g.pitch_rows + row) * g.pitch + col
+                    assert at < len(results), "outside of the results"
+                    total += memory[at]
+                    row, col = row + down, col + right
+                    if col >= g.result_cols:
+                        row, col = row + 1, col - g.result_cols
+            memory[image] = total / np.float32(g.result_rows * g.result_cols)
+        return memory[: g.block_outputs]
+
+    def _maxima(self, results: np.ndarray, block_col: int, block_row: int):
         """MaxPool::reduce: a block's outputs, one after the other."""
         g, pool = self.g, self.t.pool
         assert pool is not None

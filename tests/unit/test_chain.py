@@ -52,8 +52,9 @@ def relu_product(x: Any, w: Any) -> Any:
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_pairs_of_resnet50() -> None:
-    """Every 3x3 with its expansion, every expansion with the next reduction, and every
-    projected shortcut with what it is added to, alone and with the next reduction."""
+    """Every 3x3 with its expansion but the last, which ends in the mean; every
+    expansion with the next reduction; every projected shortcut with its sum, alone and
+    with the next reduction."""
     pytest.importorskip("flax")
     sys.path.append(str(Path(__file__).resolve().parents[2]))
     from benchmarks.models import models
@@ -65,7 +66,7 @@ def test_pairs_of_resnet50() -> None:
     merged = [p.info for p in found if p.info.region.side is not None]
     kept = [p.info for p in found if not p.info.region.stored and p.info not in merged]
     stored = [pair.info for pair in found if pair.info.region.stored]
-    assert len(kept) == 16 and len(stored) == 15 and len(merged) == 4
+    assert len(kept) == 15 and len(stored) == 15 and len(merged) == 4
     assert {info.first.label for info in merged} == {"conv1x1+bn"}
     assert {info.second.label for info in merged} == {"conv1x1+bn+add+relu"}
     assert {info.first.label for info in kept} == {"conv3x3+bn+relu"}
@@ -85,7 +86,7 @@ def test_pairs_of_resnet50() -> None:
     # What the largest 3x3 convs would save is not worth a look.
     texts = {p.info.region.text: p.info.region for p in found}
     worth = {t for t, r in texts.items() if plan.saving(r, HOPPER) >= 0.1}
-    assert len(texts) == 23 and len(worth) == 20
+    assert len(texts) == 22 and len(worth) == 20
     assert all("c512 k512r3s3" in text for text in texts.keys() - worth)
     for info in kept + stored + merged:
         assert region_text.parse(info.region.text) == info.region

@@ -42,12 +42,11 @@ def left(name: str) -> tuple[Counter[str], Any]:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_resnet_is_regions_and_a_mean(name: str) -> None:
+def test_resnet_is_regions_alone(name: str) -> None:
     found, parts = left(name)
     roots = models.MODELS[name].roots
-    assert found.pop("bolt_call") == roots
-    mean = {"reduce_sum": 1, "div": 1, "convert_element_type": 1}
-    assert found == mean  # its pool is the stem's
+    # Its pool is the stem's, and its mean the last conv's.
+    assert found == {"bolt_call": roots}
     # A filter and, of BatchNorm, three vectors; a product's bias is cast to bf16.
     residuals = parts.rewritten.program.in_avals[:-1]
     assert len(residuals) == 4 * (roots - 1) + 2
@@ -55,12 +54,6 @@ def test_resnet_is_regions_and_a_mean(name: str) -> None:
         assert str(aval.dtype) == (
             "float32" if aval.shape[:-1] == (1,) * 3 else "bfloat16"
         )
-    (cast,) = (
-        eqn
-        for eqn in parts.rewritten.program.jaxpr.eqns
-        if eqn.primitive.name == "convert_element_type"
-    )
-    assert compat.aval_of(cast.outvars[0]).size == 2 * (512 if roots == 21 else 2048)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "repvgg_a0", "repvgg_a0_hard_swish"])

@@ -290,6 +290,39 @@ POOLED: list[tuple[ir.ConvProblem, ir.Pool]] = [
 ]
 
 
+# As a network's last conv has it; of images whose rows and columns lie apart in a box,
+# of one pixel, of as many as an accumulator has, and more of them than a block takes.
+MEANS: list[ir.ConvProblem] = [
+    conv(5, 7, 7, 64, 136, 1),
+    hwio(conv(32, 7, 7, 16, 64, 1)),
+    conv(5, 7, 7, 64, 64),
+    hwio(conv(9, 4, 4, 64, 200)),
+    conv(3, 14, 14, 24, 136),
+    conv(2, 15, 17, 64, 72, 1),
+    conv(1, 16, 16, 16, 8, 1),
+    conv(3, 6, 10, 64, 8),
+    conv(2, 9, 1, 16, 8),
+    conv(2, 1, 40, 64, 72, 1),
+    conv(2, 3, 70, 16, 8, 1),
+    conv(9, 1, 1, 64, 72, 1),
+    conv(7, 2, 2, 64, 8, 5, padding=(3, 3, 3, 3)),
+    conv(3, 9, 10, 24, 64, padding=(0, 0, 0, 0)),
+    # strides: a view's dimensions, or element steps
+    hwio(conv(5, 14, 14, 128, 128, stride=(2, 2))),
+    conv(3, 15, 13, 24, 64, stride=(2, 2)),
+    conv(5, 14, 14, 64, 128, 1, stride=(2, 2)),
+    # dilation, wide pixels, groups; packed by the prologue
+    conv(2, 12, 11, 64, 24, padding=(2, 2, 2, 2), dilation=(2, 2)),
+    conv(2, 12, 15, 16, 24, 4, padding=(2, 1, 0, 0)),
+    hwio(conv(2, 8, 9, 128, 128, groups=2)),
+    hwio(conv(2, 16, 16, 3, 64, stride=(2, 2), padding=(0, 1, 0, 1))),
+]
+SINGLE_MEANS = [
+    conv(5, 7, 7, 96, 136, 1, dtype="f32"),
+    conv(3, 9, 8, 12, 64, dtype="f32"),
+]
+
+
 def region(problem: ir.Problem, epilogue: ir.Epilogue = PLAIN) -> ir.Region:
     return ir.Region(problem=problem, epilogue=epilogue)
 
@@ -298,6 +331,11 @@ def pooled(
     problem: ir.ConvProblem, pool: ir.Pool, epilogue: ir.Epilogue = PLAIN
 ) -> ir.Region:
     return ir.Region(problem=problem, epilogue=epilogue, pool=pool)
+
+
+def averaged(problem: ir.ConvProblem, epilogue: ir.Epilogue = PLAIN) -> ir.Region:
+    image = ir.Pool(window=(problem.p, problem.q), operation="mean")
+    return pooled(problem, image, epilogue)
 
 
 @functools.lru_cache(maxsize=1)
@@ -331,8 +369,10 @@ def check(taken: ir.Region, config: Config, gpu: arch.GpuArch) -> None:
         **given,
     ).run()
     np.testing.assert_array_equal(launch.writes, 1, config.text)
+    # XLA divides by the reciprocal, the kernel does not.
+    near = 3e-7 if taken.pool is not None and taken.pool.is_mean else 0
     for got, want in zip(launch.outputs, expected, strict=True):
-        np.testing.assert_array_equal(got, want, config.text)
+        np.testing.assert_allclose(got, want, near, 0, err_msg=config.text)
 
 
 def sample(taken: ir.Region, gpu: arch.GpuArch, count: int) -> list[Config]:
@@ -391,6 +431,39 @@ def test_the_pools_cover_every_kind_of_tile():
             assert tile.splits == tile.parts == 1 and not tile.im2col
     assert kinds == set(implicit_gemm_tiles._SHAPES) and counts == {1, 2, 4}
     assert blocks == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+@pytest.mark.parametrize("problem", [*MEANS, *SINGLE_MEANS], ids=lambda p: p.text)
+def test_what_a_kernel_with_a_mean_computes(problem):
+    # Side inputs lie where the results are left; float32 is of two tiles. Of large
+    # images there is no room for more than one of them.
+    kinds = (PLAIN, SIDE, FULL, WIDE, SINGLE, MIXED)
+    if problem.p * problem.q > 128:
+        kinds = (PLAIN, SIDE) if problem.k > 64 else (PLAIN,)
+    at = [*MEANS, *SINGLE_MEANS].index(problem)
+    for epilogue in {kinds[at % len(kinds)], kinds[(at + 2) % len(kinds)]}:
+        taken = averaged(problem, epilogue)
+        assert implicit_gemm_sm90.supports(taken, HOPPER) is None
+        for config in implicit_gemm_sm90.configs(taken, HOPPER)[:12]:
+            check(taken, config, HOPPER)
+        for config in sample(taken, SMALL, 6):
+            check(taken, config, SMALL)
+
+
+def test_the_means_cover_every_kind_of_tile():
+    kinds, counts, images = set(), set(), set()
+    for problem in MEANS:
+        image = Image.of_region(averaged(problem))
+        for tile in implicit_gemm_tiles.tiles_of(image, PLAIN, SMALL):
+            layout = tile.layout(image)
+            shape = (tile.blocks, tile.channel_blocks, tile.warps_m, tile.warps_n)
+            kinds.add((*shape, tile.schedule))
+            counts.add(layout.count)
+            images.add(tile.block.images)
+            assert tile.splits == tile.parts == 1 and not tile.im2col
+            assert layout.whole_images and layout.results_bytes == 0
+    assert kinds == set(implicit_gemm_tiles._SHAPES)
+    assert counts == images == {1, 2, 4}
 
 
 def spans(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -452,6 +525,22 @@ def test_any_conv_with_a_pool(problem, pool):
         assert implicit_gemm_sm90.supports(taken, HOPPER) == "an empty dimension"
         return
     assert implicit_gemm_sm90.supports(taken, HOPPER) is None
+    for config in implicit_gemm_sm90.configs(taken, HOPPER)[:2]:
+        check(taken, config, HOPPER)
+    for config in sample(taken, SMALL, 4):
+        check(taken, config, SMALL)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(convs(), st.sampled_from([PLAIN, SIDE, WIDE]))
+def test_any_conv_with_a_mean(problem, epilogue):
+    taken = averaged(problem, epilogue)
+    refused = implicit_gemm_sm90.supports(taken, HOPPER)
+    if refused is not None:
+        # Of large images alone.
+        assert refused.startswith(("a mean of", "no tile fits"))
+        assert problem.p * problem.q > 64
+        return
     for config in implicit_gemm_sm90.configs(taken, HOPPER)[:2]:
         check(taken, config, HOPPER)
     for config in sample(taken, SMALL, 4):
@@ -683,6 +772,9 @@ def test_operands_of_a_recipe():
             "a pool of f32",
         ),
         (pooled(conv(1, 1, 8, 8, 8), PAIRS), "an empty dimension"),
+        (averaged(conv(1, 112, 112, 64, 64, 1)), "a mean of 112x112 results, more"),
+        # Of a 3x3 conv a box's rows are longer than those of the image.
+        (averaged(conv(1, 16, 16, 64, 64)), "a mean of 16x16 results, more than"),
         (region(conv(1, 8, 8, 64, 64, groups=2)), "groups of 32 output channels"),
         # A box would have some of the next group's, of which infinity times 0 is NaN.
         (region(conv(1, 8, 8, 48, 128, groups=2)), "groups of 24 input channels"),
@@ -791,4 +883,33 @@ def test_the_emulator_sees_a_wrong_number_of_a_pool(field, by, monkeypatch):
 
     monkeypatch.setattr(implicit_gemm_sm90, "recipe", wrong)
     with pytest.raises((AssertionError, IndexError, ZeroDivisionError)):
+        check(taken, tile.config(), HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("field", "by"),
+    [
+        *(("tile_images", 1), ("block_images", 1), ("side_bytes", -128)),
+        *(("block_outputs", -1), ("pitch_rows", 1), ("pitch", 1), ("pitch", -1)),
+        *(("result_rows", 1), ("result_rows", -1), ("result_cols", 1)),
+        ("result_cols", -1),
+    ],
+)
+def test_the_emulator_sees_a_wrong_number_of_a_mean(field, by, monkeypatch):
+    # Of several images, whose rows are longer in a box.
+    taken = averaged(conv(5, 7, 6, 64, 64), SIDE)
+    image = Image.of_region(taken)
+    tile = next(
+        t
+        for t in implicit_gemm_tiles.tiles_of(image, SIDE, HOPPER)
+        if t.block.images == t.blocks * t.warps_n == 2
+    )
+    check(taken, tile.config(), HOPPER)
+    right = implicit_gemm_sm90.recipe
+
+    def wrong(*args):
+        return _moved(right(*args), field, by, pools=True)
+
+    monkeypatch.setattr(implicit_gemm_sm90, "recipe", wrong)
+    with pytest.raises((AssertionError, IndexError)):
         check(taken, tile.config(), HOPPER)

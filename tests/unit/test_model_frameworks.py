@@ -186,7 +186,8 @@ def test_a_small_haiku_resnet() -> None:
     labels = {
         "conv7x7+bn+relu": 1,
         "conv3x3+bn+relu": 4,
-        "conv3x3+bn+add+relu": 4,
+        "conv3x3+bn+add+relu": 3,
+        "conv3x3+bn+add+relu+mean1x1": 1,
         "conv1x1+bn": 3,
         "dot+bias": 1,
     }

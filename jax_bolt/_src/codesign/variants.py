@@ -126,8 +126,9 @@ def site(region: ir.Region, name: str) -> SiteInfo:
         p = problem
         root = "conv_general_dilated"
         lhs, rhs = (p.n, p.h, p.w, p.c), (p.r, p.s, p.group_channels, p.k)
-        p_, q_ = (p.p, p.q) if region.pool is None else region.pool.sizes(p.p, p.q)
-        out = (p.n, p_, q_, p.k)
+        full = (p.n, p.p, p.q, p.k)
+        sizes = (p.p, p.q) if region.pool is None else region.pool.sizes(p.p, p.q)
+        out = (p.n, *sizes, p.k)
         stored = dataclasses.replace(problem, filter_layout="hwio")
         region_as_read = dataclasses.replace(region, problem=stored)
     else:
@@ -136,13 +137,13 @@ def site(region: ir.Region, name: str) -> SiteInfo:
         batch = (g.batch,) if g.batch > 1 else ()
         lhs = (*batch, *((g.m, g.k) if g.a_layout == "row" else (g.k, g.m)))
         rhs = (*batch, *((g.k, g.n) if g.b_layout == "row" else (g.n, g.k)))
-        out = (*batch, g.m, g.n)
+        full = out = (*batch, g.m, g.n)
         region_as_read = region
 
     def like(shape: tuple[int, ...], dtype: ir.DType) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, cast(Any, JAX_DTYPES[dtype]))
 
-    sides = [like(out, dtype) for dtype in epilogue.sides]
+    sides = [like(full, dtype) for dtype in epilogue.sides]
     vectors = [
         like(() if v.scalar else (problem.channels,), v.dtype) for v in epilogue.vectors
     ]

@@ -7,9 +7,10 @@ shorter than an output row plus the filter's reach where what lies right of the 
 and left of its next row are both zeros, and may then be the same pixels. The same holds
 for whole images, downwards.
 
-With a pool an output is the maximum of a window of results. A block is then one of
-outputs, and its accumulator has the results that these need: those of windows that
-overlap are computed by both of two blocks.
+With a pool an output is the maximum of a window of results, or an image's mean. A block
+is then one of outputs, and its accumulator has the results that these need: those of
+windows that overlap are computed by both of two blocks. A mean is taken in the slot
+where the results would have been left, and side inputs arrive.
 ``jax_bolt/implicit_gemm/geometry.hpp`` says what every number is to the kernel.
 """
 
@@ -194,6 +195,17 @@ class Layout:
         return 1, self.block.rows, self.pitch
 
     @functools.cached_property
+    def side_box(self) -> tuple[int, int, int]:
+        """Of a side input, which has as many pixels as the results."""
+        if self.pools_in_place:
+            return self.block.images, self.image_rows, self.pitch
+        return self.store_box
+
+    @functools.cached_property
+    def pools_in_place(self) -> bool:
+        return self.image.pool is not None and self.image.pool.is_mean
+
+    @functools.cached_property
     def stores(self) -> int:
         gaps = self.pitch != self.tile_cols and self.image.pool is None
         if self.whole_rows or self.image.is_line or not gaps:
@@ -213,16 +225,18 @@ class Layout:
 
     @functools.cached_property
     def slot_bytes(self) -> int:
-        images, rows, cols = self.store_box
+        images, rows, cols = self.side_box
         stored = (self.stores - 1) * self.pitch + images * rows * cols
-        if self.image.pool is None:
+        if self.image.pool is None or self.pools_in_place:
             stored = max(self.pixels // self.parts, stored)
         return round_up(stored * ROW, 1024)
 
     @functools.cached_property
     def results_bytes(self) -> int:
         """A warpgroup's results on their way to the pool, besides its slots."""
-        return 0 if self.image.pool is None else round_up(self.pixels * ROW, 1024)
+        if self.image.pool is None or self.pools_in_place:
+            return 0
+        return round_up(self.pixels * ROW, 1024)
 
     @functools.cached_property
     def tiles(self) -> tuple[int, int, int]:
@@ -251,7 +265,7 @@ class Layout:
 
     def problem(self) -> str | None:
         """Why the block does not fit TMA or the wgmma, or None."""
-        if max(*self.source_box, *self.store_box) > MAX_BOX:
+        if max(*self.source_box, *self.store_box, *self.side_box) > MAX_BOX:
             return "a box above 256 pixels"
         if self.used > self.pixels:
             return "more pixels than the accumulator has"
@@ -273,7 +287,6 @@ class Layout:
         down, right = i.steps if i.source is None else i.source.stride
         top, left = self.origin
         strides = [axis.stride for axis in self.windows]
-        images, rows, cols = self.store_box
         whole, line = self.whole_images, i.is_line
         numbers = [
             *(i.k, i.k // i.groups, i.c),
@@ -290,7 +303,7 @@ class Layout:
                 self.pixels if line else 0,
             ),
             *(self.stores, self.pitch * ROW, self.slot_bytes),
-            images * rows * cols * ROW,
+            math.prod(self.side_box) * ROW,
             int(i.filters > 1),
             int(held and i.packing is None),
             *self._images,
@@ -357,21 +370,40 @@ class Layout:
             self.tensor(recipe.output(n), output.dtype)
             for n, output in enumerate(epilogue.outputs)
         ]
-        sides = [
-            self.tensor(recipe.side(n), dtype) for n, dtype in enumerate(epilogue.sides)
-        ]
+        sides = [self.side(n, dtype) for n, dtype in enumerate(epilogue.sides)]
         return (pixels, filters, *outputs, *(sides or outputs[:1]))
 
     def tensor(
         self, operand: int, dtype: ir.DType, channels: int | None = None
     ) -> TensorMap:
-        """A map of an output or a side input, of as many channels as there are."""
-        i = self.image
-        images, rows, cols = self.store_box
+        """A map of an output, of as many channels as there are."""
         down, right = self.windows
-        sizes = (channels or i.k, right.outputs, down.outputs, i.n)
-        box = (ROW // ir.ITEM_BYTES[dtype], cols, rows, images)
-        return contiguous(operand, recipe.DTYPES.index(dtype), sizes, box)
+        sizes = (channels or self.image.k, right.outputs, down.outputs)
+        return self._stored(operand, dtype, sizes, self.store_box)
+
+    def side(self, number: int, dtype: ir.DType) -> TensorMap:
+        """A map of a side input."""
+        if not self.pools_in_place:
+            return self.tensor(recipe.side(number), dtype)
+        i = self.image
+        return self._stored(recipe.side(number), dtype, (i.k, i.q, i.p), self.side_box)
+
+    def _stored(
+        self,
+        operand: int,
+        dtype: ir.DType,
+        sizes: tuple[int, int, int],
+        box: tuple[int, int, int],
+    ) -> TensorMap:
+        """A map of ``sizes``, channels first, of each image."""
+        images, rows, cols = box
+        channels = ROW // ir.ITEM_BYTES[dtype]
+        return contiguous(
+            operand,
+            recipe.DTYPES.index(dtype),
+            (*sizes, self.image.n),
+            (channels, cols, rows, images),
+        )
 
     def _boxes(self, operand: int, dtype: int) -> TensorMap:
         """Input pixels as boxes of rows and columns."""

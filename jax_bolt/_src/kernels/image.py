@@ -179,8 +179,8 @@ class Image:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Windows:
-    """One spatial axis of a pool: of ``results`` of a conv, every output is the maximum
-    of a window. Without a pool that is one of them.
+    """One spatial axis of a pool: of ``results`` of a conv, every output is made of a
+    window. Without a pool that is one of them.
 
     The first window begins ``padding`` positions before the first result.
     """

@@ -28,6 +28,7 @@ from .implicit_gemm_tiles import (
 _START = 3080  # from launch to the first product, and the last store
 _FINISH = 1.0  # of an epilogue: a pixel of a block, for every instruction
 _POOL = 1.5  # of a result in an output's window; counted in instructions, not fitted
+_MEAN = 140  # of a mean besides, to add up the lanes' sums and divide; counted, too
 _HAND_OVER = 1415  # from a tile's products to its epilogue, and on to the next ones
 _STORE_WAIT = 780  # from a slot's store to its next results
 _SIDE_WAIT = 2200  # from asking for a side input to it
@@ -103,8 +104,7 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
     whole, last = _busiest_chunks(tile, image)
     depth = whole * image.k_steps + last * image.last_steps
     products = taps * depth * per_step
-    moved = sum(ir.ITEM_BYTES[d] // 2 for d in epilogue.tensors)
-    moved *= blocks * sharing * tile.parts * layout.slot_bytes
+    moved = _slots(layout, epilogue) * blocks * sharing * tile.parts
     moves = boxes * _box(layout) + moved / _LOAD_RATE
     waiting = boxes * _PIXEL_WAIT / (rings.pixels - 1)
     if not rings.resident:
@@ -112,7 +112,9 @@ def estimate(tile: Tile, image: Image, region: ir.Region, arch: GpuArch) -> Esti
         waiting = max(waiting, steps * _FILTER_WAIT / (rings.filters - 1))
     work = _FINISH * blocks * tile.pixels * (1 + hoist.work(epilogue))
     if image.pool is not None:
-        work += _POOL * blocks * math.prod((*layout.store_box, *image.pool.window))
+        each = _POOL * math.prod(image.pool.window)
+        each += _MEAN if image.pool.is_mean else 0
+        work += each * blocks * math.prod(layout.store_box)
     slots = blocks * tile.parts * _slot_wait(rings, epilogue)
     finish = max(work, slots)
     in_turn = whole * max(image.k_steps * per_step, _STEP)
@@ -158,6 +160,16 @@ def _box(layout: Layout) -> float:
     down, right = image.steps
     found = _BOX + read / _LOAD_RATE + _SKIPPED * pixels * (down * right - 1)
     return found + (_GATHERED * pixels if image.source is not None else 0.0)
+
+
+def _slots(layout: Layout, epilogue: ir.Epilogue) -> float:
+    """Bytes that come and leave in the slot of a part of a block."""
+    leave = sum(ir.ITEM_BYTES[output.dtype] // 2 for output in epilogue.outputs)
+    come = sum(ir.ITEM_BYTES[dtype] // 2 for dtype in epilogue.sides)
+    # A mean leaves from where the results were.
+    stored = math.prod(layout.store_box) * ROW
+    left = stored if layout.pools_in_place else layout.slot_bytes
+    return leave * left + come * layout.slot_bytes
 
 
 def _slot_wait(rings: Rings, epilogue: ir.Epilogue) -> float:

@@ -18,6 +18,7 @@ from .image import BLOCK, STEP, Image, cols_of, rows_of
 from .implicit_gemm_tiles import (
     NAME,
     Tile,
+    blocks_of,
     grid,
     shared_bytes,
     slot_tiles_of,
@@ -57,8 +58,6 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
             return f"groups of {problem.group_channels} input channels"
     if isinstance(problem, ir.GemmProblem) and problem.a_layout == "col":
         return "A is stored with M innermost"
-    if region.pool is not None and (refused := _pool_limit(region, region.pool)):
-        return refused
     image = Image.of_region(region)
     if problem.dtype == "f32" and not image.k_outer:
         return "TF32 tensor cores take filters with their input channels innermost only"
@@ -67,6 +66,8 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
         return "an empty dimension"
     if min(image.r, image.s) < 1 or min(image.padding) < 0:
         return "an empty filter or negative padding"
+    if region.pool is not None and (refused := _pool_limit(region, region.pool, image)):
+        return refused
     narrowest = min(ir.ITEM_BYTES[dtype] for dtype in epilogue.tensors)
     if not image.k_outer:
         narrowest = min(narrowest, image.item)
@@ -86,9 +87,13 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
     return None
 
 
-def _pool_limit(region: ir.Region, pool: ir.Pool) -> str | None:
+def _pool_limit(region: ir.Region, pool: ir.Pool, image: Image) -> str | None:
     """Why the kernel cannot pool the region's result, or None."""
     r, s = pool.window
+    if pool.is_mean:
+        if blocks_of(image):
+            return None
+        return f"a mean of {r}x{s} results, more than one accumulator has"
     if r * s > ir.MAX_WINDOW:
         return f"a pool of {r}x{s}, more than {ir.MAX_WINDOW} results"
     if region.epilogue.sides:
@@ -154,8 +159,10 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         *(image.k_steps, image.k_steps if tile.zeros else image.last_steps),
     )
     if region.pool is not None:
-        sizes = (*region.pool.window, *region.pool.stride)
-        arguments += (f"{scope}::MaxPool<{', '.join(map(str, sizes))}>",)
+        sizes = ", ".join(map(str, (*region.pool.window, *region.pool.stride)))
+        # A mean's are those of the image, which the kernel is told.
+        pool = "MeanPool" if region.pool.is_mean else f"MaxPool<{sizes}>"
+        arguments += (f"{scope}::{pool}",)
     return f"{scope}::Sm90<{', '.join(map(str, arguments))}>"
 
 

@@ -6,7 +6,7 @@
 // Names: an output pixel is (image, row, column). A GEMM is one image, or one per batch entry, of
 // one row. A chunk is 128 bytes of input channels. A phase is one box of input pixels: all taps
 // whose offset has the same remainder by the stride read the same box. A tap is one filter
-// position. With a pool, an output is the maximum of a window of the conv's results.
+// position. With a pool, an output is the maximum or the mean of a window of the conv's results.
 #ifndef JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
 #define JAX_BOLT_IMPLICIT_GEMM_GEOMETRY_HPP_
 
@@ -74,7 +74,7 @@ struct PooledGeometry : Geometry {
   std::int32_t block_outputs, output_rows, output_cols;
 
   // Rows of results from an image of a block to the next, results from a row to the next, and the
-  // bytes that a warpgroup has for them.
+  // bytes that a warpgroup has for them besides its slots.
   std::int32_t pitch_rows, pitch, results_bytes;
 
   // Results of an image. There are none beyond them.

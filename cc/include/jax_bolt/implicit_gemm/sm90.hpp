@@ -93,9 +93,10 @@ struct Sm90 {
   static_assert(kSplits == 1 || (!kPingPong && kPixelBlocks * kChannelBlocks == 1),
                 "a warpgroup of a split tile has one block");
 
-  static_assert(!Pool::kPools || (kSplits == 1 && kParts == 1 && kSides + kAuxiliary == 0 &&
-                                  sizeof(Output) == 2),
-                "one warpgroup has all results of a pooled block, in one tile");
+  static_assert(!Pool::kPools || (kSplits == 1 && kParts == 1 && kAuxiliary == 0),
+                "one warpgroup has all results of a pooled block");
+  static_assert(!Pool::kPools || Pool::kInPlace || (kSides == 0 && sizeof(Output) == 2),
+                "results beside the slots are of one tile, and no side input lies there");
   static_assert(0 < kLastSteps && kLastSteps <= kSteps && kSteps <= 4, "a chunk has 128 bytes");
   static constexpr bool kAlike = kLastSteps == kSteps;  // the chunks
 
@@ -746,13 +747,18 @@ struct Sm90 {
     }
     std::uint32_t const slot = memory.slot(g, warpgroup, ring.stage);
     if constexpr (kSplits > 1) combine(memory, warpgroup, accumulators);
-    if constexpr (Pool::kPools) {
+    if constexpr (Pool::kPools && !Pool::kInPlace) {
       std::uint32_t const results = memory.results + warpgroup * g.results_bytes;
       fill<kPart>(results, g.results_bytes, accumulators, columns);
       ptx::sync(kStore + warpgroup, 128);
       Pool::template reduce<Output>(g, block.row, block.col, results, slot);
     } else {
       fill<kPart>(slot, g.slot_bytes, accumulators, columns);
+      if constexpr (Pool::kInPlace) {
+        // A warp's lanes left each other's channels, and no other warp's.
+        __syncwarp();
+        Pool::template reduce<Output>(g, slot);
+      }
     }
     ptx::fence_async_proxy();
     ptx::sync(kStore + warpgroup, 128);
