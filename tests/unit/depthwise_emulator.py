@@ -39,9 +39,12 @@ class Kernel:
     outputs: int
     lanes: int
     strips: int
+    first: int
+    end: int
     stages: int
     pitch: int
     piece: int
+    tap_piece: int
     resident: bool
     item: int
 
@@ -60,7 +63,11 @@ class Kernel:
         self.slots = (self.r - 1) * self.dilation_h // self.stride_h + 1
         reach = (self.s - 1) * self.dilation_w
         self.inputs = (self.outputs - 1) * self.stride_w + reach + 1
-        self.columns = (self.strips * self.outputs - 1) * self.stride_w + reach + 1
+        self.columns = (self.strips - 1) * self.outputs * self.stride_w
+        self.columns += self.end - self.first
+        assert 0 <= self.first < self.end <= self.inputs
+        assert self.strips == 1 or self.end - self.first == self.inputs
+        self.leaves_out = self.slots >= 5
         self.tile = self.lanes * self.width
         self.pieces = self.tile * self.item // self.piece
         self.across = self.threads // self.pieces
@@ -69,10 +76,13 @@ class Kernel:
         assert self.piece % self.item == 0 and self.pitch % self.piece == 0
         assert self.pitch >= self.tile * self.item
         assert self.threads % self.pieces == 0
+        tap_pieces = self.tile * self.item // self.tap_piece
+        assert self.threads % tap_pieces == 0 and self.tap_piece % self.item == 0
 
     @property
     def shared_bytes(self) -> int:
-        filter_bytes = 0 if self.resident else self.r * self.s * self.tile * 4
+        of_value = self.item if self.resident or self.item == 4 else self.item + 4
+        filter_bytes = self.r * self.s * self.tile * of_value
         return filter_bytes + self.stages * self.step * self.item
 
     def line(self, slot: int, row: int) -> int:
@@ -106,7 +116,7 @@ class Block:
         self.top = chunk * z["chunk_rows"]
         self.rows = min(z["chunk_rows"], z["rows"] - self.top)
         self.input_row = self.top * k.stride_h - z["pad_top"]
-        self.input_col = self.col * k.stride_w - z["pad_left"]
+        self.input_col = self.col * k.stride_w - z["pad_left"] + k.first
         self.ids = np.arange(k.threads)
         self.ring = np.full(k.stages * k.step, np.nan)
         self.loaded = 0
@@ -133,7 +143,8 @@ class Block:
         for step in range(begin, end):
             if step + k.stages - 1 < end:
                 self.load()
-            sums = self.multiply(base + (step - begin) % k.stages * k.step, sums)
+            at = base + (step - begin) % k.stages * k.step
+            sums = self.multiply(at, sums, step)
             self.finish(step, sums)
         for step in range(end, steps):
             sums = np.concatenate([sums[:1], sums[:-1]])
@@ -161,9 +172,13 @@ class Block:
         self.row += k.stride_h
         self.loaded += 1
 
-    def multiply(self, at: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    def multiply(self, at: np.ndarray, sums: np.ndarray, step: int) -> np.ndarray:
         k = self.kernel
         moved = np.concatenate([sums[:1], sums[:-1]])
+        counts = [0 <= step - slot < self.rows for slot in range(k.slots)]
+        if k.leaves_out and not all(counts):
+            # What is none of the block's rows must not be used.
+            moved[1:][np.logical_not(counts)] = np.nan
         channels = self.outputs[:, None] + np.arange(k.width)
         for row in filter(k.is_read, range(k.stride_h)):
             for slot in range(k.slots):
@@ -175,7 +190,10 @@ class Block:
                     for t in range(k.outputs):
                         col = t * k.stride_w + s * k.dilation_w
                         assert col < k.inputs
-                        start = at + row * k.row + col * (k.pitch // k.item)
+                        if not k.first <= col < k.end:
+                            continue
+                        start = at + row * k.row
+                        start = start + (col - k.first) * (k.pitch // k.item)
                         x = self.ring[start[:, None] + np.arange(k.width)]
                         moved[slot + 1, :, t] += x * weights
         return moved
@@ -211,7 +229,7 @@ def run(
     """
     kernel = Kernel.of(text, item)
     sizes: dict[str, int] = dict(zip(SIZES, recipe.ints, strict=True))
-    assert recipe.threads == kernel.threads and recipe.smem_bytes == kernel.shared_bytes
+    assert recipe.threads == kernel.threads and recipe.smem_bytes >= kernel.shared_bytes
     out = np.full(x.shape[0] * sizes["rows"] * sizes["cols"] * filter_.shape[2], np.nan)
     for index in range(recipe.grid):
         Block(kernel, sizes, x, filter_, apply, out, index).run()

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from .. import ir
 from ..arch import GpuArch
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
-from .depthwise_tiles import NAME, Shape, Tile, estimate, tiles_of
+from .depthwise_rank import estimate
+from .depthwise_tiles import NAME, Shape, Tile, tiles_of
 from .recipe import Recipe
 from .template import Artifact, Elsewhere
 
@@ -53,14 +55,21 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
 
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
-    """The tiles with the least estimated time, best first, few of a kind."""
-    kinds: dict[tuple[int, int], list[Tile]] = {}
+    """The tiles with the least estimated time, best first, few of a kind.
+
+    The first that is spread is also there as it is not: what spreading gains depends on
+    the kernels around, and no other kernel has to be built to time it.
+    """
+    kinds: dict[tuple[int, int, int], list[Tile]] = {}
     chosen: list[Tile] = []
     for tile in _ranked(region, arch):
-        alike = kinds.setdefault((tile.width, tile.outputs), [])
+        alike = kinds.setdefault((tile.width, tile.outputs, tile.whole), [])
         if len(alike) < _OF_A_KIND and tile.lanes not in (t.lanes for t in alike):
             alike.append(tile)
-            chosen.append(tile)
+            if tile.spread and not any(t.spread for t in chosen):
+                chosen += [tile, dataclasses.replace(tile, spread=0)]
+            else:
+                chosen.append(tile)
     return tuple(tile.config() for tile in chosen[:_CANDIDATES])
 
 
@@ -84,8 +93,8 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         "Epilogue",
         CPP_TYPES[p.dtype],
         *(p.r, p.s, *p.stride, *p.dilation),
-        *(tile.width, tile.outputs, tile.lanes, tile.strips),
-        *(tile.stages, shape.pitch, shape.piece),
+        *(tile.width, tile.outputs, tile.lanes, tile.strips, *shape.inside),
+        *(tile.stages, shape.pitch, shape.piece, shape.tap_piece),
         "true" if shape.resident else "false",
         shape.ctas(arch),
     )
@@ -121,7 +130,7 @@ def recipe(
     return Recipe(
         threads=tile.threads,
         grid=shape.grid,
-        smem_bytes=shape.shared_bytes,
+        smem_bytes=shape.launch_bytes(arch),
         programmatic=arch.sm >= 90,
         pointers=(
             *(recipes.A, recipes.B, recipes.D),

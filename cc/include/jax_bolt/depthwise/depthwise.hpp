@@ -44,12 +44,15 @@ struct Params {
 };
 
 /// kR x kS taps. kWidth channels and kOutputs outputs of a thread; kLanes threads side by side
-/// along the channels, kStrips along the columns. A ring of kStages steps, in which a column of
-/// pixels takes kPitch bytes and is copied in pieces of kPiece bytes. kResident: the filter is in
-/// registers, not in shared memory. kCtas: blocks that an SM should hold.
+/// along the channels, kStrips along the columns. Of a thread's input columns those from kFrom to
+/// kUntil are read: all, but where a strip is a whole row and it is known which are the padding. A
+/// ring of kStages steps, in which a column of pixels takes kPitch bytes and is copied in pieces of
+/// kPiece bytes; the filter in pieces of kTapPiece. kResident: it is then in registers, not in
+/// shared memory. kCtas: blocks that an SM should hold.
 template <class Epilogue_, class Element, int kR, int kS, int kStrideH, int kStrideW,
           int kDilationH, int kDilationW, int kWidth, int kOutputs, int kLanes, int kStrips,
-          int kStages, int kPitch, int kPiece, bool kResident, int kCtas_>
+          int kFrom, int kUntil, int kStages, int kPitch, int kPiece, int kTapPiece, bool kResident,
+          int kCtas_>
 struct Depthwise {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -64,23 +67,31 @@ struct Depthwise {
   static constexpr int kReachH = (kR - 1) * kDilationH, kReachW = (kS - 1) * kDilationW;
   /// Output rows that one step's input rows count for.
   static constexpr int kSlots = kReachH / kStrideH + 1;
-  /// Steps at a chunk's beginning and end in which only as many first and last slots count. Not
-  /// worth their code where slots are few.
-  static constexpr int kEdge = kSlots >= 5 ? kSlots / 2 : 0;
-  /// Input columns of a thread and of a block.
+  /// Whether slots that are no row of the chunk are left out of its first and last steps. Not worth
+  /// the code where slots are few.
+  static constexpr bool kLeavesOut = kSlots >= 5;
+  /// Input columns of a thread, and those of a block in the ring.
   static constexpr int kInputs = (kOutputs - 1) * kStrideW + kReachW + 1;
-  static constexpr int kColumns = (kStrips * kOutputs - 1) * kStrideW + kReachW + 1;
+  static constexpr int kColumns = (kStrips - 1) * kOutputs * kStrideW + kUntil - kFrom;
   static constexpr int kTile = kLanes * kWidth;  // channels of a block
   static constexpr int kItem = sizeof(Element);
   static constexpr int kPieces = kTile * kItem / kPiece;  // of a column
   static constexpr int kAcross = kThreads / kPieces;      // columns that all threads copy at once
   static constexpr int kLoads = (kColumns + kAcross - 1) / kAcross;
   static constexpr int kRowBytes = kColumns * kPitch;
-  static constexpr int kStepBytes = kStrideH * kRowBytes;  // input rows from step to step
-  static constexpr int kFilterBytes = kResident ? 0 : kTaps * kTile * 4;
+  static constexpr int kStepBytes = kStrideH * kRowBytes;       // input rows from step to step
+  static constexpr int kTapPieces = kTile * kItem / kTapPiece;  // of a tap
+  static constexpr int kTapsAcross = kThreads / kTapPieces;   // taps that all threads copy at once
+  static constexpr int kStoredBytes = kTaps * kTile * kItem;  // of the filter, as it is stored
+  /// Whether it is in shared memory as floats, too.
+  static constexpr bool kConverts = !kResident && kItem < 4;
+  static constexpr int kFilterBytes = kStoredBytes + (kConverts ? kTaps * kTile * 4 : 0);
   static_assert(kThreads % 32 == 0 && kStages >= 2);
+  static_assert(0 <= kFrom && kFrom < kUntil && kUntil <= kInputs);
+  static_assert(kStrips == 1 || kUntil - kFrom == kInputs, "strips have different neighbours");
   static_assert(kTile * kItem % kPiece == 0 && kPitch % kPiece == 0 && kPitch >= kTile * kItem);
   static_assert(kThreads % kPieces == 0 && kLoads <= 32, "a bit for each piece of a thread");
+  static_assert(kTile * kItem % kTapPiece == 0 && kThreads % kTapPieces == 0);
 
   /// The line of the filter that a slot multiplies input row `row` of a step with, or -1.
   __device__ static constexpr int line(int slot, int row) {
@@ -106,18 +117,24 @@ struct Depthwise {
     int input_row, input_col, channel, which;
 
     __device__ explicit Place(Sizes const& z) {
-      int rest = blockIdx.x;
-      channel = rest % z.channel_tiles * kTile;
-      rest /= z.channel_tiles;
-      which = rest % z.multiplier;
-      rest /= z.multiplier;
-      col = rest % z.col_tiles * (kStrips * kOutputs);
-      rest /= z.col_tiles;
-      row = rest % z.chunks * z.chunk_rows;
-      image = rest / z.chunks;
+      unsigned rest = blockIdx.x;
+      channel = digit(rest, z.channel_tiles) * kTile;
+      which = digit(rest, z.multiplier);
+      col = digit(rest, z.col_tiles) * (kStrips * kOutputs);
+      row = digit(rest, z.chunks) * z.chunk_rows;
+      image = rest;
       rows = min(z.chunk_rows, z.rows - row);
       input_row = row * kStrideH - z.pad_top;
-      input_col = col * kStrideW - z.pad_left;
+      input_col = col * kStrideW - z.pad_left + kFrom;
+    }
+
+    /// The last digit of `number`, of `base` values, which it loses. A division takes as long as
+    /// many products, and most bases are often 1.
+    __device__ static int digit(unsigned& number, unsigned base) {
+      if (base == 1) return 0;
+      unsigned const whole = number;
+      number /= base;
+      return whole - number * base;
     }
   };
 
@@ -159,12 +176,12 @@ struct Depthwise {
       from += steps * kStrideH * row_bytes;
     }
 
-    /// Begins to copy the next step's rows.
-    __device__ void step() {
+    /// Begins to copy the next step's rows, or zeros where no step `wants` them.
+    __device__ void step(bool wants = true) {
 #pragma unroll
       for (int k = 0; k < kStrideH; ++k) {
         if (!is_read(k)) continue;
-        bool const valid = row + k >= 0 && row + k < height;
+        bool const valid = wants && row + k >= 0 && row + k < height;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           // The last columns are those of some threads only.
@@ -187,15 +204,40 @@ struct Depthwise {
     float taps[kResident ? kTaps : 1][kWidth];
     float* shared;  // its first tap, where it is not resident
 
-    __device__ void load(Parameters const& p, int channels, int channel, char* memory) {
-      shared = reinterpret_cast<float*>(memory) + threadIdx.x % kLanes * kWidth;
-      auto const* from = static_cast<Element const*>(p.filter) + channel;
-      // Else each strip has some of the taps; threads of several strips read them.
+    /// Begins to copy what the block needs of it.
+    __device__ static void copy(Parameters const& p, Place const& at, char* memory) {
+      Sizes const& z = p.sizes;
+      int const piece = threadIdx.x % kTapPieces, first = threadIdx.x / kTapPieces;
+      int const channel = at.channel + piece * (kTapPiece / kItem);
+      std::int64_t const row = std::int64_t(z.channels) * z.multiplier * kItem;
+      char const* const from = static_cast<char const*>(p.filter) +
+                               (std::int64_t(channel) * z.multiplier + at.which) * kItem +
+                               first * row;
+      std::uint32_t const to = shared_address(memory) + (first * kTapPieces + piece) * kTapPiece;
+      constexpr int kCopies = (kTaps + kTapsAcross - 1) / kTapsAcross;
+#pragma unroll(kCopies <= 16 ? kCopies : 4)
+      for (int i = 0; i < kCopies; ++i) {
+        // The last taps are those of some threads only.
+        bool const all = (i + 1) * kTapsAcross <= kTaps;
+        if (all || int(threadIdx.x) < (kTaps - i * kTapsAcross) * kTapPieces) {
+          copy_async<kTapPiece>(to + i * (kThreads * kTapPiece), from + i * kTapsAcross * row,
+                                channel < z.channels);
+        }
+      }
+    }
+
+    /// Takes a thread's channels of it from there. Where they are not in registers, threads of
+    /// several strips read what others take.
+    __device__ void load(char* memory) {
+      int const lane = threadIdx.x % kLanes * kWidth;
+      auto const* const stored = reinterpret_cast<Element const*>(memory) + lane;
+      shared = reinterpret_cast<float*>(memory + (kConverts ? kStoredBytes : 0)) + lane;
+      if constexpr (!kResident && !kConverts) return;
       int const first = kResident ? 0 : threadIdx.x / kLanes;
 #pragma unroll(kResident ? kTaps : 1)
       for (int tap = first; tap < kTaps; tap += kResident ? 1 : kStrips) {
         Input found;
-        found.load(from + std::int64_t(tap) * channels);
+        found.load(stored + tap * kTile);
         float values[kWidth];
 #pragma unroll
         for (int v = 0; v < kWidth; ++v) values[v] = found.get(v);
@@ -215,20 +257,19 @@ struct Depthwise {
     }
   };
 
-  /// A line of the filter over the inputs `x`, added to `from`.
+  /// A line of the filter over the inputs `x`, added to `sums`.
   __device__ static void add(float const (&x)[kInputs][kWidth], Filter const& filter, int line,
-                             float const (&from)[kOutputs][kWidth], float (&to)[kOutputs][kWidth]) {
+                             float (&sums)[kOutputs][kWidth]) {
 #pragma unroll
     for (int s = 0; s < kS; ++s) {
       float w[kWidth];
       filter.get(line * kS + s, w);
 #pragma unroll
       for (int t = 0; t < kOutputs; ++t) {
+        int const u = t * kStrideW + s * kDilationW;
+        if (u < kFrom || u >= kUntil) continue;
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) {
-          float const before = s == 0 ? from[t][v] : to[t][v];
-          to[t][v] = fmaf(x[t * kStrideW + s * kDilationW][v], w[v], before);
-        }
+        for (int v = 0; v < kWidth; ++v) sums[t][v] = fmaf(x[u][v], w[v], sums[t][v]);
       }
     }
   }
@@ -244,29 +285,31 @@ struct Depthwise {
 
   /// Moves the sums on by a slot and adds a step's products; `inputs` is where the thread's first
   /// input of the step lies. The last slots come first: each leaves its register to the one before.
-  /// Slots outside of kFirst to kLast are none of the block's rows, and what they hold is not used.
-  template <int kFirst, int kLast>
-  __device__ static void multiply(char const* inputs, Filter const& filter, Sums& sums) {
+  /// Not kAll: slots outside of `first` to `last` are none of the block's rows; what they hold is
+  /// not used, then or later.
+  template <bool kAll>
+  __device__ static void multiply(char const* inputs, Filter const& filter, Sums& sums, int first,
+                                  int last) {
     bool moved = false;  // known when compiled
 #pragma unroll
     for (int k = 0; k < kStrideH; ++k) {
       if (!is_read(k)) continue;
       float x[kInputs][kWidth];
 #pragma unroll
-      for (int u = 0; u < kInputs; ++u) {
+      for (int u = kFrom; u < kUntil; ++u) {
         Input found;
-        found.load(inputs + k * kRowBytes + u * kPitch);
+        found.load(inputs + k * kRowBytes + (u - kFrom) * kPitch);
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) x[u][v] = found.get(v);
+        for (int v = 0; v < kWidth; ++v) {
+          // Else every slot's branch would convert them.
+          x[u][v] = kAll ? found.get(v) : computed_once(found.get(v));
+        }
       }
 #pragma unroll
-      for (int slot = kLast; slot >= kFirst; --slot) {
-        auto const& from = sums[moved ? slot + 1 : slot];
-        if (line(slot, k) >= 0) {
-          add(x, filter, line(slot, k), from, sums[slot + 1]);
-        } else if (!moved) {
-          copy(from, sums[slot + 1]);
-        }
+      for (int slot = kSlots - 1; slot >= 0; --slot) {
+        if (!kAll && (slot < first || slot > last)) continue;
+        if (!moved) copy(sums[slot], sums[slot + 1]);
+        if (line(slot, k) >= 0) add(x, filter, line(slot, k), sums[slot + 1]);
       }
       moved = true;
     }
@@ -285,14 +328,14 @@ struct Depthwise {
     std::uint32_t words[array_size(Epilogue::kSides)][kOutputs][kWidth];  // enough for f32
 
     __device__ void load(EpilogueParams<Epilogue> const& epilogue, std::int64_t at, int channels,
-                         int count) {
+                         std::uint32_t stored) {
       for_each_index<Epilogue::kSides>([&](auto index) {
         constexpr int i = decltype(index)::value;
         auto const* const from = epilogue.template side<i>() + at;
 #pragma unroll
         for (int t = 0; t < kOutputs; ++t) {
           Vector<Type<i>, kWidth> found = {};
-          if (t < count) found.load(from + std::int64_t(t) * channels);
+          if (stored >> t & 1) found.load(from + std::int64_t(t) * channels);
 #pragma unroll
           for (int w = 0; w < found.kWords; ++w) words[i][t][w] = found.words[w];
         }
@@ -316,7 +359,8 @@ struct Depthwise {
     Columns columns;
     char* to;              // the first output
     std::int64_t at, row;  // its element; elements from row to row
-    int channels, count;   // of the output; the thread's outputs
+    int channels;          // of the output
+    std::uint32_t stored;  // a bit for each of the thread's outputs that is one
 
     __device__ Writer(Parameters const& p, Place const& place, int channel, bool stores)
         : epilogue(p.epilogue) {
@@ -327,12 +371,12 @@ struct Depthwise {
       at = (std::int64_t(place.image) * z.rows + place.row) * row;
       at += std::int64_t(col) * channels + channel;
       to = reinterpret_cast<char*>(epilogue.d + at);
-      count = stores ? z.cols - col : 0;
+      stored = stores ? (1u << max(0, min(z.cols - col, kOutputs))) - 1 : 0;
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) epilogue.load_columns(channel + v, columns[v]);
     }
 
-    __device__ void load(Sides& sides) const { sides.load(epilogue, at, channels, count); }
+    __device__ void load(Sides& sides) const { sides.load(epilogue, at, channels, stored); }
 
     /// A row, and on to the next.
     __device__ void finish(float const (&sums)[kOutputs][kWidth], Sides const& sides) {
@@ -347,7 +391,7 @@ struct Depthwise {
           values[v] = apply<Epilogue>(sums[t][v], columns[v], s, d);
           for (int k = 0; k < Auxiliary::kCount; ++k) others[k][v] = d[k];
         }
-        if (t >= count) continue;
+        if (!(stored >> t & 1)) continue;
         Vector<Stored, kWidth>::template rounded<Output>(values).store(to +
                                                                        std::int64_t(t) * across);
         for_each_index<Auxiliary::kCount>([&](auto index) {
@@ -381,39 +425,43 @@ struct Depthwise {
     Loader loader(p, at, ring);
     loader.skip(begin);
     begin_after_earlier_kernels();
+    Filter::copy(p, at, memory);
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
-      if (begin + i < end) loader.step();
+      // No branch: what is asked for after it would wait at it.
+      loader.step(begin + i < end);
       commit_copies();
     }
-    Filter filter;
-    filter.load(p, z.channels * z.multiplier, channel, memory);
     Writer out(p, at, channel, wanted < z.channels);
+    wait_for_copies<kStages - 2>();
+    __syncthreads();
+    Filter filter;
+    filter.load(memory);
 
     Sums sums = {};
     char const* const first = ring + strip * kOutputs * kStrideW * kPitch + lane * kWidth * kItem;
     char const* inputs = first;
     int step = begin;
-    auto const run_until = [&](int limit, auto first_slot, auto last_slot) {
-      constexpr int kFirst = decltype(first_slot)::value, kLast = decltype(last_slot)::value;
 #pragma unroll 1
-      for (; step < limit; ++step) {
-        wait_for_copies<kStages - 2>();
-        __syncthreads();
-        if (step + kStages - 1 < end) loader.step();
-        commit_copies();
-        bool const finishes = kLast == kSlots - 1 && step >= kSlots - 1;
-        Sides sides;
-        if (finishes) out.load(sides);
-        multiply<kFirst, kLast>(inputs, filter, sums);
-        if (finishes) out.finish(sums[kSlots], sides);
-        inputs += kStepBytes;
-        if (inputs == first + kStages * kStepBytes) inputs = first;
+    for (; step < end; ++step) {
+      wait_for_copies<kStages - 2>();
+      __syncthreads();
+      if (step + kStages - 1 < end) loader.step();
+      commit_copies();
+      bool const finishes = step >= kSlots - 1;
+      Sides sides;
+      if (finishes) out.load(sides);
+      // Slot i is the chunk's row `step - i`.
+      int const row = step - at.rows;
+      if (!kLeavesOut || (finishes && row < 0)) {
+        multiply<true>(inputs, filter, sums, 0, kSlots - 1);
+      } else {
+        multiply<false>(inputs, filter, sums, row + 1, step);
       }
-    };
-    if constexpr (kEdge > 0) run_until(min(kEdge, end), Index<0>{}, Index<kEdge - 1>{});
-    run_until(min(steps - kEdge, end), Index<0>{}, Index<kSlots - 1>{});
-    if constexpr (kEdge > 0) run_until(end, Index<kSlots - kEdge>{}, Index<kSlots - 1>{});
+      if (finishes) out.finish(sums[kSlots], sides);
+      inputs += kStepBytes;
+      if (inputs == first + kStages * kStepBytes) inputs = first;
+    }
 #pragma unroll 1
     for (; step < steps; ++step) {
       move(sums);
