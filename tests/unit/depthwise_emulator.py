@@ -45,18 +45,22 @@ class Kernel:
     pitch: int
     piece: int
     tap_piece: int
+    mirrors: bool
     resident: bool
     item: int
 
     @staticmethod
     def of(text: str, item: int) -> Kernel:
         """From its C++ type."""
-        found = re.fullmatch(r"\S+<Epilogue, \S+, (.*), (true|false), \d+>", text)
+        found = re.fullmatch(
+            r"\S+<Epilogue, \S+, (.*), (true|false), (true|false), \d+>", text
+        )
         assert found is not None, text
         names = [field.name for field in dataclasses.fields(Kernel)]
         numbers = map(int, found[1].split(", "))
-        given: dict = dict(zip(names[:-2], numbers, strict=True))
-        return Kernel(**given, resident=found[2] == "true", item=item)
+        given: dict = dict(zip(names[:-3], numbers, strict=True))
+        given |= {"mirrors": found[2] == "true", "resident": found[3] == "true"}
+        return Kernel(**given, item=item)
 
     def __post_init__(self) -> None:
         self.threads = self.lanes * self.strips
@@ -67,6 +71,7 @@ class Kernel:
         self.columns += self.end - self.first
         assert 0 <= self.first < self.end <= self.inputs
         assert self.strips == 1 or self.end - self.first == self.inputs
+        assert self.strips == 1 or not self.mirrors
         self.leaves_out = self.slots >= 5
         self.tile = self.lanes * self.width
         self.pieces = self.tile * self.item // self.piece
@@ -111,12 +116,18 @@ class Block:
         self.channel = tile * k.tile
         rest, self.which = divmod(rest, z["multiplier"])
         rest, tile = divmod(rest, z["col_tiles"])
-        self.col = tile * k.strips * k.outputs
+        self.mirrored = k.mirrors and tile == 1
+        self.col = 0 if k.mirrors else tile * k.strips * k.outputs
         self.image, chunk = divmod(rest, z["chunks"])
         self.top = chunk * z["chunk_rows"]
         self.rows = min(z["chunk_rows"], z["rows"] - self.top)
         self.input_row = self.top * k.stride_h - z["pad_top"]
-        self.input_col = self.col * k.stride_w - z["pad_left"] + k.first
+        reach = (k.s - 1) * k.dilation_w
+        pad = z["pad_left"]
+        if self.mirrored:
+            pad = (z["cols"] - 1) * k.stride_w + reach - (z["width"] - 1) - pad
+            self.x, self.filter = self.x[:, :, ::-1], self.filter[:, ::-1]
+        self.input_col = self.col * k.stride_w - pad + k.first
         self.ids = np.arange(k.threads)
         self.ring = np.full(k.stages * k.step, np.nan)
         self.loaded = 0
@@ -127,9 +138,10 @@ class Block:
         wanted = self.channel + lane * k.width
         first = np.minimum(wanted, z["channels"] - k.width)
         self.outputs = first * z["multiplier"] + self.which
-        self.left = np.where(
-            wanted < z["channels"], z["cols"] - self.col - strip * k.outputs, 0
-        )
+        left = z["cols"] - self.col - strip * k.outputs
+        if self.mirrored:
+            left = z["cols"] - k.outputs
+        self.left = np.where(wanted < z["channels"], left, 0)
         steps = self.rows + k.slots - 1
         begin = min(max(-self.input_row, 0) // k.stride_h, k.slots - 1)
         below = -(-(z["height"] - self.input_row) // k.stride_h)
@@ -205,11 +217,12 @@ class Block:
         total = z["channels"] * z["multiplier"]
         row = self.top + step - (k.slots - 1)
         col = self.col + self.ids // k.lanes * k.outputs
-        pixel = (self.image * z["rows"] + row) * z["cols"] + col
+        line = (self.image * z["rows"] + row) * z["cols"]
         for t in range(k.outputs):
             stores = t < self.left
             channels = (self.outputs[:, None] + np.arange(k.width))[stores]
-            places = (pixel[stores, None] + t) * total + channels
+            at = z["cols"] - 1 - (col + t) if self.mirrored else col + t
+            places = (line + at[stores, None]) * total + channels
             assert np.isnan(self.out[places]).all(), "written twice"
             sums_t = sums[k.slots, stores, t]
             self.out[places] = self.apply(sums_t, places, channels)

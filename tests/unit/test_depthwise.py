@@ -82,14 +82,18 @@ PROBLEMS = [
 
 
 def sample(asked: ir.Region, device: arch.GpuArch) -> list[Tile]:
-    """The first candidates, and tiles of every width and number of outputs."""
+    """The first candidates, and tiles of some widths and numbers of outputs, whose
+    strips are rows or not."""
     found = [Tile.of(config) for config in depthwise.configs(asked, device)[:2]]
     rng = random.Random(asked.text)
-    groups: dict[tuple[int, int], list[Tile]] = {}
+    groups: dict[int, dict[tuple[int, int], list[Tile]]] = {}
     for tile in depthwise_tiles.tiles_of(asked, device):
-        groups.setdefault((tile.width, tile.outputs), []).append(tile)
-    some = rng.sample(list(groups.values()), min(4, len(groups)))
-    return found + [rng.choice(group) for group in some]
+        kind = groups.setdefault(tile.whole, {})
+        kind.setdefault((tile.width, tile.outputs), []).append(tile)
+    for whole, kind in groups.items():
+        some = rng.sample(list(kind.values()), min(1 if whole else 4, len(kind)))
+        found += [rng.choice(group) for group in some]
+    return found
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)

@@ -79,9 +79,13 @@ def space(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
 
 
 def _ranked(region: ir.Region, arch: GpuArch) -> list[Tile]:
-    return sorted(
-        tiles_of(region, arch), key=lambda tile: estimate(tile, region, arch).total
-    )
+    """Of equals those that are spread come first: registers may leave room for more
+    blocks than the model counts with."""
+
+    def key(tile: Tile) -> tuple[float, int]:
+        return estimate(tile, region, arch).total, -tile.spread
+
+    return sorted(tiles_of(region, arch), key=key)
 
 
 def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
@@ -95,6 +99,7 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         *(p.r, p.s, *p.stride, *p.dilation),
         *(tile.width, tile.outputs, tile.lanes, tile.strips, *shape.inside),
         *(tile.stages, shape.pitch, shape.piece, shape.tap_piece),
+        "true" if tile.whole == 2 else "false",
         "true" if shape.resident else "false",
         shape.ctas(arch),
     )

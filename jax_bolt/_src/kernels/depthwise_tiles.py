@@ -44,8 +44,9 @@ class Tile:
     ``strips`` times ``outputs`` columns, ``rows`` output rows one after the other, a
     ring of ``stages`` steps.
 
-    ``whole``: a strip is a row, and products with padding on its left and right are
-    left out. ``spread``: no SM holds more blocks than one has to.
+    ``whole``: strips of a row, one or two, of which products with the padding beside it
+    are left out; 0 for any number and all products. ``spread``: no SM holds more blocks
+    than one has to.
     """
 
     width: int
@@ -135,8 +136,14 @@ class Shape:
         """The first of a thread's input columns that are read, and the end of them."""
         if not self.tile.whole:
             return 0, self.inputs
-        left = self.problem.padding[2]
-        return min(left, self.inputs), min(left + self.problem.w, self.inputs)
+        p = self.problem
+        left = right = p.padding[2]
+        if (
+            self.tile.whole == 2
+        ):  # what is on the left of the right one, as it is mirrored
+            right = self._columns(p.q) - p.w - left
+        first, end = min(left, right), max(left, right) + p.w
+        return max(0, min(first, self.inputs)), min(end, self.inputs)
 
     @property
     def columns(self) -> int:
@@ -276,15 +283,15 @@ class Shape:
 
     @property
     def _leaves_padding(self) -> bool:
-        """Whether a strip is a row of which some inputs are padding."""
-        first, end = self.inside
-        row = self.tile.strips == 1 and self.tile.outputs >= self.problem.q
+        """Whether a row has that many strips, and some of their inputs are padding."""
+        tile, (first, end) = self.tile, self.inside
+        row = tile.strips == 1 and self.col_tiles == tile.whole
         return row and 0 < end - first < self.inputs
 
     def spreads(self, arch: GpuArch) -> bool:
         """Whether an SM may take more blocks than its share: it has room for them, and
         kernels follow each other without a gap in which all SMs are free."""
-        return arch.sm >= 90 and self.share(arch) < self.ctas(arch)
+        return arch.sm >= 90 and self.share(arch) <= self.ctas(arch)
 
     def ctas(self, arch: GpuArch) -> int:
         """Blocks that an SM holds at a time."""
@@ -303,7 +310,7 @@ def tiles_of(region: ir.Region, arch: GpuArch) -> Iterator[Tile]:
     problem = region.problem
     assert isinstance(problem, ir.ConvProblem)
     rows = sorted({-(-problem.p // chunks) for chunks in _CHUNKS})
-    sizes = itertools.product(_WIDTHS, _OUTPUTS, _LANES, _THREADS, (0, 1))
+    sizes = itertools.product(_WIDTHS, _OUTPUTS, _LANES, _THREADS, (0, 1, 2))
     for width, outputs, lanes, threads, whole in sizes:
         if threads < lanes:
             continue

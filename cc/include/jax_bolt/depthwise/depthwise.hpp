@@ -44,15 +44,18 @@ struct Params {
 };
 
 /// kR x kS taps. kWidth channels and kOutputs outputs of a thread; kLanes threads side by side
-/// along the channels, kStrips along the columns. Of a thread's input columns those from kFrom to
-/// kUntil are read: all, but where a strip is a whole row and it is known which are the padding. A
-/// ring of kStages steps, in which a column of pixels takes kPitch bytes and is copied in pieces of
-/// kPiece bytes; the filter in pieces of kTapPiece. kResident: it is then in registers, not in
-/// shared memory. kCtas: blocks that an SM should hold.
+/// along the channels, kStrips along the columns. A ring of kStages steps, in which a column of
+/// pixels takes kPitch bytes and is copied in pieces of kPiece bytes; the filter in pieces of
+/// kTapPiece. kResident: it is then in registers, not in shared memory. kCtas: blocks that an SM
+/// should hold.
+///
+/// Of a thread's input columns those from kFrom to kUntil are read: all, but where it is known
+/// which are padding, as a strip is a row or, kMirrors, half of it. The right half is then seen
+/// from the right, with the filter to match, so that in both halves the first columns are padding.
 template <class Epilogue_, class Element, int kR, int kS, int kStrideH, int kStrideW,
           int kDilationH, int kDilationW, int kWidth, int kOutputs, int kLanes, int kStrips,
-          int kFrom, int kUntil, int kStages, int kPitch, int kPiece, int kTapPiece, bool kResident,
-          int kCtas_>
+          int kFrom, int kUntil, int kStages, int kPitch, int kPiece, int kTapPiece, bool kMirrors,
+          bool kResident, int kCtas_>
 struct Depthwise {
   using Epilogue = Epilogue_;
   using Parameters = Params<Epilogue>;
@@ -89,6 +92,7 @@ struct Depthwise {
   static_assert(kThreads % 32 == 0 && kStages >= 2);
   static_assert(0 <= kFrom && kFrom < kUntil && kUntil <= kInputs);
   static_assert(kStrips == 1 || kUntil - kFrom == kInputs, "strips have different neighbours");
+  static_assert(kStrips == 1 || !kMirrors);
   static_assert(kTile * kItem % kPiece == 0 && kPitch % kPiece == 0 && kPitch >= kTile * kItem);
   static_assert(kThreads % kPieces == 0 && kLoads <= 32, "a bit for each piece of a thread");
   static_assert(kTile * kItem % kTapPiece == 0 && kThreads % kTapPieces == 0);
@@ -111,21 +115,26 @@ struct Depthwise {
   using Columns = float[kWidth][array_size(Epilogue::kColumns)];
 
   /// Where a block's outputs begin and its rows; its first input row, column and channel; and which
-  /// of the output channels that read an input channel it has.
+  /// of the output channels that read an input channel it has. Columns are counted from the right
+  /// where it is mirrored.
   struct Place {
     int image, row, col, rows;
     int input_row, input_col, channel, which;
+    bool mirrored;
 
     __device__ explicit Place(Sizes const& z) {
       unsigned rest = blockIdx.x;
       channel = digit(rest, z.channel_tiles) * kTile;
       which = digit(rest, z.multiplier);
-      col = digit(rest, z.col_tiles) * (kStrips * kOutputs);
+      int const tile = digit(rest, z.col_tiles);
+      mirrored = kMirrors && tile == 1;
+      col = kMirrors ? 0 : tile * (kStrips * kOutputs);
       row = digit(rest, z.chunks) * z.chunk_rows;
       image = rest;
       rows = min(z.chunk_rows, z.rows - row);
       input_row = row * kStrideH - z.pad_top;
-      input_col = col * kStrideW - z.pad_left + kFrom;
+      int const pad_right = (z.cols - 1) * kStrideW + kReachW - (z.width - 1) - z.pad_left;
+      input_col = col * kStrideW - (mirrored ? pad_right : z.pad_left) + kFrom;
     }
 
     /// The last digit of `number`, of `base` values, which it loses. A division takes as long as
@@ -154,14 +163,16 @@ struct Depthwise {
       row_bytes = std::int64_t(z.width) * z.channels * kItem;
       row = at.input_row;
       height = z.height;
-      across = kAcross * z.channels * kItem;
-      from = static_cast<char const*>(p.x) +
-             (std::int64_t(at.image) * z.height + at.input_row) * row_bytes +
-             (std::int64_t(at.input_col + first) * z.channels + channel) * kItem;
+      across = (at.mirrored ? -kAcross : kAcross) * z.channels * kItem;
+      int const start = at.input_col + first;
+      from =
+          static_cast<char const*>(p.x) +
+          (std::int64_t(at.image) * z.height + at.input_row) * row_bytes +
+          (std::int64_t(at.mirrored ? z.width - 1 - start : start) * z.channels + channel) * kItem;
       inside = 0;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        int const col = at.input_col + first + i * kAcross;
+        int const col = start + i * kAcross;
         bool const valid = channel < z.channels && col >= 0 && col < z.width;
         inside |= std::uint32_t(valid) << i;
       }
@@ -213,14 +224,16 @@ struct Depthwise {
       char const* const from = static_cast<char const*>(p.filter) +
                                (std::int64_t(channel) * z.multiplier + at.which) * kItem +
                                first * row;
-      std::uint32_t const to = shared_address(memory) + (first * kTapPieces + piece) * kTapPiece;
+      std::uint32_t const to = shared_address(memory) + piece * kTapPiece;
       constexpr int kCopies = (kTaps + kTapsAcross - 1) / kTapsAcross;
 #pragma unroll(kCopies <= 16 ? kCopies : 4)
       for (int i = 0; i < kCopies; ++i) {
         // The last taps are those of some threads only.
         bool const all = (i + 1) * kTapsAcross <= kTaps;
         if (all || int(threadIdx.x) < (kTaps - i * kTapsAcross) * kTapPieces) {
-          copy_async<kTapPiece>(to + i * (kThreads * kTapPiece), from + i * kTapsAcross * row,
+          int const tap = first + i * kTapsAcross;
+          int const place = at.mirrored ? tap + kS - 1 - tap % kS * 2 : tap;
+          copy_async<kTapPiece>(to + place * (kTile * kItem), from + i * kTapsAcross * row,
                                 channel < z.channels);
         }
       }
@@ -327,7 +340,7 @@ struct Depthwise {
     using Type = Storage<TypeAt<kSide, typename Epilogue::Sides>>;
     std::uint32_t words[array_size(Epilogue::kSides)][kOutputs][kWidth];  // enough for f32
 
-    __device__ void load(EpilogueParams<Epilogue> const& epilogue, std::int64_t at, int channels,
+    __device__ void load(EpilogueParams<Epilogue> const& epilogue, std::int64_t at, int next,
                          std::uint32_t stored) {
       for_each_index<Epilogue::kSides>([&](auto index) {
         constexpr int i = decltype(index)::value;
@@ -335,7 +348,7 @@ struct Depthwise {
 #pragma unroll
         for (int t = 0; t < kOutputs; ++t) {
           Vector<Type<i>, kWidth> found = {};
-          if (stored >> t & 1) found.load(from + std::int64_t(t) * channels);
+          if (stored >> t & 1) found.load(from + std::int64_t(t) * next);
 #pragma unroll
           for (int w = 0; w < found.kWords; ++w) words[i][t][w] = found.words[w];
         }
@@ -359,28 +372,31 @@ struct Depthwise {
     Columns columns;
     char* to;              // the first output
     std::int64_t at, row;  // its element; elements from row to row
-    int channels;          // of the output
+    int next;              // elements from output to output
     std::uint32_t stored;  // a bit for each of the thread's outputs that is one
 
     __device__ Writer(Parameters const& p, Place const& place, int channel, bool stores)
         : epilogue(p.epilogue) {
       Sizes const& z = p.sizes;
       int const col = place.col + threadIdx.x / kLanes * kOutputs;
-      channels = z.channels * z.multiplier;
+      int const channels = z.channels * z.multiplier;
+      next = place.mirrored ? -channels : channels;
       row = std::int64_t(z.cols) * channels;
       at = (std::int64_t(place.image) * z.rows + place.row) * row;
-      at += std::int64_t(col) * channels + channel;
+      at += std::int64_t(place.mirrored ? z.cols - 1 - col : col) * channels + channel;
       to = reinterpret_cast<char*>(epilogue.d + at);
-      stored = stores ? (1u << max(0, min(z.cols - col, kOutputs))) - 1 : 0;
+      // The left half has all of its outputs, the right one has the others.
+      int const count = z.cols - (place.mirrored ? kOutputs : col);
+      stored = stores ? (1u << max(0, min(count, kOutputs))) - 1 : 0;
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) epilogue.load_columns(channel + v, columns[v]);
     }
 
-    __device__ void load(Sides& sides) const { sides.load(epilogue, at, channels, stored); }
+    __device__ void load(Sides& sides) const { sides.load(epilogue, at, next, stored); }
 
     /// A row, and on to the next.
     __device__ void finish(float const (&sums)[kOutputs][kWidth], Sides const& sides) {
-      int const across = channels * int(sizeof(Stored));
+      int const across = next * int(sizeof(Stored));
 #pragma unroll
       for (int t = 0; t < kOutputs; ++t) {
         float values[kWidth], others[array_size(Auxiliary::kCount)][kWidth];
@@ -398,7 +414,7 @@ struct Depthwise {
           constexpr int k = decltype(index)::value;
           using Type = TypeAt<k, Auxiliary>;
           Vector<Storage<Type>, kWidth>::template rounded<Type>(others[k]).store(
-              epilogue.template output<k>() + at + std::int64_t(t) * channels);
+              epilogue.template output<k>() + at + std::int64_t(t) * next);
         });
       }
       at += row;
