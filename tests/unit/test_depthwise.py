@@ -20,6 +20,7 @@ from jax_bolt._src.jit import codegen
 from jax_bolt._src.kernels import conv_sm80, depthwise, depthwise_tiles, gemm_sm80
 from jax_bolt._src.kernels import implicit_gemm_sm90 as family
 from jax_bolt._src.kernels import recipe as recipes
+from jax_bolt._src.kernels.depthwise_rank import estimate, steps_and_lines
 from jax_bolt._src.kernels.depthwise_tiles import Shape, Tile
 
 SM80, SM86, SM90A = (arch.from_name(n) for n in ("sm_80", "sm_86", "sm_90a"))
@@ -236,6 +237,95 @@ def test_the_binary_depends_on_no_size():
         for r, c in ((asked, config), (asked, fewer), (larger, config))
     }
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
+def test_spread_blocks_leave_no_room_for_one_more(problem):
+    asked = region(problem)
+    total = SM90A.smem_per_block + 1024
+    found = [t for t in depthwise_tiles.tiles_of(asked, SM90A) if t.spread]
+    for tile in found:
+        shape = Shape(tile, asked)
+        share = -(-shape.grid // SM90A.sm_count)
+        made = depthwise.recipe(asked, tile.config(), SM90A)
+        assert shape.shared_bytes <= made.smem_bytes <= SM90A.smem_per_block
+        # Of blocks, in units of 128 bytes, and the system's own of each.
+        taken = -(-made.smem_bytes // 128) * 128 + 1024
+        assert share * taken <= total < (share + 1) * taken
+        less = dataclasses.replace(tile, spread=0)
+        assert Shape(less, asked).launch_bytes(SM90A) == shape.shared_bytes
+        assert depthwise.instantiate(
+            asked, less.config(), SM90A
+        ) == depthwise.instantiate(asked, tile.config(), SM90A)
+    assert found or Shape(Tile.of(depthwise.configs(asked, SM90A)[0]), asked).grid > 132
+    assert not any(t.spread for t in depthwise_tiles.tiles_of(asked, SM80))
+
+
+def test_the_first_spread_candidate_is_followed_by_itself_not_spread():
+    for side, channels in ((56, 96), (28, 192), (14, 384), (7, 768)):
+        asked = region(conv(32, side, side, channels, 7))
+        tiles = [Tile.of(config) for config in depthwise.configs(asked, SM90A)]
+        first = next(i for i, tile in enumerate(tiles) if tile.spread)
+        assert first < 7
+        assert tiles[first + 1] == dataclasses.replace(tiles[first], spread=0)
+
+
+def test_padding_beside_rows_is_left_out_where_a_strip_reaches_it():
+    def best(side: int, channels: int) -> Shape:
+        asked = region(conv(32, side, side, channels, 7))
+        return Shape(Tile.of(depthwise.configs(asked, SM90A)[0]), asked)
+
+    assert best(7, 768).tile.whole == 1 and best(7, 768).inside == (3, 10)
+    assert best(14, 384).tile.whole == 2 and best(14, 384).inside == (3, 13)
+    assert best(56, 96).tile.whole == 0 and best(56, 96).inside == (0, 13)
+
+
+def test_configs_name_whole_and_spread_where_they_are_set():
+    plain = {"width": 1, "outputs": 7, "lanes": 32, "strips": 1, "stages": 4, "rows": 7}
+    text = "width=1 outputs=7 lanes=32 strips=1 stages=4 rows=7"
+    assert Tile(**plain).config().text == text
+    for tile in (Tile(**plain), Tile(**plain, whole=2), Tile(**plain, spread=1)):
+        assert Tile.of(tile.config()) == tile
+
+
+@pytest.mark.parametrize(
+    ("problem", "rows", "steps", "lines"),
+    [
+        # All rows: of an image, its edges' own are less. In chunks, both on average.
+        (conv(1, 7, 7, 8, 7), 7, 7, 37),
+        (conv(1, 28, 28, 8, 7), 28, 28, 184),
+        (conv(1, 28, 28, 8, 7), 14, 17, 92),
+        (conv(1, 14, 14, 8, 5, stride=(2, 2), padding=(1, 2, 1, 2)), 7, 8, 34),
+    ],
+    ids=lambda value: getattr(value, "text", str(value)),
+)
+def test_the_model_counts_lines_of_rows_that_are_there(problem, rows, steps, lines):
+    asked = region(problem)
+    base = Tile(width=1, outputs=7, lanes=8, strips=4, stages=4, rows=rows)
+    assert steps_and_lines(problem, rows, True) == (steps, lines)
+    # Where slots are not left out, every step has all lines.
+    assert steps_and_lines(problem, rows, False) == (steps, steps * problem.r)
+    found = estimate(base, asked, SM90A)
+    assert found.steps == steps and found.products == 7 * problem.r * problem.s
+
+
+def test_the_model_expects_uneven_blocks_unless_they_are_spread():
+    asked = region(conv(32, 14, 14, 384, 7))
+    tile = Tile(width=1, outputs=4, lanes=32, strips=2, stages=4, rows=14)
+    shape = Shape(tile, asked)
+    assert shape.grid == 768 and shape.share(SM90A) == 6 and shape.ctas(SM90A) == 8
+    spread = dataclasses.replace(tile, spread=1)
+    assert estimate(tile, asked, SM90A).blocks == 8
+    assert estimate(spread, asked, SM90A).blocks == 6
+    assert estimate(tile, asked, SM80).blocks == 8  # of 108 SMs, and it is their share
+
+
+def test_registers_are_those_of_a_scheduler():
+    """Three warps of 136 registers, not three and a half."""
+    asked = region(conv(32, 28, 28, 192, 7))
+    tile = Tile(width=1, outputs=7, lanes=32, strips=1, stages=4, rows=14)
+    assert 128 < Shape(tile, asked).registers <= 168
+    assert Shape(tile, asked).ctas(SM90A) == 12
 
 
 def test_strips_of_a_warp_read_other_banks():

@@ -64,7 +64,7 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     taken = not tile.spread and shape.spreads(arch)
     blocks = min(held, shape.grid) if taken else share
     resident = min(blocks, held)
-    steps, lines = _steps_and_lines(p, tile.rows, shape.leaves_out)
+    steps, lines = steps_and_lines(p, tile.rows, shape.leaves_out)
     products = _line_products(shape)
     instructions = _step_instructions(shape) + products * lines / steps
 
@@ -88,7 +88,7 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
 
 
 @functools.lru_cache(maxsize=4096)  # every tile asks
-def _steps_and_lines(
+def steps_and_lines(
     p: ir.ConvProblem, rows: int, leaves_out: bool
 ) -> tuple[float, float]:
     """Steps of a chunk, and lines of the filter that are multiplied in them; both on
