@@ -199,7 +199,6 @@ def test_the_code_on_the_cpu(tmp_path):
     halves = [s for s in shapes if s.tile.whole == 2]
     assert {s.problem.q % s.tile.outputs == 0 for s in halves} == {True, False}
     assert any(s.multiplier > 1 for s in halves)
-    assert any(not s.resident for s in halves)
     assert {s.item for s in shapes if not s.resident} == {2, 4}
     library = host_library(kernels, tmp_path)
     for i, (region, tile) in enumerate(kernels):

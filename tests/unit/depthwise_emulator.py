@@ -145,7 +145,7 @@ class Block:
         steps = self.rows + k.slots - 1
         begin = min(max(-self.input_row, 0) // k.stride_h, k.slots - 1)
         below = -(-(z["height"] - self.input_row) // k.stride_h)
-        end = min(max(below, begin), steps)
+        end = min(max(below, begin + 1), steps)
         self.row = self.input_row + begin * k.stride_h
         for ahead in range(k.stages - 1):
             if begin + ahead < end:

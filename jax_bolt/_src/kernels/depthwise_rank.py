@@ -102,7 +102,7 @@ def steps_and_lines(
         count = min(rows, p.p - first)
         top = first * stride - p.padding[0]
         begin = min(max(-top, 0) // stride, reach)
-        end = min(max(-(-(p.h - top) // stride), begin), count + reach)
+        end = min(max(-(-(p.h - top) // stride), begin + 1), count + reach)
         steps += end - begin
         if leaves_out:
             # A row's line is in the step of its row, and so many further down.
@@ -111,7 +111,7 @@ def steps_and_lines(
             lines += sum(begin <= step < end for step in reads)
         else:
             lines += (end - begin) * p.r
-    return max(1.0, steps / chunks), lines / chunks
+    return steps / chunks, lines / chunks
 
 
 def _line_products(shape: Shape) -> int:

@@ -286,7 +286,8 @@ class Shape:
         """Whether a row has that many strips, and some of their inputs are padding."""
         tile, (first, end) = self.tile, self.inside
         row = tile.strips == 1 and self.col_tiles == tile.whole
-        return row and 0 < end - first < self.inputs
+        taken = self.resident or tile.whole == 1
+        return row and taken and 0 < end - first < self.inputs
 
     def spreads(self, arch: GpuArch) -> bool:
         """Whether an SM may take more blocks than its share: it has room for them, and

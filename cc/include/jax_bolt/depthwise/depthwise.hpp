@@ -92,7 +92,7 @@ struct Depthwise {
   static_assert(kThreads % 32 == 0 && kStages >= 2);
   static_assert(0 <= kFrom && kFrom < kUntil && kUntil <= kInputs);
   static_assert(kStrips == 1 || kUntil - kFrom == kInputs, "strips have different neighbours");
-  static_assert(kStrips == 1 || !kMirrors);
+  static_assert(!kMirrors || (kStrips == 1 && kResident));
   static_assert(kTile * kItem % kPiece == 0 && kPitch % kPiece == 0 && kPitch >= kTile * kItem);
   static_assert(kThreads % kPieces == 0 && kLoads <= 32, "a bit for each piece of a thread");
   static_assert(kTile * kItem % kTapPiece == 0 && kThreads % kTapPieces == 0);
@@ -224,40 +224,45 @@ struct Depthwise {
       char const* const from = static_cast<char const*>(p.filter) +
                                (std::int64_t(channel) * z.multiplier + at.which) * kItem +
                                first * row;
-      std::uint32_t const to = shared_address(memory) + piece * kTapPiece;
+      std::uint32_t const to = shared_address(memory) + (first * kTapPieces + piece) * kTapPiece;
       constexpr int kCopies = (kTaps + kTapsAcross - 1) / kTapsAcross;
 #pragma unroll(kCopies <= 16 ? kCopies : 4)
       for (int i = 0; i < kCopies; ++i) {
         // The last taps are those of some threads only.
         bool const all = (i + 1) * kTapsAcross <= kTaps;
         if (all || int(threadIdx.x) < (kTaps - i * kTapsAcross) * kTapPieces) {
-          int const tap = first + i * kTapsAcross;
-          int const place = at.mirrored ? tap + kS - 1 - tap % kS * 2 : tap;
-          copy_async<kTapPiece>(to + place * (kTile * kItem), from + i * kTapsAcross * row,
+          copy_async<kTapPiece>(to + i * kTapsAcross * kTile * kItem, from + i * kTapsAcross * row,
                                 channel < z.channels);
         }
       }
     }
 
-    /// Takes a thread's channels of it from there. Where they are not in registers, threads of
-    /// several strips read what others take.
-    __device__ void load(char* memory) {
+    /// Takes a thread's channels of it from there, lines from right to left where `mirrored`. Where
+    /// they are not in registers, threads of several strips read what others take.
+    __device__ void load(char* memory, bool mirrored) {
       int const lane = threadIdx.x % kLanes * kWidth;
       auto const* const stored = reinterpret_cast<Element const*>(memory) + lane;
       shared = reinterpret_cast<float*>(memory + (kConverts ? kStoredBytes : 0)) + lane;
-      if constexpr (!kResident && !kConverts) return;
-      int const first = kResident ? 0 : threadIdx.x / kLanes;
-#pragma unroll(kResident ? kTaps : 1)
-      for (int tap = first; tap < kTaps; tap += kResident ? 1 : kStrips) {
-        Input found;
-        found.load(stored + tap * kTile);
-        float values[kWidth];
+      if constexpr (kResident) {
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) values[v] = found.get(v);
-        if constexpr (kResident) {
+        for (int s = 0; s < kS; ++s) {
+          Element const* const from = stored + (mirrored ? kS - 1 - s : s) * kTile;
 #pragma unroll
-          for (int v = 0; v < kWidth; ++v) taps[tap][v] = computed_once(values[v]);
-        } else {
+          for (int r = 0; r < kR; ++r) {
+            Input found;
+            found.load(from + r * kS * kTile);
+#pragma unroll
+            for (int v = 0; v < kWidth; ++v) taps[r * kS + s][v] = computed_once(found.get(v));
+          }
+        }
+      } else if constexpr (kConverts) {
+#pragma unroll 1
+        for (int tap = threadIdx.x / kLanes; tap < kTaps; tap += kStrips) {
+          Input found;
+          found.load(stored + tap * kTile);
+          float values[kWidth];
+#pragma unroll
+          for (int v = 0; v < kWidth; ++v) values[v] = found.get(v);
           Vector<float, kWidth>::template rounded<float>(values).store(shared + tap * kTile);
         }
       }
@@ -422,6 +427,14 @@ struct Depthwise {
     }
   };
 
+  __device__ static void synchronize() {
+    if constexpr (kThreads == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
   __device__ static void run(Parameters const& p) {
     extern __shared__ __align__(16) char memory[];
     Sizes const& z = p.sizes;
@@ -431,11 +444,12 @@ struct Depthwise {
     int const wanted = at.channel + lane * kWidth;
     int const channel = min(wanted, z.channels - kWidth) * z.multiplier + at.which;
 
-    // No step is spent on rows below the image, nor on those above it that only begin sums.
+    // No step is spent on rows below the image, nor on those above it that only begin sums, but for
+    // one where there are no others.
     int const steps = at.rows + kSlots - 1;
     int const begin = min(max(-at.input_row, 0) / kStrideH, kSlots - 1);
     int const below = (z.height - at.input_row + kStrideH - 1) / kStrideH;
-    int const end = min(max(below, begin), steps);
+    int const end = min(max(below, begin + 1), steps);
 
     char* const ring = memory + kFilterBytes;
     Loader loader(p, at, ring);
@@ -450,18 +464,18 @@ struct Depthwise {
     }
     Writer out(p, at, channel, wanted < z.channels);
     wait_for_copies<kStages - 2>();
-    __syncthreads();
+    synchronize();
     Filter filter;
-    filter.load(memory);
+    filter.load(memory, at.mirrored);
 
     Sums sums = {};
     char const* const first = ring + strip * kOutputs * kStrideW * kPitch + lane * kWidth * kItem;
     char const* inputs = first;
     int step = begin;
 #pragma unroll 1
-    for (; step < end; ++step) {
+    do {
       wait_for_copies<kStages - 2>();
-      __syncthreads();
+      synchronize();
       if (step + kStages - 1 < end) loader.step();
       commit_copies();
       bool const finishes = step >= kSlots - 1;
@@ -477,7 +491,7 @@ struct Depthwise {
       if (finishes) out.finish(sums[kSlots], sides);
       inputs += kStepBytes;
       if (inputs == first + kStages * kStepBytes) inputs = first;
-    }
+    } while (++step < end);
 #pragma unroll 1
     for (; step < steps; ++step) {
       move(sums);

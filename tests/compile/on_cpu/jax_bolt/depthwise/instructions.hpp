@@ -31,6 +31,7 @@ inline thread_local Dimensions threadIdx;
 inline Dimensions blockIdx;
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncwarp() { block_barrier->arrive_and_wait(); }  // of blocks of one warp
 
 struct uint2 {
   std::uint32_t x, y;
