@@ -61,8 +61,8 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     p = shape.problem
     warps = tile.threads // 32
     held, share = shape.ctas(arch), shape.share(arch)
-    taken = not tile.spread and shape.spreads(arch)
-    blocks = min(held, shape.grid) if taken else share
+    uneven = not tile.spread and shape.spreads(arch)
+    blocks = min(held, shape.grid) if uneven else share
     resident = min(blocks, held)
     steps, lines = steps_and_lines(p, tile.rows, shape.leaves_out)
     products = _line_products(shape)
@@ -79,10 +79,9 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     moved = region.bytes_moved / arch.bandwidth * CLOCK
     if tile.channels < min(p.c, _BURST // shape.item):
         moved *= _HALF_BURST
-    flying = resident * (tile.stages - 1) * shape.rows_read * shape.columns
-    flying *= tile.channels * shape.item
-    read = p.n * p.h * p.w * p.c * shape.item / arch.sm_count
-    memory = max(moved, read / flying * _LATENCY)
+    # As many steps of a block as are on their way come in one latency.
+    waits = max(1.0, steps / (tile.stages - 1)) * blocks / resident
+    memory = max(moved, waits * _LATENCY)
     total = _START + max(own, memory) + _OVERLAP * min(own, memory)
     return Estimate(blocks, steps, instructions, p.r * products, memory, total)
 

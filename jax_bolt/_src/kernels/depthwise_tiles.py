@@ -8,6 +8,7 @@ is a template argument or an int of its recipe.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -23,6 +24,7 @@ _OUTPUTS = (2, 4, 5, 7, 8)
 _LANES = (8, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _STAGES = (4, 3, 2)  # the first that fits
+_ALL_STAGES, _FEW_ROWS = 8, 8  # for images whose rows may then all be asked for at once
 _CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 SCHEDULERS = 4  # of an SM
@@ -82,14 +84,15 @@ class Tile:
         return self.strips * self.outputs
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Shape:
-    """A tile on a region: the sizes that follow."""
+    """A tile on a region: the sizes that follow. Without slots, to keep those that are
+    asked for often."""
 
     tile: Tile
     region: ir.Region
 
-    @property
+    @functools.cached_property
     def problem(self) -> ir.ConvProblem:
         problem = self.region.problem
         assert isinstance(problem, ir.ConvProblem)
@@ -100,7 +103,7 @@ class Shape:
         """Bytes of an input."""
         return ir.ITEM_BYTES[self.problem.dtype]
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         return self.problem.r * self.problem.s
 
@@ -126,12 +129,12 @@ class Shape:
         p = self.problem
         return (outputs - 1) * p.stride[1] + (p.s - 1) * p.dilation[1] + 1
 
-    @property
+    @functools.cached_property
     def inputs(self) -> int:
         """Input columns of a thread."""
         return self._columns(self.tile.outputs)
 
-    @property
+    @functools.cached_property
     def inside(self) -> tuple[int, int]:
         """The first of a thread's input columns that are read, and the end of them."""
         if not self.tile.whole:
@@ -218,13 +221,13 @@ class Shape:
         """Blocks of the launch for each SM."""
         return -(-self.grid // arch.sm_count)
 
-    @property
+    @functools.cached_property
     def resident(self) -> bool:
         """Whether the filter is in registers."""
         few = self.taps * self.tile.width <= _RESIDENT_TAPS
         return few and self._registers(self.taps) <= _MOST_REGISTERS
 
-    @property
+    @functools.cached_property
     def registers(self) -> int:
         """Of a thread, about."""
         return self._registers(self.taps if self.resident else 2)
@@ -259,7 +262,7 @@ class Shape:
         """Output channels of an input channel."""
         return self.problem.k // self.problem.c
 
-    @property
+    @functools.cached_property
     def grid(self) -> int:
         blocks = self.chunks * self.col_tiles * self.channel_tiles * self.multiplier
         return self.problem.n * blocks
@@ -316,7 +319,8 @@ def tiles_of(region: ir.Region, arch: GpuArch) -> Iterator[Tile]:
         if threads < lanes:
             continue
         shape = {"width": width, "outputs": outputs, "lanes": lanes, "whole": whole}
-        for stages in _STAGES:
+        few = problem.p <= _FEW_ROWS
+        for stages in (_ALL_STAGES, *_STAGES) if few else _STAGES:
             tile = Tile(**shape, strips=threads // lanes, stages=stages, rows=1)
             found = Shape(tile, region)
             if not found.takes:
@@ -325,7 +329,8 @@ def tiles_of(region: ir.Region, arch: GpuArch) -> Iterator[Tile]:
                 for each in rows:
                     made = dataclasses.replace(tile, rows=each)
                     yield from _placed(made, region, arch)
-                break
+                if stages in _STAGES:
+                    break
 
 
 def _placed(tile: Tile, region: ir.Region, arch: GpuArch) -> Iterator[Tile]:
