@@ -22,6 +22,7 @@ Apply = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 SIZES = (
     *("height", "width", "channels", "multiplier", "rows", "cols", "pad_top"),
     *("pad_left", "chunk_rows", "chunks", "col_tiles", "channel_tiles"),
+    *("per_multiplier", "per_chunks", "per_col_tiles", "per_channel_tiles"),
 )
 
 
@@ -112,13 +113,13 @@ class Block:
 
     def __post_init__(self) -> None:
         k, z = self.kernel, self.sizes
-        rest, tile = divmod(self.index, z["channel_tiles"])
+        rest, tile = self.digit(self.index, "channel_tiles")
         self.channel = tile * k.tile
-        rest, self.which = divmod(rest, z["multiplier"])
-        rest, tile = divmod(rest, z["col_tiles"])
+        rest, self.which = self.digit(rest, "multiplier")
+        rest, tile = self.digit(rest, "col_tiles")
         self.mirrored = k.mirrors and tile == 1
         self.col = 0 if k.mirrors else tile * k.strips * k.outputs
-        self.image, chunk = divmod(rest, z["chunks"])
+        self.image, chunk = self.digit(rest, "chunks")
         self.top = chunk * z["chunk_rows"]
         self.rows = min(z["chunk_rows"], z["rows"] - self.top)
         self.input_row = self.top * k.stride_h - z["pad_top"]
@@ -131,6 +132,14 @@ class Block:
         self.ids = np.arange(k.threads)
         self.ring = np.full(k.stages * k.step, np.nan)
         self.loaded = 0
+
+    def digit(self, number: int, name: str) -> tuple[int, int]:
+        """What is left of ``number`` without its last digit, and that."""
+        base, inverse = self.sizes[name], self.sizes[f"per_{name}"] % 2**32
+        if base == 1:
+            return number, 0
+        rest = number * inverse >> 32 if inverse else number // base
+        return rest, number - rest * base
 
     def run(self) -> None:
         k, z = self.kernel, self.sizes

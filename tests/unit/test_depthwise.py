@@ -209,7 +209,7 @@ def test_the_recipes_ints_are_the_kernels_sizes():
     """In the order of the header's struct."""
     path = Path(__file__).parents[2] / "cc/include/jax_bolt/depthwise/depthwise.hpp"
     (body,) = re.findall(r"struct Sizes \{(.*?)\};", path.read_text(), re.DOTALL)
-    names = re.findall(r"(\w+)[,;]", re.sub(r"//.*|std::int32_t", "", body))
+    names = re.findall(r"(\w+)[,;]", re.sub(r"//.*|std::u?int32_t", "", body))
     assert tuple(names) == emulator.SIZES
     asked = region(conv(3, 20, 22, 96, 5, stride=(2, 1), padding=(1, 2, 3, 4)))
     config, device = _first(asked)
@@ -223,6 +223,30 @@ def test_the_recipes_ints_are_the_kernels_sizes():
     assert sizes["chunks"] * sizes["chunk_rows"] >= p.p
     assert sizes["col_tiles"] * tile.cols >= p.q
     assert sizes["channel_tiles"] * tile.channels >= p.c
+    assert sizes["per_channel_tiles"] % 2**32 == -(-(2**32) // sizes["channel_tiles"])
+
+
+@pytest.mark.parametrize("channels", [2**11, 2**20])
+def test_quotients_of_blocks_numbers_are_exact(channels):
+    """By products with inverses where these are exact, by divisions elsewhere."""
+    asked = region(conv(8, 40, 700, channels, 3))
+    tile = Tile(width=1, outputs=2, lanes=16, strips=2, stages=4, rows=3)
+    grid = Shape(tile, asked).grid
+    made = depthwise.recipe(asked, tile.config(), SM90A)
+    sizes = dict(zip(emulator.SIZES, made.ints, strict=True))
+    assert min(made.ints) >= -(2**31) and max(made.ints) < 2**31
+    exact = []
+    for name in ("multiplier", "chunks", "col_tiles", "channel_tiles"):
+        base, inverse = sizes[name], sizes[f"per_{name}"] % 2**32
+        if not inverse:
+            assert base == 1 or base * grid > 2**32
+            continue
+        exact.append(name)
+        last = grid // base * base
+        for number in (0, base - 1, base, last - 1, last, grid - 1):
+            assert number * inverse >> 32 == number // base
+    many = ["chunks", "col_tiles", "channel_tiles"]
+    assert exact == (many if channels == 2**11 else [])
 
 
 def test_the_binary_depends_on_no_size():

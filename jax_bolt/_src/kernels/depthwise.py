@@ -132,6 +132,7 @@ def recipe(
     sides = tuple(map(recipes.side, range(len(epilogue.sides))))
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
     auxiliary = tuple(recipes.output(1 + i) for i in range(len(epilogue.auxiliary)))
+    bases = shape.multiplier, shape.chunks, shape.col_tiles, shape.channel_tiles
     return Recipe(
         threads=tile.threads,
         grid=shape.grid,
@@ -146,5 +147,16 @@ def recipe(
         ints=(
             *(p.h, p.w, p.c, shape.multiplier, p.p, p.q, p.padding[0], p.padding[2]),
             *(tile.rows, shape.chunks, shape.col_tiles, shape.channel_tiles),
+            *(_inverse(base, shape.grid) for base in bases),
         ),
     )
+
+
+def _inverse(base: int, numbers: int) -> int:
+    """2**32 / base, rounded up, as a signed int: the upper 32 bits of its product with
+    a number are the quotient. 0 where that is not so for all below ``numbers``, or for
+    a base of 1."""
+    if base == 1 or base * numbers > 2**32:
+        return 0
+    inverse = -(-(2**32) // base)
+    return inverse - 2**32 if inverse >= 2**31 else inverse

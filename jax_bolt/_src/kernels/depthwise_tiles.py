@@ -20,7 +20,7 @@ from .config import Config, alignment
 NAME = "depthwise"
 
 _WIDTHS = (1, 2, 4, 8)  # channels of a thread
-_OUTPUTS = (2, 4, 5, 7, 8)
+_OUTPUTS = (2, 4, 5, 7, 8, 14)
 _LANES = (8, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _STAGES = (4, 3, 2)  # the first that fits

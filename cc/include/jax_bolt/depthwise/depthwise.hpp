@@ -32,6 +32,8 @@ struct Sizes {
   std::int32_t pad_top, pad_left;
   std::int32_t chunk_rows;                        // output rows of a block
   std::int32_t chunks, col_tiles, channel_tiles;  // blocks of an image; channels vary fastest
+  // 2^32 divided by some of them, rounded up, or 0 where a block's number needs a true division.
+  std::uint32_t per_multiplier, per_chunks, per_col_tiles, per_channel_tiles;
 };
 
 /// The kernel's only parameter.
@@ -124,12 +126,12 @@ struct Depthwise {
 
     __device__ explicit Place(Sizes const& z) {
       unsigned rest = blockIdx.x;
-      channel = digit(rest, z.channel_tiles) * kTile;
-      which = digit(rest, z.multiplier);
-      int const tile = digit(rest, z.col_tiles);
+      channel = digit(rest, z.channel_tiles, z.per_channel_tiles) * kTile;
+      which = digit(rest, z.multiplier, z.per_multiplier);
+      int const tile = digit(rest, z.col_tiles, z.per_col_tiles);
       mirrored = kMirrors && tile == 1;
       col = kMirrors ? 0 : tile * (kStrips * kOutputs);
-      row = digit(rest, z.chunks) * z.chunk_rows;
+      row = digit(rest, z.chunks, z.per_chunks) * z.chunk_rows;
       image = rest;
       rows = min(z.chunk_rows, z.rows - row);
       input_row = row * kStrideH - z.pad_top;
@@ -137,12 +139,12 @@ struct Depthwise {
       input_col = col * kStrideW - (mirrored ? pad_right : z.pad_left) + kFrom;
     }
 
-    /// The last digit of `number`, of `base` values, which it loses. A division takes as long as
-    /// many products, and most bases are often 1.
-    __device__ static int digit(unsigned& number, unsigned base) {
+    /// The last digit of `number`, of `base` values, which it loses. Nothing is asked for before
+    /// these are known, and a true division takes as long as twenty products.
+    __device__ static int digit(unsigned& number, unsigned base, unsigned per_base) {
       if (base == 1) return 0;
       unsigned const whole = number;
-      number /= base;
+      number = per_base == 0 ? whole / base : __umulhi(whole, per_base);
       return whole - number * base;
     }
   };
