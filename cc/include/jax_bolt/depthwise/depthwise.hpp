@@ -194,7 +194,7 @@ struct Depthwise {
 #pragma unroll
       for (int k = 0; k < kStrideH; ++k) {
         if (!is_read(k)) continue;
-        bool const valid = wants && row + k >= 0 && row + k < height;
+        bool const valid = wants && unsigned(row + k) < unsigned(height);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
           // The last columns are those of some threads only.
@@ -457,11 +457,11 @@ struct Depthwise {
     Loader loader(p, at, ring);
     loader.skip(begin);
     begin_after_earlier_kernels();
-    Filter::copy(p, at, memory);
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
       // No branch: what is asked for after it would wait at it.
       loader.step(begin + i < end);
+      if (i == 0) Filter::copy(p, at, memory);
       commit_copies();
     }
     Writer out(p, at, channel, wanted < z.channels);
