@@ -75,6 +75,9 @@ struct Depthwise {
   /// Whether slots that are no row of the chunk are left out of its first and last steps. Not worth
   /// the code where slots are few.
   static constexpr bool kLeavesOut = kSlots >= 5;
+  /// Whether rows that zeros below the image finish are stored from the slots where they are, each
+  /// by code of its own. Else the sums move on as in other steps, which takes a move for each.
+  static constexpr bool kEndsInPlace = kOutputs * kWidth <= 8;
   /// Input columns of a thread, and those of a block in the ring.
   static constexpr int kInputs = (kOutputs - 1) * kStrideW + kReachW + 1;
   static constexpr int kColumns = (kStrips - 1) * kOutputs * kStrideW + kUntil - kFrom;
@@ -494,13 +497,28 @@ struct Depthwise {
       inputs += kStepBytes;
       if (inputs == first + kStages * kStepBytes) inputs = first;
     } while (++step < end);
+    auto const finish = [&](float const(&finished)[kOutputs][kWidth]) {
+      if (step >= kSlots - 1) {
+        Sides sides;
+        out.load(sides);
+        out.finish(finished, sides);
+      }
+    };
+    if constexpr (kEndsInPlace) {
+#pragma unroll
+      for (int slot = kSlots - 1; slot > 0; --slot) {
+        if (step >= steps) return;
+        finish(sums[slot]);
+        ++step;
+      }
 #pragma unroll 1
-    for (; step < steps; ++step) {
-      move(sums);
-      if (step < kSlots - 1) continue;
-      Sides sides;
-      out.load(sides);
-      out.finish(sums[kSlots], sides);
+      for (; step < steps; ++step) finish(sums[0]);
+    } else {
+#pragma unroll 1
+      for (; step < steps; ++step) {
+        move(sums);
+        finish(sums[kSlots]);
+      }
     }
   }
 };
