@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "jax_bolt/depthwise/instructions.hpp"
+#include "jax_bolt/depthwise/sides.hpp"
 #include "jax_bolt/depthwise/vector.hpp"
 #include "jax_bolt/device_kernel.hpp"
 #include "jax_bolt/epilogue/math.hpp"
@@ -65,6 +66,7 @@ struct Depthwise {
   using Stored = Storage<Output>;
   using Auxiliary = AuxiliaryOf<Epilogue>;
   using Input = Vector<Element, kWidth>;
+  using Sides = depthwise::Sides<Epilogue, kOutputs, kWidth>;
 
   static constexpr int kThreads = kLanes * kStrips;
   static constexpr int kCtas = kCtas_;
@@ -343,38 +345,6 @@ struct Depthwise {
 #pragma unroll
     for (int slot = kSlots - 1; slot >= 0; --slot) copy(sums[slot], sums[slot + 1]);
   }
-
-  /// The side inputs of a thread's outputs in one row, as they are stored.
-  struct Sides {
-    template <int kSide>
-    using Type = Storage<TypeAt<kSide, typename Epilogue::Sides>>;
-    std::uint32_t words[array_size(Epilogue::kSides)][kOutputs][kWidth];  // enough for f32
-
-    __device__ void load(EpilogueParams<Epilogue> const& epilogue, std::int64_t at, int next,
-                         std::uint32_t stored) {
-      for_each_index<Epilogue::kSides>([&](auto index) {
-        constexpr int i = decltype(index)::value;
-        auto const* const from = epilogue.template side<i>() + at;
-#pragma unroll
-        for (int t = 0; t < kOutputs; ++t) {
-          Vector<Type<i>, kWidth> found = {};
-          if (stored >> t & 1) found.load(from + std::int64_t(t) * next);
-#pragma unroll
-          for (int w = 0; w < found.kWords; ++w) words[i][t][w] = found.words[w];
-        }
-      });
-    }
-    __device__ void get(int t, int v, float (&s)[array_size(Epilogue::kSides)]) const {
-      s[0] = 0.0f;
-      for_each_index<Epilogue::kSides>([&](auto index) {
-        constexpr int i = decltype(index)::value;
-        Vector<Type<i>, kWidth> found;
-#pragma unroll
-        for (int w = 0; w < found.kWords; ++w) found.words[w] = words[i][t][w];
-        s[i] = found.get(v);
-      });
-    }
-  };
 
   /// The epilogue of a thread's outputs, and where they go.
   struct Writer {
