@@ -14,6 +14,7 @@ from .depthwise_tiles import SCHEDULERS, Shape, Tile
 
 # Cycles of an SM. Counted in the machine code, and not fitted to measurements.
 _START = 4000  # from launch to the first product, and the last store
+_NEXT = 300  # from a block's end to the first copy of the one in its place
 _STALL = 160  # of a warp in each step: the barrier, loads from shared memory
 _STEP, _COPY = 30, 5  # instructions of a step, and of a piece that is copied
 _BEFORE = 250  # instructions before the first step, without the filter's
@@ -71,7 +72,9 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     def together(blocks: int) -> float:
         # Of an SM's schedulers the one with the most warps.
         turns = -(-blocks * warps // SCHEDULERS)
-        turn = max(turns * instructions, instructions + _STALL)
+        # A block's warps stall at its barrier together; others hide that.
+        alone = turns if blocks == 1 else 1
+        turn = max(turns * instructions, alone * instructions + _STALL)
         return steps * turn + turns * _first_instructions(shape)
 
     waves, rest = divmod(blocks, resident)
@@ -82,7 +85,8 @@ def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
     # As many steps of a block as are on their way come in one latency.
     waits = max(1.0, steps / (tile.stages - 1)) * blocks / resident
     memory = max(moved, waits * _LATENCY)
-    total = _START + max(own, memory) + _OVERLAP * min(own, memory)
+    total = _START + _NEXT * (waves + (rest > 0) - 1)
+    total += max(own, memory) + _OVERLAP * min(own, memory)
     return Estimate(blocks, steps, instructions, p.r * products, memory, total)
 
 

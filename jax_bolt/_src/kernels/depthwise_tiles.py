@@ -21,6 +21,7 @@ NAME = "depthwise"
 
 _WIDTHS = (1, 2, 4, 8)  # channels of a thread
 _OUTPUTS = (2, 4, 5, 7, 8, 14)
+_MOST_OF_FEW_SLOTS = 8  # outputs, where device memory is the limit
 _LANES = (8, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _STAGES = (4, 3, 2)  # the first that fits
@@ -276,6 +277,8 @@ class Shape:
         if tile.width * self.item > _ACCESS or tile.threads % self.pieces:
             return False
         if tile.channels < min(self.problem.c, _SECTOR // self.item):
+            return False
+        if tile.outputs > _MOST_OF_FEW_SLOTS and not self.leaves_out:
             return False
         products = self.taps * tile.outputs * tile.width
         if products > _MOST_PRODUCTS or self.copies > _MOST_COPIES:
