@@ -73,7 +73,8 @@ template struct jax_bolt::implicit_gemm::Sm90<all_kernels::Epilogue, all_kernels
                                               1, jax_bolt::implicit_gemm::Schedule::kPingPong, 1, 1,
                                               4, 4, jax_bolt::implicit_gemm::MeanPool>;
 template struct jax_bolt::depthwise::Depthwise<all_kernels::Epilogue, all_kernels::Element, 5, 5, 2,
-                                               2, 1, 1, 2, 4, 16, 8, 4, 64, 16, true, 4>;
+                                               2, 1, 1, 2, 4, 16, 8, 0, 11, 4, 64, 16, 16, false,
+                                               true, 4>;
 template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Epilogue,
                                       all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
                                       jax_bolt::implicit_gemm::Filters::kKrsc, true, 64, 1, 1, 2, 4,

@@ -398,6 +398,8 @@ DEPTHWISE = [
     _depthwise(1, 28, 13, 240, 5, 5, act=jax.nn.silu, stride=2),
     _depthwise(2, 28, 30, 96, 7, 7, padding=SAME7),
     _depthwise(5, 7, 7, 136, 7, 7, F16, padding=SAME7),
+    _depthwise(3, 14, 14, 72, 7, 7, padding=SAME7),
+    _depthwise(2, 15, 13, 40, 5, 5, F16, jax.nn.silu),
     _depthwise(2, 12, 11, 32, 3, 3, act=jax.nn.silu, dilation=2),
     _depthwise(1, 17, 19, 24, 3, 3, dilation=2, stride=2, padding=((3, 1), (0, 4))),
     # Channels of no 16 bytes: copied in pieces of 8, 4 and 2.

@@ -66,6 +66,19 @@ REGIONS = [
         (conv(1, 6, 7, 12, 3, k=24), epilogue("bf16", "f32")),
         (conv(1, 7, 8, 20, 3, dtype="f32"), epilogue("f32", "f32")),
         (conv(1, 12, 9, 8, 13), epilogue("bf16")),
+        (conv(1, 12, 9, 8, 13, dtype="f32"), epilogue("f32")),
+        # rows of a strip or two: padding on both sides, with a stride, on one side
+        (conv(2, 7, 7, 24, 7), epilogue("bf16", "bf16")),
+        (conv(1, 13, 14, 16, 5, stride=(2, 2), padding=(1, 2, 1, 2)), epilogue("bf16")),
+        (conv(1, 9, 6, 36, 7, 3, padding=(3, 3, 2, 0)), epilogue("bf16")),
+        (conv(1, 7, 5, 8, 5, dilation=(2, 2), padding=(4, 4, 4, 4)), epilogue("bf16")),
+        (conv(2, 9, 14, 16, 7), epilogue("bf16", "f32")),
+        (conv(1, 8, 13, 40, 5, padding=(2, 2, 1, 3)), storing(epilogue("f32"), "bf16")),
+        (conv(1, 9, 25, 16, 5, stride=(2, 2)), epilogue("bf16", "bf16")),
+        (conv(1, 7, 10, 6, 3, k=12), epilogue("bf16")),
+        (conv(1, 6, 11, 8, 13, dtype="f32"), epilogue("f32")),
+        # outputs of padding alone
+        (conv(1, 3, 2, 8, 5, padding=(4, 6, 6, 4)), epilogue("bf16")),
         (conv(2, 7, 9, 18, 3), storing(epilogue("bf16", "bf16"), "bf16")),
         (conv(1, 9, 8, 16, 5, stride=(2, 2)), storing(epilogue("bf16"), "f32")),
     )
@@ -73,16 +86,20 @@ REGIONS = [
 
 
 def tiles(region: ir.Region) -> list[Tile]:
-    """The first candidate, one in chunks of some rows, and others of two widths."""
+    """The first candidate, one in chunks of some rows, those whose strips are rows or
+    halves of them, and others of two widths."""
     chosen = [Tile.of(depthwise.configs(region, SM90A)[0])]
     problem = region.problem
     assert isinstance(problem, ir.ConvProblem)
     chosen.append(dataclasses.replace(chosen[0], rows=-(-problem.p // 3)))
     rng = random.Random(region.text)
     every = list(depthwise_tiles.tiles_of(region, SM90A))
+    for whole in (1, 2):
+        if rows := [tile for tile in every if tile.whole == whole]:
+            chosen.append(rng.choice(rows))
     for width in {tile.width for tile in every}:
         chosen.append(rng.choice([tile for tile in every if tile.width == width]))
-    return list(dict.fromkeys(chosen))[:4]
+    return list(dict.fromkeys(chosen))[:5]
 
 
 def host_library(kernels: list[tuple[ir.Region, Tile]], folder: Path) -> ctypes.CDLL:
@@ -174,8 +191,15 @@ def test_the_code_on_the_cpu(tmp_path):
     """All threads of all blocks, on integers, whose sums are exact."""
     kernels = [(region, tile) for region in REGIONS for tile in tiles(region)]
     shapes = [Shape(tile, region) for region, tile in kernels]
-    assert any(shape.edge and shape.tile.rows > shape.slots for shape in shapes)
-    assert any(shape.edge and shape.tile.rows < shape.edge for shape in shapes)
+    assert any(s.leaves_out and s.tile.rows > s.slots and s.chunks > 1 for s in shapes)
+    assert any(s.leaves_out and s.tile.rows < s.slots // 2 for s in shapes)
+    for whole in (1, 2):
+        some = [s for s in shapes if s.tile.whole == whole]
+        assert len({s.tile.width for s in some}) > 1 and any(s.chunks > 1 for s in some)
+    halves = [s for s in shapes if s.tile.whole == 2]
+    assert {s.problem.q % s.tile.outputs == 0 for s in halves} == {True, False}
+    assert any(s.multiplier > 1 for s in halves)
+    assert {s.item for s in shapes if not s.resident} == {2, 4}
     library = host_library(kernels, tmp_path)
     for i, (region, tile) in enumerate(kernels):
         recipe = depthwise.recipe(region, tile.config(), SM90A)

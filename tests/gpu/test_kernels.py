@@ -39,7 +39,7 @@ def chosen(case, candidates):
     found = [group[turn % len(group)] for group in groups.values()]
     found += first(candidates, lambda tile: tile.parts > 1)
     found += first(candidates, lambda tile: tile.im2col)
-    found += widths(candidates)
+    found += kinds(candidates)
     return found + (splits(candidates) if is_deep(case) else [])
 
 
@@ -52,16 +52,18 @@ def first(candidates, is_wanted):
     return list(found.values())
 
 
-def widths(candidates):
-    """A depthwise candidate for every number of channels that a thread may have."""
-    found = {}
+def kinds(candidates):
+    """Depthwise candidates: for every number of channels that a thread may have, and
+    for strips that are rows or halves of them, spread over the SMs or not."""
+    found: dict = {}
     for candidate in candidates:
         if candidate.template is depthwise:
             for tile in depthwise_tiles.tiles_of(candidate.form.region, candidate.arch):
-                if tile.width not in found:
-                    found[tile.width] = with_tile(candidate, tile)
+                made = with_tile(candidate, tile)
+                found.setdefault((tile.width, None), made)
+                found.setdefault((tile.whole, tile.spread), made)
             break
-    return list(found.values())
+    return list(dict.fromkeys(found.values()))
 
 
 def splits(candidates):

@@ -20,6 +20,7 @@ from jax_bolt._src.jit import codegen
 from jax_bolt._src.kernels import conv_sm80, depthwise, depthwise_tiles, gemm_sm80
 from jax_bolt._src.kernels import implicit_gemm_sm90 as family
 from jax_bolt._src.kernels import recipe as recipes
+from jax_bolt._src.kernels.depthwise_rank import estimate, steps_and_lines
 from jax_bolt._src.kernels.depthwise_tiles import Shape, Tile
 
 SM80, SM86, SM90A = (arch.from_name(n) for n in ("sm_80", "sm_86", "sm_90a"))
@@ -82,14 +83,18 @@ PROBLEMS = [
 
 
 def sample(asked: ir.Region, device: arch.GpuArch) -> list[Tile]:
-    """The first candidates, and tiles of every width and number of outputs."""
+    """The first candidates, and tiles of some widths and numbers of outputs, whose
+    strips are rows or not."""
     found = [Tile.of(config) for config in depthwise.configs(asked, device)[:2]]
     rng = random.Random(asked.text)
-    groups: dict[tuple[int, int], list[Tile]] = {}
+    groups: dict[int, dict[tuple[int, int], list[Tile]]] = {}
     for tile in depthwise_tiles.tiles_of(asked, device):
-        groups.setdefault((tile.width, tile.outputs), []).append(tile)
-    some = rng.sample(list(groups.values()), min(4, len(groups)))
-    return found + [rng.choice(group) for group in some]
+        kind = groups.setdefault(tile.whole, {})
+        kind.setdefault((tile.width, tile.outputs), []).append(tile)
+    for whole, kind in groups.items():
+        some = rng.sample(list(kind.values()), min(1 if whole else 4, len(kind)))
+        found += [rng.choice(group) for group in some]
+    return found
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
@@ -181,7 +186,7 @@ def test_candidates_are_distinct_and_fit(problem, device):
         shape = Shape(Tile.of(config), asked)
         assert Tile.of(config).config() == config
         assert shape.shared_bytes <= device.smem_per_block
-        assert shape.registers <= 216 and shape.takes
+        assert shape.registers <= 208 and shape.takes
         assert shape.ctas(device) * shape.tile.threads <= 2048
         recipe = depthwise.recipe(asked, config, device)
         assert recipe.programmatic == (device.sm >= 90)
@@ -204,7 +209,7 @@ def test_the_recipes_ints_are_the_kernels_sizes():
     """In the order of the header's struct."""
     path = Path(__file__).parents[2] / "cc/include/jax_bolt/depthwise/depthwise.hpp"
     (body,) = re.findall(r"struct Sizes \{(.*?)\};", path.read_text(), re.DOTALL)
-    names = re.findall(r"(\w+)[,;]", re.sub(r"//.*|std::int32_t", "", body))
+    names = re.findall(r"(\w+)[,;]", re.sub(r"//.*|std::u?int32_t", "", body))
     assert tuple(names) == emulator.SIZES
     asked = region(conv(3, 20, 22, 96, 5, stride=(2, 1), padding=(1, 2, 3, 4)))
     config, device = _first(asked)
@@ -218,6 +223,30 @@ def test_the_recipes_ints_are_the_kernels_sizes():
     assert sizes["chunks"] * sizes["chunk_rows"] >= p.p
     assert sizes["col_tiles"] * tile.cols >= p.q
     assert sizes["channel_tiles"] * tile.channels >= p.c
+    assert sizes["per_channel_tiles"] % 2**32 == -(-(2**32) // sizes["channel_tiles"])
+
+
+@pytest.mark.parametrize("channels", [2**11, 2**20])
+def test_quotients_of_blocks_numbers_are_exact(channels):
+    """By products with inverses where these are exact, by divisions elsewhere."""
+    asked = region(conv(8, 40, 700, channels, 3))
+    tile = Tile(width=1, outputs=2, lanes=16, strips=2, stages=4, rows=3)
+    grid = Shape(tile, asked).grid
+    made = depthwise.recipe(asked, tile.config(), SM90A)
+    sizes = dict(zip(emulator.SIZES, made.ints, strict=True))
+    assert min(made.ints) >= -(2**31) and max(made.ints) < 2**31
+    exact = []
+    for name in ("multiplier", "chunks", "col_tiles", "channel_tiles"):
+        base, inverse = sizes[name], sizes[f"per_{name}"] % 2**32
+        if not inverse:
+            assert base == 1 or base * grid > 2**32
+            continue
+        exact.append(name)
+        last = grid // base * base
+        for number in (0, base - 1, base, last - 1, last, grid - 1):
+            assert number * inverse >> 32 == number // base
+    many = ["chunks", "col_tiles", "channel_tiles"]
+    assert exact == (many if channels == 2**11 else [])
 
 
 def test_the_binary_depends_on_no_size():
@@ -232,6 +261,95 @@ def test_the_binary_depends_on_no_size():
         for r, c in ((asked, config), (asked, fewer), (larger, config))
     }
     assert len(texts) == 1
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.text)
+def test_spread_blocks_leave_no_room_for_one_more(problem):
+    asked = region(problem)
+    total = SM90A.smem_per_block + 1024
+    found = [t for t in depthwise_tiles.tiles_of(asked, SM90A) if t.spread]
+    for tile in found:
+        shape = Shape(tile, asked)
+        share = -(-shape.grid // SM90A.sm_count)
+        made = depthwise.recipe(asked, tile.config(), SM90A)
+        assert shape.shared_bytes <= made.smem_bytes <= SM90A.smem_per_block
+        # Of blocks, in units of 128 bytes, and the system's own of each.
+        taken = -(-made.smem_bytes // 128) * 128 + 1024
+        assert share * taken <= total < (share + 1) * taken
+        less = dataclasses.replace(tile, spread=0)
+        assert Shape(less, asked).launch_bytes(SM90A) == shape.shared_bytes
+        assert depthwise.instantiate(
+            asked, less.config(), SM90A
+        ) == depthwise.instantiate(asked, tile.config(), SM90A)
+    assert found or Shape(Tile.of(depthwise.configs(asked, SM90A)[0]), asked).grid > 132
+    assert not any(t.spread for t in depthwise_tiles.tiles_of(asked, SM80))
+
+
+def test_the_first_spread_candidate_is_followed_by_itself_not_spread():
+    for side, channels in ((56, 96), (28, 192), (14, 384), (7, 768)):
+        asked = region(conv(32, side, side, channels, 7))
+        tiles = [Tile.of(config) for config in depthwise.configs(asked, SM90A)]
+        first = next(i for i, tile in enumerate(tiles) if tile.spread)
+        assert first < 7
+        assert tiles[first + 1] == dataclasses.replace(tiles[first], spread=0)
+
+
+def test_padding_beside_rows_is_left_out_where_a_strip_reaches_it():
+    def best(side: int, channels: int) -> Shape:
+        asked = region(conv(32, side, side, channels, 7))
+        return Shape(Tile.of(depthwise.configs(asked, SM90A)[0]), asked)
+
+    assert best(7, 768).tile.whole == 1 and best(7, 768).inside == (3, 10)
+    assert best(14, 384).tile.whole == 2 and best(14, 384).inside == (3, 13)
+    assert best(56, 96).tile.whole == 0 and best(56, 96).inside == (0, 13)
+
+
+def test_configs_name_whole_and_spread_where_they_are_set():
+    plain = {"width": 1, "outputs": 7, "lanes": 32, "strips": 1, "stages": 4, "rows": 7}
+    text = "width=1 outputs=7 lanes=32 strips=1 stages=4 rows=7"
+    assert Tile(**plain).config().text == text
+    for tile in (Tile(**plain), Tile(**plain, whole=2), Tile(**plain, spread=1)):
+        assert Tile.of(tile.config()) == tile
+
+
+@pytest.mark.parametrize(
+    ("problem", "rows", "steps", "lines"),
+    [
+        # All rows: of an image, its edges' own are less. In chunks, both on average.
+        (conv(1, 7, 7, 8, 7), 7, 7, 37),
+        (conv(1, 28, 28, 8, 7), 28, 28, 184),
+        (conv(1, 28, 28, 8, 7), 14, 17, 92),
+        (conv(1, 14, 14, 8, 5, stride=(2, 2), padding=(1, 2, 1, 2)), 7, 8, 34),
+    ],
+    ids=lambda value: getattr(value, "text", str(value)),
+)
+def test_the_model_counts_lines_of_rows_that_are_there(problem, rows, steps, lines):
+    asked = region(problem)
+    base = Tile(width=1, outputs=7, lanes=8, strips=4, stages=4, rows=rows)
+    assert steps_and_lines(problem, rows, True) == (steps, lines)
+    # Where slots are not left out, every step has all lines.
+    assert steps_and_lines(problem, rows, False) == (steps, steps * problem.r)
+    found = estimate(base, asked, SM90A)
+    assert found.steps == steps and found.products == 7 * problem.r * problem.s
+
+
+def test_the_model_expects_uneven_blocks_unless_they_are_spread():
+    asked = region(conv(32, 14, 14, 384, 7))
+    tile = Tile(width=1, outputs=4, lanes=32, strips=2, stages=4, rows=14)
+    shape = Shape(tile, asked)
+    assert shape.grid == 768 and shape.share(SM90A) == 6 and shape.ctas(SM90A) == 8
+    spread = dataclasses.replace(tile, spread=1)
+    assert estimate(tile, asked, SM90A).blocks == 8
+    assert estimate(spread, asked, SM90A).blocks == 6
+    assert estimate(tile, asked, SM80).blocks == 8  # of 108 SMs, and it is their share
+
+
+def test_registers_are_those_of_a_scheduler():
+    """Three warps of 136 registers, not three and a half."""
+    asked = region(conv(32, 28, 28, 192, 7))
+    tile = Tile(width=1, outputs=7, lanes=32, strips=1, stages=4, rows=14)
+    assert 128 < Shape(tile, asked).registers <= 168
+    assert Shape(tile, asked).ctas(SM90A) == 12
 
 
 def test_strips_of_a_warp_read_other_banks():

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from .. import ir
 from ..arch import GpuArch
 from . import recipe as recipes
 from .config import CPP_TYPES, Config, epilogue_limit
-from .depthwise_tiles import NAME, Shape, Tile, estimate, tiles_of
+from .depthwise_rank import estimate
+from .depthwise_tiles import NAME, Shape, Tile, tiles_of
 from .recipe import Recipe
 from .template import Artifact, Elsewhere
 
@@ -53,14 +55,21 @@ def supports(region: ir.Region, arch: GpuArch) -> str | None:
 
 @functools.lru_cache(maxsize=1024)  # every site of every trace asks
 def configs(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
-    """The tiles with the least estimated time, best first, few of a kind."""
-    kinds: dict[tuple[int, int], list[Tile]] = {}
+    """The tiles with the least estimated time, best first, few of a kind.
+
+    The first that is spread is also there as it is not: what spreading gains depends on
+    the kernels around, and no other kernel has to be built to time it.
+    """
+    kinds: dict[tuple[int, int, int], list[Tile]] = {}
     chosen: list[Tile] = []
     for tile in _ranked(region, arch):
-        alike = kinds.setdefault((tile.width, tile.outputs), [])
+        alike = kinds.setdefault((tile.width, tile.outputs, tile.whole), [])
         if len(alike) < _OF_A_KIND and tile.lanes not in (t.lanes for t in alike):
             alike.append(tile)
-            chosen.append(tile)
+            if tile.spread and not any(t.spread for t in chosen):
+                chosen += [tile, dataclasses.replace(tile, spread=0)]
+            else:
+                chosen.append(tile)
     return tuple(tile.config() for tile in chosen[:_CANDIDATES])
 
 
@@ -70,9 +79,13 @@ def space(region: ir.Region, arch: GpuArch) -> tuple[Config, ...]:
 
 
 def _ranked(region: ir.Region, arch: GpuArch) -> list[Tile]:
-    return sorted(
-        tiles_of(region, arch), key=lambda tile: estimate(tile, region, arch).total
-    )
+    """Of equals those that are spread come first: registers may leave room for more
+    blocks than the model counts with."""
+
+    def key(tile: Tile) -> tuple[float, int]:
+        return estimate(tile, region, arch).total, -tile.spread
+
+    return sorted(tiles_of(region, arch), key=key)
 
 
 def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
@@ -84,8 +97,9 @@ def instantiate(region: ir.Region, config: Config, arch: GpuArch) -> str:
         "Epilogue",
         CPP_TYPES[p.dtype],
         *(p.r, p.s, *p.stride, *p.dilation),
-        *(tile.width, tile.outputs, tile.lanes, tile.strips),
-        *(tile.stages, shape.pitch, shape.piece),
+        *(tile.width, tile.outputs, tile.lanes, tile.strips, *shape.inside),
+        *(tile.stages, shape.pitch, shape.piece, shape.tap_piece),
+        "true" if tile.whole == 2 else "false",
         "true" if shape.resident else "false",
         shape.ctas(arch),
     )
@@ -118,10 +132,11 @@ def recipe(
     sides = tuple(map(recipes.side, range(len(epilogue.sides))))
     vectors = tuple(map(recipes.vector, range(len(epilogue.vectors))))
     auxiliary = tuple(recipes.output(1 + i) for i in range(len(epilogue.auxiliary)))
+    bases = shape.multiplier, shape.chunks, shape.col_tiles, shape.channel_tiles
     return Recipe(
         threads=tile.threads,
         grid=shape.grid,
-        smem_bytes=shape.shared_bytes,
+        smem_bytes=shape.launch_bytes(arch),
         programmatic=arch.sm >= 90,
         pointers=(
             *(recipes.A, recipes.B, recipes.D),
@@ -132,5 +147,16 @@ def recipe(
         ints=(
             *(p.h, p.w, p.c, shape.multiplier, p.p, p.q, p.padding[0], p.padding[2]),
             *(tile.rows, shape.chunks, shape.col_tiles, shape.channel_tiles),
+            *(_inverse(base, shape.grid) for base in bases),
         ),
     )
+
+
+def _inverse(base: int, numbers: int) -> int:
+    """2**32 / base, rounded up, as a signed int: the upper 32 bits of its product with
+    a number are the quotient. 0 where that is not so for all below ``numbers``, or for
+    a base of 1."""
+    if base == 1 or base * numbers > 2**32:
+        return 0
+    inverse = -(-(2**32) // base)
+    return inverse - 2**32 if inverse >= 2**31 else inverse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiles of the depthwise kernel, and how long a launch of each would take.
+"""The tiles of the depthwise kernel.
 
 Every number here that the kernel needs as well (``jax_bolt/depthwise/depthwise.hpp``)
 is a template argument or an int of its recipe.
@@ -8,6 +8,7 @@ is a template argument or an int of its recipe.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -15,42 +16,41 @@ from .. import ir
 from ..arch import GpuArch
 from . import hoist
 from .config import Config, alignment
-from .cycles import CLOCK, micros, us
 
 NAME = "depthwise"
 
 _WIDTHS = (1, 2, 4, 8)  # channels of a thread
-_OUTPUTS = (2, 4, 5, 7, 8)
+_OUTPUTS = (2, 4, 5, 7, 8, 14)
+_MOST_OF_FEW_SLOTS = 8  # outputs, where device memory is the limit
 _LANES = (8, 16, 32)
 _THREADS = (32, 64, 128, 256)
 _STAGES = (4, 3, 2)  # the first that fits
+_ALL_STAGES, _FEW_ROWS = 8, 8  # for images whose rows may then all be asked for at once
 _CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
+SCHEDULERS = 4  # of an SM
 _REGISTERS = 65536  # of an SM
-_MOST_REGISTERS = 216  # of a thread, by the count below; it has 255
+_MOST_REGISTERS = 208  # of a thread, by the count below; it has 255
 _RESIDENT_TAPS = 128  # filter values of a thread in registers, at most
-_OTHER_REGISTERS = 32
+_OTHER_REGISTERS = 24
 _MOST_PRODUCTS = 1600  # unrolled: two seconds of nvcc
 _MOST_COPIES = 32  # of a thread and row: bits of a register
 _ACCESS = 16  # bytes
 _SECTOR = 32  # bytes that L2 moves at least
 _BANKS = 128  # bytes that shared memory moves at once
-
-# Cycles of an SM. Counted in the machine code, and not fitted to measurements.
-_START = 4000  # from launch to the first product, and the last store
-_STALL = 160  # of a warp in each step: the barrier, loads from shared memory
-_STEP, _COPY = 30, 5  # instructions of a step, and of a piece that is copied
-_LATENCY = 1400  # from asking device memory to having it in shared memory
-_BURST = 64  # bytes that device memory reads at once
-_HALF_BURST = 1.25  # of its time, where another block has the other half, a bit later
-_OVERLAP = 0.4  # of SMs' and device memory's times, what the longer does not hide
+_OWN_SHARED, _SHARED_UNIT = 1024, 128  # bytes: the system's own; allocated at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """What a block does: ``lanes`` threads of ``width`` channels side by side,
     ``strips`` times ``outputs`` columns, ``rows`` output rows one after the other, a
-    ring of ``stages`` steps."""
+    ring of ``stages`` steps.
+
+    ``whole``: strips of a row, one or two, of which products with the padding beside it
+    are left out; 0 for any number and all products. ``spread``: no SM holds more blocks
+    than one has to.
+    """
 
     width: int
     outputs: int
@@ -58,6 +58,8 @@ class Tile:
     strips: int
     stages: int
     rows: int
+    whole: int = 0
+    spread: int = 0
 
     @staticmethod
     def of(config: Config) -> Tile:
@@ -65,7 +67,10 @@ class Tile:
         return Tile(**{name: int(value) for name, value in config.params})
 
     def config(self) -> Config:
-        return Config.of(NAME, **dataclasses.asdict(self))
+        """Names ``whole`` and ``spread`` where they are set."""
+        named = dataclasses.asdict(self).items()
+        given = {k: v for k, v in named if v or k not in ("whole", "spread")}
+        return Config.of(NAME, **given)
 
     @property
     def threads(self) -> int:
@@ -80,14 +85,15 @@ class Tile:
         return self.strips * self.outputs
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Shape:
-    """A tile on a region: the sizes that follow."""
+    """A tile on a region: the sizes that follow. Without slots, to keep those that are
+    asked for often."""
 
     tile: Tile
     region: ir.Region
 
-    @property
+    @functools.cached_property
     def problem(self) -> ir.ConvProblem:
         problem = self.region.problem
         assert isinstance(problem, ir.ConvProblem)
@@ -98,7 +104,7 @@ class Shape:
         """Bytes of an input."""
         return ir.ITEM_BYTES[self.problem.dtype]
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         return self.problem.r * self.problem.s
 
@@ -109,9 +115,9 @@ class Shape:
         return (p.r - 1) * p.dilation[0] // p.stride[0] + 1
 
     @property
-    def edge(self) -> int:
-        """Steps at either end of a chunk in which only as many slots count."""
-        return self.slots // 2 if self.slots >= 5 else 0
+    def leaves_out(self) -> bool:
+        """Whether slots that are no row of a chunk are not multiplied."""
+        return self.slots >= 5
 
     @property
     def rows_read(self) -> int:
@@ -124,20 +130,40 @@ class Shape:
         p = self.problem
         return (outputs - 1) * p.stride[1] + (p.s - 1) * p.dilation[1] + 1
 
-    @property
+    @functools.cached_property
     def inputs(self) -> int:
         """Input columns of a thread."""
         return self._columns(self.tile.outputs)
 
+    @functools.cached_property
+    def inside(self) -> tuple[int, int]:
+        """The first of a thread's input columns that are read, and the end of them."""
+        if not self.tile.whole:
+            return 0, self.inputs
+        p = self.problem
+        left = right = p.padding[2]
+        if (
+            self.tile.whole == 2
+        ):  # what is on the left of the right one, as it is mirrored
+            right = self._columns(p.q) - p.w - left
+        first, end = min(left, right), max(left, right) + p.w
+        return max(0, min(first, self.inputs)), min(end, self.inputs)
+
     @property
     def columns(self) -> int:
         """Input columns of a block."""
-        return self._columns(self.tile.cols)
+        first, end = self.inside
+        return self._columns(self.tile.cols) - (self.inputs - (end - first))
 
     @property
     def piece(self) -> int:
         """Bytes that are copied at once."""
         return alignment(self.problem.c, self.problem.dtype) * self.item
+
+    @property
+    def tap_piece(self) -> int:
+        """Bytes of the filter that are copied at once."""
+        return self.piece if self.multiplier == 1 else self.item
 
     @property
     def pieces(self) -> int:
@@ -173,16 +199,36 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        filter_bytes = 0 if self.resident else self.taps * self.tile.channels * 4
+        of_value = self.item  # and as float32, where that is not in registers
+        if not self.resident and self.item < 4:
+            of_value += 4
+        filter_bytes = self.taps * self.tile.channels * of_value
         return filter_bytes + self.tile.stages * self.step_bytes
 
-    @property
+    def launch_bytes(self, arch: GpuArch) -> int:
+        """Shared memory that a block asks for.
+
+        Blocks go to the first SM with room for one, and SMs become free of the kernel
+        ahead one after the other: the first would take more than their share. They do
+        not where that many leave too little shared memory for one more.
+        """
+        if not self.tile.spread:
+            return self.shared_bytes
+        one_more = self.share(arch) + 1
+        least = (arch.smem_per_block + _OWN_SHARED) // one_more + 1 - _OWN_SHARED
+        return max(self.shared_bytes, -(-least // _SHARED_UNIT) * _SHARED_UNIT)
+
+    def share(self, arch: GpuArch) -> int:
+        """Blocks of the launch for each SM."""
+        return -(-self.grid // arch.sm_count)
+
+    @functools.cached_property
     def resident(self) -> bool:
         """Whether the filter is in registers."""
         few = self.taps * self.tile.width <= _RESIDENT_TAPS
         return few and self._registers(self.taps) <= _MOST_REGISTERS
 
-    @property
+    @functools.cached_property
     def registers(self) -> int:
         """Of a thread, about."""
         return self._registers(self.taps if self.resident else 2)
@@ -193,7 +239,8 @@ class Shape:
             tile.outputs * max(1, tile.width * ir.ITEM_BYTES[d] // 4)
             for d in epilogue.sides
         )
-        values = self.slots * tile.outputs + taps + self.inputs
+        first, end = self.inside
+        values = self.slots * tile.outputs + taps + end - first
         values += len(hoist.columns(epilogue))
         return values * tile.width + sides + _OTHER_REGISTERS
 
@@ -216,7 +263,7 @@ class Shape:
         """Output channels of an input channel."""
         return self.problem.k // self.problem.c
 
-    @property
+    @functools.cached_property
     def grid(self) -> int:
         blocks = self.chunks * self.col_tiles * self.channel_tiles * self.multiplier
         return self.problem.n * blocks
@@ -231,112 +278,68 @@ class Shape:
             return False
         if tile.channels < min(self.problem.c, _SECTOR // self.item):
             return False
+        if tile.outputs > _MOST_OF_FEW_SLOTS and not self.leaves_out:
+            return False
         products = self.taps * tile.outputs * tile.width
         if products > _MOST_PRODUCTS or self.copies > _MOST_COPIES:
             return False
+        if tile.whole and not self._leaves_padding:
+            return False
         return self.registers <= _MOST_REGISTERS and self.grid < 2**31
+
+    @property
+    def _leaves_padding(self) -> bool:
+        """Whether a row has that many strips, and some of their inputs are padding."""
+        tile, (first, end) = self.tile, self.inside
+        row = tile.strips == 1 and self.col_tiles == tile.whole
+        taken = self.resident or tile.whole == 1
+        return row and taken and 0 < end - first < self.inputs
+
+    def spreads(self, arch: GpuArch) -> bool:
+        """Whether an SM may take more blocks than its share: it has room for them, and
+        kernels follow each other without a gap in which all SMs are free."""
+        return arch.sm >= 90 and self.share(arch) <= self.ctas(arch)
 
     def ctas(self, arch: GpuArch) -> int:
         """Blocks that an SM holds at a time."""
-        tile = self.tile
-        registers = -(-self.registers // 8) * 8 * tile.threads
-        threads = 2048 if arch.sm in (80, 90, 100, 103) else 1536
-        shared = self.shared_bytes + 1024  # the system's own
-        blocks = (_REGISTERS // registers, threads // tile.threads, 16)
-        return max(1, min(*blocks, arch.smem_per_block // shared))
+        warps = self.tile.threads // 32
+        # A warp's registers are in the scheduler's part of them that it belongs to.
+        of_warp = -(-self.registers // 8) * 8 * 32
+        fitting = _REGISTERS // SCHEDULERS // of_warp * SCHEDULERS
+        most = 64 if arch.sm in (80, 90, 100, 103) else 48
+        shared = arch.smem_per_block + _OWN_SHARED
+        shared //= self.shared_bytes + _OWN_SHARED
+        return max(1, min(fitting // warps, most // warps, 16, shared))
 
 
 def tiles_of(region: ir.Region, arch: GpuArch) -> Iterator[Tile]:
     """Every tile that fits, with each number of chunks."""
     problem = region.problem
     assert isinstance(problem, ir.ConvProblem)
-    rows = {-(-problem.p // chunks) for chunks in _CHUNKS}
-    sizes = itertools.product(_WIDTHS, _OUTPUTS, _LANES, _THREADS)
-    for width, outputs, lanes, threads in sizes:
+    rows = sorted({-(-problem.p // chunks) for chunks in _CHUNKS})
+    sizes = itertools.product(_WIDTHS, _OUTPUTS, _LANES, _THREADS, (0, 1, 2))
+    for width, outputs, lanes, threads, whole in sizes:
         if threads < lanes:
             continue
-        shape = {"width": width, "outputs": outputs, "lanes": lanes}
-        for stages in _STAGES:
+        shape = {"width": width, "outputs": outputs, "lanes": lanes, "whole": whole}
+        few = problem.p <= _FEW_ROWS
+        for stages in (_ALL_STAGES, *_STAGES) if few else _STAGES:
             tile = Tile(**shape, strips=threads // lanes, stages=stages, rows=1)
             found = Shape(tile, region)
             if not found.takes:
                 break
             if found.shared_bytes <= arch.smem_per_block:
-                made = (dataclasses.replace(tile, rows=each) for each in sorted(rows))
-                yield from (t for t in made if Shape(t, region).takes)
-                break
+                for each in rows:
+                    made = dataclasses.replace(tile, rows=each)
+                    yield from _placed(made, region, arch)
+                if stages in _STAGES:
+                    break
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a launch takes, in an SM's cycles.
-
-    The busiest SM has ``blocks`` of ``steps`` steps; a warp's step is
-    ``instructions`` on average, of which ``products`` multiply where all slots count.
-    ``memory`` is device memory's time, or that of waiting for it.
-    """
-
-    blocks: int
-    steps: float
-    instructions: float
-    products: int
-    memory: float
-    total: float
-
-    @property
-    def micros(self) -> float:
-        """The whole launch, in µs."""
-        return micros(self.total)
-
-    @property
-    def text(self) -> str:
-        blocks = "1 block" if self.blocks == 1 else f"{self.blocks} blocks"
-        return (
-            f"{us(self.total)} µs: {blocks} on the busiest SM, each {self.steps:.0f} "
-            f"steps of {self.instructions:.0f} instructions, up to {self.products} of "
-            f"them products; device memory {us(self.memory)}"
-        )
-
-
-def estimate(tile: Tile, region: ir.Region, arch: GpuArch) -> Estimate:
-    """The busiest SM's instructions, or device memory's time, whichever is longer, and
-    a part of the other."""
+def _placed(tile: Tile, region: ir.Region, arch: GpuArch) -> Iterator[Tile]:
+    """A tile, if its launch is not too large, and also spread where that changes it."""
     shape = Shape(tile, region)
-    p = shape.problem
-    warps = tile.threads // 32
-    blocks = -(-shape.grid // arch.sm_count)
-    resident = min(blocks, shape.ctas(arch))
-    # What the image's edges save are rows of zeros.
-    beyond = (max(0, p.padding[0]) + max(0, p.padding[1])) // p.stride[0]
-    steps = (p.p - beyond) / shape.chunks + shape.slots - 1
-    products = shape.taps * tile.outputs * tile.width
-    saved = products * (1 - shape.edge / shape.slots)
-    saved *= 2 * shape.edge * (1 - 1 / shape.chunks) / steps
-    instructions = _step_instructions(shape) - saved
-    # Of an SM's four schedulers the one with the most warps.
-    turns = -(-resident * warps // 4)
-    turn = max(turns * instructions, instructions + _STALL)
-    own = steps * turn * blocks / resident
-    moved = region.bytes_moved / arch.bandwidth * CLOCK
-    if tile.channels < min(p.c, _BURST // shape.item):
-        moved *= _HALF_BURST
-    flying = resident * (tile.stages - 1) * shape.rows_read * shape.columns
-    flying *= tile.channels * shape.item
-    read = p.n * p.h * p.w * p.c * shape.item / arch.sm_count
-    memory = max(moved, read / flying * _LATENCY)
-    total = _START + max(own, memory) + _OVERLAP * min(own, memory)
-    return Estimate(blocks, steps, instructions, products, memory, total)
-
-
-def _step_instructions(shape: Shape) -> float:
-    """Of a warp."""
-    tile, epilogue = shape.tile, shape.region.epilogue
-    products = shape.taps * tile.outputs * tile.width
-    loads = shape.rows_read * shape.copies * _COPY
-    # An access, and for 16-bit inputs a conversion of each value.
-    converted = tile.width if shape.item == 2 else 0
-    inputs = shape.rows_read * shape.inputs * (1 + converted)
-    filters = 0 if shape.resident else shape.taps
-    outputs = tile.width * (1.5 + hoist.work(epilogue)) + 3
-    outputs += len(epilogue.sides) * (3 + tile.width)
-    return products + loads + inputs + filters + tile.outputs * outputs + _STEP
+    if shape.takes:
+        yield tile
+        if shape.spreads(arch):
+            yield dataclasses.replace(tile, spread=1)

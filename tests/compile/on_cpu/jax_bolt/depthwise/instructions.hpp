@@ -31,6 +31,7 @@ inline thread_local Dimensions threadIdx;
 inline Dimensions blockIdx;
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline void __syncwarp() { block_barrier->arrive_and_wait(); }  // of blocks of one warp
 
 struct uint2 {
   std::uint32_t x, y;
@@ -42,6 +43,7 @@ inline uint2 make_uint2(std::uint32_t x, std::uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) {
   return {x, y, z, w};
 }
+inline unsigned __umulhi(unsigned a, unsigned b) { return std::uint64_t(a) * b >> 32; }
 inline std::uint32_t __float_as_uint(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
