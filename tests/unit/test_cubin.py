@@ -218,8 +218,8 @@ def changed(index: int, value: int) -> list[int]:
     ("numbers", "message"),
     [
         ([], "it is a cubin, and the call has no launch recipe"),
-        ([3, 384], "it ends before the grid"),
-        (changed(0, 1), "the version is 1, not from 3 to 3"),
+        ([4, 384], "it ends before the grid"),
+        (changed(0, 1), "the version is 1, not from 4 to 4"),
         (changed(1, 0), "threads is 0"),
         (changed(2, 2**40), "the grid is 1099511627776"),
         (changed(2, 131), "the cluster does not divide the grid"),
@@ -254,7 +254,7 @@ def changed(index: int, value: int) -> list[int]:
             [*_with_map(COLUMNS)[:13], 5, *_with_map(COLUMNS)[14:]],
             "a map in im2col mode has four dims",
         ),
-        (changed(40, 15), "a pointer's operand is 15"),
+        (changed(40, 20), "a pointer's operand is 20"),
         (changed(44, 2**31), "an int is 2147483648"),
         (
             list(Recipe(32, 1, ints=(0,) * 64).encode()),
@@ -275,7 +275,7 @@ def test_bad_recipes(call: Call, cubin: Any, numbers: list[int], message: str) -
 
 
 def test_too_many_parameters(call: Call, cubin: Any) -> None:
-    numbers = [3, 32, 1, 1, 0, 0, 0, 0, 31, 0, 1024, *MAP.numbers * 31, *[0] * 1024]
+    numbers = [4, 32, 1, 1, 0, 0, 0, 0, 31, 0, 1024, *MAP.numbers * 31, *[0] * 1024]
     check = ["check", "k", GEMM, DIMS, numbers]
     seen = call(["load", "k", cubin(0)], check)[1]
     assert "more than 4096 bytes of parameters" in seen["value"]

@@ -108,9 +108,9 @@ def test_profile_refuses_bad_arguments(kernel: Path, profile: Any) -> None:
     with pytest.raises(ValueError, match="at least one set"):
         _native.profile("profiled", GEMM, dims, [], 0, 1)
     with pytest.raises(ValueError, match="too many side inputs"):
-        _native.run("profiled", GEMM, dims, (0, 0, [0], [1] * 3, [], 0), 0)
+        _native.run("profiled", GEMM, dims, (0, 0, [0], [1] * 4, [], 0), 0)
     with pytest.raises(ValueError, match="too many per-channel inputs"):
-        _native.run("profiled", GEMM, dims, (0, 0, [0], [], [1] * 9, 0), 0)
+        _native.run("profiled", GEMM, dims, (0, 0, [0], [], [1] * 13, 0), 0)
     with pytest.raises(RuntimeError, match="kernel absent is not loaded"):
         _native.run("absent", GEMM, dims, one, 0)
 

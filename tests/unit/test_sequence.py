@@ -414,7 +414,7 @@ def changed(index: int, value: int) -> list[int]:
         (changed(9, 10**9), {}, "the program is not valid at number 9"),
         (changed(10, 4), {}, "the program is not valid at number 10"),
         (changed(10, -1), {}, "the program is not valid at number 10"),
-        (changed(18, 3), {}, "the program is not valid at number 18"),
+        (changed(18, 4), {}, "the program is not valid at number 18"),
         (changed(20, 2), {}, "the program is not valid at number 20"),
         ([*GOOD, 0], {}, "the program is longer than it says"),
         (GOOD[:-1], {}, "the program is not valid at number 21"),
