@@ -80,7 +80,8 @@ def as_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def test_code_runs_and_prints_what_the_page_says(page, as_users_run_it):
     """Blocks of a page share their names, as they would in a notebook.
 
-    A text block right after a Python block is part of what that prints.
+    A text block right after a Python block is part of what that prints, and so is C++,
+    whatever stands between them.
     """
     for module in NEEDS.get(page.name, ()):
         pytest.importorskip(module)
@@ -93,10 +94,11 @@ def test_code_runs_and_prints_what_the_page_says(page, as_users_run_it):
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
                 exec(code, names)
             printed = stdout.getvalue()
-        elif block.language == "text" and printed is not None and not block.after:
-            lines = [line.rstrip() for line in printed.splitlines()]
-            assert block.text in "\n".join(lines), f"{page}:{block.line}: {printed}"
-        if block.language != "python":
+        elif block.language == "cpp" or (block.language == "text" and not block.after):
+            if printed is not None:
+                lines = [line.rstrip() for line in printed.splitlines()]
+                assert block.text in "\n".join(lines), f"{page}:{block.line}: {printed}"
+        if block.language not in ("python", "text"):
             printed = None
 
 
