@@ -228,13 +228,18 @@ def sequences(program: ClosedJaxpr) -> Iterator[list[Chained]]:
 def whole(found: Sequence[Chained], savings: Sequence[float]) -> list[float]:
     """What each of ``found`` saves of its calls in a kernel each.
 
-    One of three calls was compared with the pair that it begins with.
+    One of three calls was compared with the pair that it begins with: where that does
+    not run, it is not known to save anything.
     """
     pairs = {each.calls: saving for each, saving in zip(found, savings, strict=True)}
-    return [
-        saving + max(0.0, pairs.get(each.calls[:-1], 0.0)) if saving > 0 else saving
-        for each, saving in zip(found, savings, strict=True)
-    ]
+
+    def of(each: Chained, saving: float) -> float:
+        if len(each.calls) == 2 or saving <= 0:
+            return saving
+        before = pairs.get(each.calls[:-1], 0.0)
+        return saving + before if before > 0 else 0.0
+
+    return [of(*each) for each in zip(found, savings, strict=True)]
 
 
 def best(found: Sequence[Chained], savings: Sequence[float]) -> list[Chained]:

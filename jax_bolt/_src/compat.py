@@ -62,12 +62,14 @@ __all__ = [
     "new_equation",
     "operation_name",
     "part_of_jaxpr",
+    "place_of",
     "prefixed",
     "program_like",
     "program_processes",
     "rebuilt",
     "register_dce",
     "renamed",
+    "runs_on",
     "source_line",
     "sub_jaxprs",
     "substituted",
@@ -126,6 +128,29 @@ def trace_context() -> Any:
 def is_outermost() -> bool:
     """Whether nothing is being traced: arrays are what they seem."""
     return _jax_core.trace_state_clean()
+
+
+def place_of(x: Any) -> Any:
+    """The one device on which an array lies in rows, as custom calls want it; or None:
+    XLA copies what lies otherwise ahead of them."""
+    given = getattr(x, "format", None)  # None of arrays of keys
+    if not isinstance(x, jax.Array) or given is None or len(x.devices()) > 1:
+        return None
+    layout = given.layout
+    if layout is not None and layout.major_to_minor != (*range(x.ndim),):
+        return None
+    (device,) = x.devices()
+    return device
+
+
+def runs_on(device: Any, args: Iterable[Any]) -> bool:
+    """Whether a jitted call of ``args`` runs on ``device``, where arrays are that are
+    committed to none."""
+    if jax.local_device_count() == 1:
+        return True
+    default = jax.config.values["jax_default_device"] or jax.local_devices()[0]
+    committed = (x.devices() for x in args if getattr(x, "committed", False))
+    return device == default and all(devices == {device} for devices in committed)
 
 
 def has_bound_axes() -> bool:

@@ -136,12 +136,32 @@ class Frozen(Optimized):
         # 1 equals True.
         fixed = [(name, type(value), value) for name, value in named]
         # Traced by another program, the kept arrays are what that makes of them.
-        hold = compat.is_outermost() and not self._is_abstract
+        hold = compat.is_outermost() and self._is_in_place(leaves)
         active, known = options.current(), self._active
         if active is not known[0]:
             # Hashing the options at every call would cost more than all of this.
             known = self._active = active, self._function.shared.number(active)
         return (tree, *avals, *fixed, known[1], compat.trace_context(), hold)
+
+    def _is_in_place(self, args: Sequence[Any]) -> bool:
+        """Whether a call reads the frozen arrays themselves, and not copies of them."""
+        from . import compat
+
+        device, committed = self._place
+        return device is not None and (committed or compat.runs_on(device, args))
+
+    @functools.cached_property
+    def _place(self) -> tuple[Any, bool]:
+        """The device of all frozen arrays, None where they are not ready to be read on
+        one, and whether a call has to run there."""
+        from . import compat
+
+        if self._is_abstract or not self._leaves:
+            return None, False
+        places = {compat.place_of(x) for x in self._leaves}
+        device = places.pop() if len(places) == 1 else None
+        committed = any(getattr(x, "committed", False) for x in self._leaves)
+        return device, committed
 
     def _bind(
         self, args: Any, kwargs: Any, signature: _Signature

@@ -6,8 +6,9 @@ and waits before it reads what that one may have written. What ``freeze`` keeps 
 finished before the program began, so that filters and per-channel values are read
 without waiting: shared memory fills with filters while the kernel ahead ends.
 
-Only what a program passes to a call as it came in is held. A copy that XLA makes, or
-another argument, which a kernel of the program before may still be writing, is not.
+Only what a program passes to a call as it came in is held. A copy that XLA makes (of an
+array in another layout, or on another device), or another argument, which a kernel of
+the program before may still be writing, is not.
 """
 
 from __future__ import annotations

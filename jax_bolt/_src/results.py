@@ -251,7 +251,7 @@ def _rival(site: ChainInfo, least_us: float, target: Target, options: Options) -
         chosen.append(entry)
     apart_us = sum(entry.kernel_time_us or entry.time_us or 0.0 for entry in chosen)
     if least_us > _FAR * apart_us > 0.0:
-        reason = f"about {least_us:.0f} µs in one kernel, {apart_us:.0f} in two"
+        reason = f"about {least_us:.0f} µs in one kernel, {apart_us:.0f} apart"
         raise Untunable(f"{reason}: it was not timed")
     first = loaded(site.first, plans[0], target, options)
     second = loaded(site.second, plans[1], target, options)

@@ -258,6 +258,14 @@ def test_the_pairs_that_save_most_together() -> None:
     assert chain.best([], []) == []
 
 
+def test_three_save_what_their_pair_saves_too_where_that_runs() -> None:
+    found = [of(0, 1), of(1, 2), of(0, 1, 2)]
+    assert chain.whole(found, [2.0, 3.0, 1.5]) == [2.0, 3.0, 3.5]
+    assert chain.whole(found, [2.0, 3.0, -1.0]) == [2.0, 3.0, -1.0]
+    assert chain.whole(found, [0.0, 3.0, 1.5]) == [0.0, 3.0, 0.0]
+    assert chain.whole(found[1:], [3.0, 1.5]) == [3.0, 0.0]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_no_other_choice_saves_more(seed: int) -> None:
     draw = random.Random(seed)

@@ -401,7 +401,7 @@ def test_what_is_far_behind_is_not_timed(
     results.tune_chains([site], machine, options.current())
     reason = results.failure(machine.arch, site.region)
     assert calls == [] and reason is not None
-    assert reason.startswith("about 10 µs in one kernel, 8 in two")
+    assert reason.startswith("about 10 µs in one kernel, 8 apart")
     monkeypatch.setattr(chain_stub, "micros", lambda *_: 9.9)
     results.tune_chains([site], machine, options.current(), retry=True)
     assert len(calls) == 1

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import types
 from typing import Any
 
 import chain_cases
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import region_cases as cases
+from jax.experimental.layout import Format, Layout
 from test_errors import TARGET, gpu, nvcc  # noqa: F401
 
 import jax_bolt
 from jax_bolt._src import arch as arch_
-from jax_bolt._src import filters, ir, plan
+from jax_bolt._src import compat, filters, ir, plan
 
 X = cases.shape(2, 8, 8, 64)
 HOPPER = arch_.from_name("sm_90a")
@@ -108,6 +110,31 @@ def test_a_filter_that_xla_rearranges_is_not(gpu, nvcc, monkeypatch):  # noqa: F
     monkeypatch.setattr(filters, "for_device", lambda _: None)
     at_call = jax_bolt.freeze(lambda w, x: grouped(w, x), normal(0, 3, 3, 4, 64))
     assert held(at_call, X) == 0
+
+
+def test_what_calls_copy_first_is_not(gpu, nvcc, monkeypatch):  # noqa: F811
+    """An array in another layout, or on a device that the call does not run on."""
+    w, b = parameters(1)[0]
+    columns = Format(Layout((3, 2, 1, 0)), w.sharding)
+    assert held(jax_bolt.freeze(layer, jax.device_put(w, columns), b), X) == 0
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    assert held(jax_bolt.freeze(layer, w, b), X) == 1
+    here = jax.device_put((w, b), jax.devices()[0])
+    assert held(jax_bolt.freeze(layer, *here), X) == 1
+    monkeypatch.setattr(jax, "local_devices", lambda: ["another one"])
+    assert held(jax_bolt.freeze(layer, w, b), X) == 0
+    assert held(jax_bolt.freeze(layer, *here), X) == 1
+
+
+def test_what_goes_where_the_image_is_is_not():
+    (device,) = jax.devices()[:1]
+    x = jax.device_put(normal(1, 2, 8), device)
+    assert compat.place_of(x) == device and compat.runs_on(device, [x])
+    other = types.SimpleNamespace(committed=True, devices=lambda: {"another one"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_device_count", lambda: 2)
+        assert compat.runs_on(device, [x]) and not compat.runs_on(device, [other])
+    assert compat.place_of(jax.random.key(0)) is compat.place_of(np.ones(2)) is None
 
 
 def test_abstract_parameters_are_not(gpu, nvcc):  # noqa: F811
