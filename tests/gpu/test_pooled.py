@@ -77,17 +77,35 @@ def integers(site):
 
 
 HOPPER = [case for case in cases.POOLED if "-33x3x3" not in case.name]
+# All but those that no kernel takes the mean of.
+MEANS = cases.AVERAGED[:-2]
 
 
-@pytest.mark.parametrize("case", HOPPER, ids=str)
-def test_every_tile_gives_the_maxima_of_the_results(case):
+def maxima(site, operands):
+    (truth,) = measure.truth(site, operands)
+    dtype = site.out_avals[0].dtype
+    return np.asarray(truth.astype(dtype).astype(jnp.float32))
+
+
+def means(site, operands):
+    """Of the results as they are rounded; the sums of integers are exact."""
+    whole = dataclasses.replace(site.region, pool=None)
+    (results,) = measure.truth(dataclasses.replace(site, region=whole), operands)
+    dtype = invoke.JAX_DTYPES[site.region.epilogue.out_dtype]
+    problem = site.region.problem
+    pixels = np.float32(problem.p * problem.q)
+    rounded = np.asarray(results.astype(dtype).astype(jnp.float32))
+    sums = rounded.reshape(problem.n, -1, problem.k).sum(1, dtype=np.float32)
+    return np.asarray(jnp.asarray(sums / pixels).astype(dtype).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("case", [*HOPPER, *MEANS], ids=str)
+def test_every_tile_gives_what_it_should_of_the_results(case):
     if target().arch.sm != 90:
         pytest.skip("Hopper's kernel alone pools")
     site = case.site()
     operands = integers(site)
-    (truth,) = measure.truth(site, operands)
-    dtype = site.out_avals[0].dtype
-    wanted = np.asarray(truth.astype(dtype).astype(jnp.float32))
+    wanted = (means if case in MEANS else maxima)(site, operands)
     assert len(np.unique(wanted)) > 4
     candidates = chosen(case)
     assert len(candidates) >= 4
@@ -122,55 +140,6 @@ def test_nan_is_in_all_windows_that_have_it(case):
             np.testing.assert_array_equal(found, wanted, candidate.text)
 
 
-@pytest.mark.parametrize("case", HOPPER[:3], ids=str)
-def test_results_are_those_of_the_kernel_and_xlas_pool(case):
-    """Random numbers: of the same sums, rounded alike."""
-    site = case.site()
-    possible, _ = plan.candidates(site.region, target().arch)
-    after = next(c for c in possible if c.form.ends_on_xla)
-    operands = measure.make_operands(site, l2_bytes=1).sets[0]
-    ((_, apart),) = outputs(case, [after], operands)
-    first = next((c for c in possible if not c.form.ends_on_xla), None)
-    if first is None:
-        pytest.skip("no kernel pools here")
-    ((_, got),) = outputs(case, [first], operands)
-    error = np.linalg.norm(got.reshape(apart.shape) - apart) / np.linalg.norm(apart)
-    assert error <= 0.002
-
-
-# --- The mean of each image
-
-# All but those that no kernel takes the mean of.
-MEANS = cases.AVERAGED[:-2]
-
-
-def means(site, operands):
-    """Of the results as they are rounded; the sums of integers are exact."""
-    whole = dataclasses.replace(site.region, pool=None)
-    (results,) = measure.truth(dataclasses.replace(site, region=whole), operands)
-    dtype = invoke.JAX_DTYPES[site.region.epilogue.out_dtype]
-    problem = site.region.problem
-    pixels = np.float32(problem.p * problem.q)
-    rounded = np.asarray(results.astype(dtype).astype(jnp.float32))
-    sums = rounded.reshape(problem.n, -1, problem.k).sum(1, dtype=np.float32)
-    return np.asarray(jnp.asarray(sums / pixels).astype(dtype).astype(jnp.float32))
-
-
-@pytest.mark.parametrize("case", MEANS, ids=str)
-def test_every_tile_gives_the_means_of_the_results(case):
-    if target().arch.sm != 90:
-        pytest.skip("Hopper's kernel alone pools")
-    site = case.site()
-    operands = integers(site)
-    wanted = means(site, operands)
-    assert len(np.unique(wanted)) > 4
-    candidates = chosen(case)
-    assert len(candidates) >= 4
-    for candidate, got in outputs(case, candidates, operands):
-        same = got.reshape(wanted.shape)
-        np.testing.assert_array_equal(same, wanted, candidate.text)
-
-
 @pytest.mark.parametrize("case", MEANS[:3], ids=str)
 def test_nan_is_in_the_mean_of_its_image_alone(case):
     if target().arch.sm != 90:
@@ -185,9 +154,9 @@ def test_nan_is_in_the_mean_of_its_image_alone(case):
         np.testing.assert_array_equal(found, wanted, candidate.text)
 
 
-@pytest.mark.parametrize("case", MEANS, ids=str)
-def test_means_are_those_of_the_kernel_and_xlas_mean(case):
-    """Random numbers: of the same results, summed in another order."""
+@pytest.mark.parametrize("case", [*HOPPER[:3], *MEANS], ids=str)
+def test_results_are_those_of_the_kernel_and_xlas_pool(case):
+    """Random numbers: of the same results; means are sums in another order."""
     site = case.site()
     possible, _ = plan.candidates(site.region, target().arch)
     after = next(c for c in possible if c.form.ends_on_xla)
