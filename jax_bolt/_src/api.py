@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from . import options
+from . import arguments, options
+from .arguments import argnums, callable_, refusing_jits_own
 from .options import OnError, OnMiss, Options
 
 if TYPE_CHECKING:
@@ -25,12 +24,18 @@ if TYPE_CHECKING:
     from .report import Report
     from .rewrite import Rewritten
 
+# What is to be written, in messages.
+_OPTIMIZE = "optimize(fun)"
+_JITTED = "jax_bolt.optimize(f)"
+
 
 class Optimized:
     """A function with its convs and matrix products in fused kernels.
 
     Calling it behaves like ``jax.jit`` of the original; see ``optimize``.
     """
+
+    _MADE_BY = "optimize"
 
     def __init__(
         self,
@@ -42,7 +47,7 @@ class Optimized:
         functools.update_wrapper(self, fun)
         self._fun = fun
         self._static = tuple(static_argnums)
-        self._positions = positions(fun)
+        self._positions = arguments.positions(fun)
         self._donate = tuple(donate_argnums)
         self._changes = changes
         # An executable is good for the options it was made under.
@@ -94,11 +99,10 @@ class Optimized:
         **kwargs: Any,
     ) -> Advice:
         """See ``jax_bolt.advise``."""
-        from .codesign import advise
+        from .codesign import activation, advise
 
-        if isinstance(activations, str):
-            activations = [activations]
-        names = advise.ACTIVATIONS if activations is None else tuple(activations)
+        given = advise.ACTIVATIONS if activations is None else activations
+        names = activation.names(given)
         with options.options(**self._changes):
             rewritten = self._rewritten(args, kwargs)
             return advise.advise(rewritten, arch, names, budget_s, progress)
@@ -128,7 +132,9 @@ class Optimized:
 
             fun, kwargs = self._bind_static(kwargs)
             rewritten, tree = program.trace(fun, self._static, args, kwargs, effective)
-            leaves = jax.tree.leaves((without_static(args, self._static), kwargs))
+            leaves = jax.tree.leaves(
+                (arguments.without_static(args, self._static), kwargs)
+            )
             return jax.tree.unflatten(tree, program.run(rewritten, leaves))
 
         functools.update_wrapper(optimized, self._fun)
@@ -167,31 +173,30 @@ class Optimized:
     def _explain_bad_argument(
         self, args: Any, kwargs: Any, error: TypeError, *, abstract: bool = False
     ) -> None:
-        """Raises a clearer error where an argument is no array; else returns.
+        """Raises a clearer error where an argument is no array; else returns, with a
+        note on ``error`` of numbers that were traced.
 
         ``abstract``: a shape and dtype are as good as an array.
         """
+        scalars: list[tuple[str, Any, str]] = []
         for index, arg in enumerate(args):
             if index in self._static or index - len(args) in self._static:
                 continue
-            fix = f"make it static: static_argnums={index}"
-            check_leaves(f"argument {index}", arg, fix, abstract, error)
+            label, fix = f"argument {index}", self._make_static(index)
+            arguments.check_leaves(label, arg, fix, abstract, error)
+            scalars.append((label, arg, fix))
         for name, value in self._sorted(kwargs)[1].items():
-            index = self._positions.get(name)
-            fix = f"make it static: static_argnums={index}"
-            if index is None:
-                fix = f"set it before: optimize(functools.partial(f, {name}=...))"
-            check_leaves(f"argument {name!r}", value, fix, abstract, error)
+            index, label = self._positions.get(name), f"argument {name!r}"
+            before = f"set it before: {self._MADE_BY}(functools.partial(f, {name}=...))"
+            fix = before if index is None else self._make_static(index)
+            # What is static has to be hashable, which no list or dict is.
+            arguments.check_leaves(label, value, fix, abstract, error, apart=before)
+            scalars.append((label, value, fix))
+        arguments.note_scalars(error, scalars)
 
-
-def positions(fun: Callable[..., Any]) -> dict[str, int]:
-    """The positions of the arguments that may be passed either way."""
-    try:
-        parameters = inspect.signature(fun).parameters.values()
-    except (TypeError, ValueError):  # a function of C's may have no signature
-        return {}
-    both = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return {p.name: i for i, p in enumerate(parameters) if p.kind == both}
+    def _make_static(self, index: int) -> str:
+        """The advice to do so."""
+        return f"make it static: static_argnums={index}"
 
 
 def stand_for(
@@ -214,38 +219,7 @@ def stand_for(
     traced.__wrapped__, traced.__signature__ = fun, signature
 
 
-def within(positions: Sequence[int], args: Sequence[Any]) -> list[int]:
-    """Those of ``positions`` that ``args`` reach, counted from the start."""
-    return [i % len(args) for i in positions if -len(args) <= i < len(args)]
-
-
-def without_static(args: Sequence[Any], static: Sequence[int]) -> tuple[Any, ...]:
-    indices = within(static, args)
-    return tuple(arg for i, arg in enumerate(args) if i not in indices)
-
-
-def check_leaves(
-    label: str, value: Any, fix: str, abstract: bool, error: TypeError | None = None
-) -> None:
-    """Raises TypeError where a leaf of ``value`` is no array; see above."""
-    numbers = (bool, int, float, complex, np.ndarray, np.generic)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if isinstance(leaf, (jax.Array, *numbers)) or hasattr(leaf, "__jax_array__"):
-            continue
-        if abstract and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-            continue
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            fix = "call .lower, .explain or jax.eval_shape, for which a shape will do"
-        elif path:
-            fix = "pass it apart, as a static argument"
-        text = repr(leaf)
-        text = text if len(text) < 100 else f"{text[:100]}..."
-        raise TypeError(
-            f"{label}{jax.tree_util.keystr(path)} is {text} of type "
-            f"{type(leaf).__name__}, not an array; pass an array, or {fix}"
-        ) from error
-
-
+@refusing_jits_own(_JITTED)
 def optimize(
     fun: Callable[..., Any] | None = None,
     *,
@@ -280,10 +254,11 @@ def optimize(
     changes = changed(on_miss, on_error)
     static, donate = argnums(static_argnums), argnums(donate_argnums)
     if fun is None:
-        return lambda f: Optimized(callable_(f), static, donate, changes)
-    return Optimized(callable_(fun), static, donate, changes)
+        return lambda f: Optimized(callable_(f, _OPTIMIZE), static, donate, changes)
+    return Optimized(callable_(fun, _OPTIMIZE), static, donate, changes)
 
 
+@refusing_jits_own(_JITTED, traces=True)
 def explain(
     fun: Callable[..., Any],
     *args: Any,
@@ -302,11 +277,11 @@ def explain(
     Raises:
       UnsupportedError: an unknown ``arch``.
     """
-    if not isinstance(fun, Optimized):
-        fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
-    return fun.explain(*args, arch=arch, **kwargs)
+    optimized = _optimized(fun, static_argnums, "explain(fun, *args)")
+    return optimized.explain(*args, arch=arch, **kwargs)
 
 
+@refusing_jits_own(_JITTED, traces=True)
 def tune(
     fun: Callable[..., Any],
     *args: Any,
@@ -327,11 +302,11 @@ def tune(
       UnsupportedError: there is no CUDA device, or not one with kernels.
       CompileError: no CUDA compiler was found.
     """
-    if not isinstance(fun, Optimized):
-        fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
-    return fun.tune(*args, budget_s=budget_s, progress=progress, **kwargs)
+    optimized = _optimized(fun, static_argnums, "tune(fun, *args)")
+    return optimized.tune(*args, budget_s=budget_s, progress=progress, **kwargs)
 
 
+@refusing_jits_own(_JITTED, traces=True)
 def advise(
     fun: Callable[..., Any],
     *args: Any,
@@ -353,19 +328,19 @@ def advise(
       args, kwargs: its arguments; arrays or ``jax.ShapeDtypeStruct``.
       arch: the architecture to estimate for, such as "sm_90a", without measuring; by
         default the GPU JAX sees, which is measured on, or "sm_90a" where there is none.
-      activations: names of functions of ``jax.nn`` to try, or one of them; by default
-        relu, gelu, silu, hard_swish, softplus and mish.
+      activations: names of functions of ``jax.nn`` to try, in one string or several;
+        by default "relu,gelu,silu,hard_swish,softplus,mish".
       budget_s: seconds it may take; what is not reached is estimated.
       progress: whether to show a progress bar on a terminal.
 
     Raises:
       UnsupportedError: an unknown ``arch``, or a GPU without kernels.
       CompileError: there is a GPU to measure on, but no CUDA compiler.
+      TypeError: one of ``activations`` is no name.
       ValueError: one of ``activations`` is none of ``jax.nn``.
     """
-    if not isinstance(fun, Optimized):
-        fun = Optimized(callable_(fun), argnums(static_argnums), (), {})
-    return fun.advise(
+    optimized = _optimized(fun, static_argnums, "advise(fun, *args)")
+    return optimized.advise(
         *args,
         arch=arch,
         activations=activations,
@@ -373,6 +348,17 @@ def advise(
         progress=progress,
         **kwargs,
     )
+
+
+def check_traceable(fun: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Traces ``fun(*args)`` as JAX alone does; raises what is wrong with either."""
+    optimized = fun if isinstance(fun, Optimized) else Optimized(fun, (), (), {})
+    static = arguments.within(optimized._static, args)
+    try:
+        jax.make_jaxpr(fun, static)(*args)
+    except TypeError as error:
+        optimized._explain_bad_argument(args, {}, error, abstract=True)
+        raise
 
 
 def clear_cache() -> None:
@@ -390,18 +376,9 @@ def changed(on_miss: OnMiss | None, on_error: OnError | None) -> dict[str, Any]:
     return changes
 
 
-def callable_(fun: Any) -> Callable[..., Any]:
-    if not callable(fun):
-        raise TypeError(f"jax_bolt takes a function of arrays, got {fun!r}")
-    return fun
-
-
-def argnums(value: int | Sequence[int]) -> tuple[int, ...]:
-    numbers = value if isinstance(value, Iterable) else (value,)
-    try:
-        return tuple(operator.index(number) for number in numbers)
-    except TypeError:
-        raise TypeError(
-            "static_argnums and donate_argnums are positions of arguments, such as 1 "
-            f"or (0, 2), not {value!r}"
-        ) from None
+def _optimized(
+    fun: Callable[..., Any], static_argnums: int | Sequence[int], call: str
+) -> Optimized:
+    if isinstance(fun, Optimized):
+        return fun
+    return Optimized(callable_(fun, call), argnums(static_argnums), (), {})

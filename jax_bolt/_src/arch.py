@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPU architectures and boards: what a plan and a compile need to know of a device.
 
-Numbers are NVIDIA's published ones. ``from_name`` describes an architecture's usual
-board, so that plans can be made without a GPU; ``of_device`` describes a real one.
+Numbers are NVIDIA's published ones. ``from_name`` describes a board, or the usual one
+of an architecture, so that plans can be made without a GPU; ``of_device`` describes a
+real one.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class _Board:
     def label(self) -> str:
         return self.name or self.pattern
 
+    def matches(self, text: str) -> bool:
+        # Users write RTX4090, and H100-PCIe.
+        pattern = self.pattern.replace(" ", "[ -]?")
+        return re.search(rf"\b(?:{pattern})\b", text, re.IGNORECASE) is not None
+
 
 _OLDEST_SM = 80  # that kernels are for: they copy with cp.async
 
@@ -115,10 +121,14 @@ _BOARDS: tuple[_Board, ...] = (
 
 
 def from_name(name: str) -> GpuArch:
-    """The architecture of ``"sm_90a"``, ``"sm_90"`` or ``"90"``, on its usual board.
+    """The architecture of ``"sm_90a"``, ``"sm_90"`` or ``"90"``, on its usual board, or
+    that of a board, such as ``"H200"`` or ``"NVIDIA H100 PCIe"``.
 
-    Raises UnsupportedError on a name that is none, or not one of ``known()``.
+    Raises UnsupportedError on a name that is none of these.
     """
+    for board in _BOARDS:
+        if board.matches(str(name)):
+            return _arch(board.sm, None, board, None)
     parts = re.fullmatch(r"(?:sm_)?(\d+)(a?)", str(name))
     if parts is None or int(parts[1]) not in _SHARED_KIB:
         raise UnsupportedError(f"unknown architecture {name!r}; known: {_known()}")
@@ -144,7 +154,7 @@ def of_device(
             f"{compute_capability!r}; it has them for {_capabilities()}"
         )
     for board in _BOARDS:
-        if board.sm == sm and re.search(rf"\b(?:{board.pattern})\b", device_kind):
+        if board.sm == sm and board.matches(device_kind):
             return _arch(sm, device_kind, board, sm_count)
     return _arch(sm, device_kind, _usual(sm), sm_count)
 
@@ -164,7 +174,12 @@ def _capabilities() -> str:
 
 
 def _known() -> str:
-    return ", ".join(with_kernels())
+    """Names that kernels are for, with their boards."""
+    boards: dict[int, dict[str, None]] = {}
+    for board in _BOARDS:
+        boards.setdefault(board.sm, {})[board.label] = None
+    names = [(name, from_name(name).sm) for name in with_kernels()]
+    return ", ".join(f"{name} ({', '.join(boards[sm])})" for name, sm in names)
 
 
 def _suffix(sm: int) -> str:

@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if args.run is not doctor_command.run:  # which says more of it
+            for text in options.unknown(os.environ).values():
+                print(f"{PROGRAM}: note: {text}", file=sys.stderr)
             options.current()
     except ValueError as error:  # of a variable in the environment
         return _fail(error, 2)

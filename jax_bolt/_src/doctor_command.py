@@ -140,11 +140,9 @@ def _options(bad: dict[str, str]) -> Iterator[Finding]:
             yield Finding("wrong", "options", text, "set it so, or unset it")
     given = sorted(n for n in os.environ if n.startswith("JAX_BOLT_") and os.environ[n])
     given = [name for name in given if name not in bad]
-    known = {f"JAX_BOLT_{f.name.upper()}" for f in dataclasses.fields(Options)}
     text = ", ".join(f"{name}={os.environ[name]}" for name in given) or "as they come"
-    if unknown := [name for name in given if name not in known]:
-        fix = f"{unknown[0]} is none; there are {', '.join(sorted(known))}"
-        yield Finding("note", "options", text, fix)
+    if unknown := options.unknown(os.environ):
+        yield Finding("note", "options", text, "; ".join(unknown.values()))
     elif given or not bad:
         yield Finding("ok", "options", text)
 

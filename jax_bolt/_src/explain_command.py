@@ -22,13 +22,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-
-from . import api
+from . import api, arguments
 from .codesign import activation
 from .codesign.advice import Advice
 from .command import UsageError, UserCodeError, add_parser, architecture
 from .report import Report
+from .site import NOTHING, UNSEEN
 
 _ARGUMENTS = "example_args"
 _NAMING = """\
@@ -83,6 +82,8 @@ def add_to(commands: Any) -> None:
     _add_naming(tune)
     _add_budget(tune)
     _add_output(tune)
+    # What the other two take: it is told why there is none here.
+    tune.add_argument("--arch", help=argparse.SUPPRESS)
     text = "says what other activations, channels and 1x1 convs would take"
     advise = add_parser(commands, "advise", text, _ADVISE, _advise)
     _add_naming(advise)
@@ -90,7 +91,7 @@ def add_to(commands: Any) -> None:
     _add_budget(advise)
     advise.add_argument(
         "--activations",
-        type=_names,
+        type=activation.names,
         metavar="NAME[,NAME]",
         help="functions of jax.nn to try (default: the common ones)",
     )
@@ -147,6 +148,11 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
+    if args.arch is not None:
+        raise UsageError(
+            "tune takes no --arch: it measures, on the GPU itself; run it there, or "
+            f"`explain {args.function} --arch {args.arch}` here"
+        )
     _check_html(args)
     fun, given = _named(args)
     with contextlib.redirect_stdout(sys.stderr):
@@ -171,8 +177,8 @@ def _advise(args: argparse.Namespace) -> None:
             budget_s=args.budget,
         )
     _print(advice, args)
-    if not (advice.sites or advice.refused):
-        print("no conv or product here", file=sys.stderr)
+    if args.json and not (advice.sites or advice.refused):
+        print(f"{NOTHING}: {UNSEEN}", file=sys.stderr)
 
 
 def _check_html(args: argparse.Namespace) -> None:
@@ -210,12 +216,15 @@ def _named(args: argparse.Namespace) -> tuple[Callable, tuple[Any, ...]]:
         place, name = _parts(args.function)
         module = _module(place)
         fun = _attribute(module, place, name)
+        if arguments.is_module(fun):
+            apply = f"{args.function}.apply"
+            raise UsageError(f"{args.function} is a module: did you mean {apply}?")
         if not callable(fun):
             raise UsageError(f"{args.function} is {_short(fun)}, which is no function")
         given = _arguments(module, place, args)
         # First as JAX alone sees it: what fails here is the function, or not for it.
         with _blaming(f"tracing {args.function}"):
-            jax.eval_shape(fun, *given)
+            api.check_traceable(fun, given)
     return fun, given
 
 
@@ -248,7 +257,10 @@ def _arguments(
 def _parts(text: str) -> tuple[str, str]:
     module, colon, function = text.rpartition(":")
     if not (module and colon and function):
-        raise UsageError(f"{text!r} is not of the form MODULE:FUNCTION")
+        example = f"{text if text.endswith('.py') else 'model.py'}:predict"
+        raise UsageError(
+            f"{text!r} is not of the form MODULE:FUNCTION, such as {example}"
+        )
     return module, function
 
 
@@ -314,6 +326,8 @@ def _told(error: BaseException) -> str:
     words = error.msg if isinstance(error, SyntaxError) else str(error)
     text = " ".join(words.split()) or "without a word"
     text = text if len(text) < 500 else f"{text[:500]}..."
+    notes = [n for n in getattr(error, "__notes__", ()) if n.startswith("jax_bolt")]
+    text = "; ".join([text, *notes])
     where = ""
     if isinstance(error, SyntaxError):
         where = f" ({error.filename}:{error.lineno})"
@@ -339,10 +353,6 @@ def _short(value: Any) -> str:
         return f"an array, {value.dtype}[{sizes}]"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) < 60 else text[:60] + '...'}"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
 
 
 def _seconds(text: str) -> float:

@@ -45,6 +45,13 @@ class Form:
     def ends_on_xla(self) -> bool:
         return self.part is not None or self.pool is not None
 
+    @property
+    def left_to_xla(self) -> str:
+        """What XLA computes, for a reader; "" where the kernel does all of it."""
+        if self.pool is not None:
+            return "the mean" if self.pool.is_mean else "the pooling"
+        return "" if self.part is None else "what follows the auxiliary output"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChainForm:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from . import api, options
+from . import api, arguments, options
 from .api import Optimized
 from .options import OnError, OnMiss, Options
 
@@ -42,6 +42,8 @@ class Frozen(Optimized):
 
     A pytree whose leaves are those of the frozen arguments.
     """
+
+    _MADE_BY = "freeze"
 
     def __init__(self, function: _Function, frozen: tuple[Any, ...]):
         shared = function.shared
@@ -67,7 +69,7 @@ class Frozen(Optimized):
         try:
             run, first = self._bound(args, kwargs)
             return self._run(run, (*first, *args), kwargs)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             self._explain_bad_argument(args, kwargs, error)
             raise
 
@@ -76,7 +78,7 @@ class Frozen(Optimized):
         try:
             run, first = self._bound(args, kwargs)
             return run.lower(*first, *args, **kwargs)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             self._explain_bad_argument(args, kwargs, error, abstract=True)
             raise
 
@@ -102,12 +104,31 @@ class Frozen(Optimized):
     def _rewritten(self, args: Any, kwargs: Any) -> Rewritten:
         try:
             parts = self._part(args, kwargs) if self._may_part() else None
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             self._explain_bad_argument(args, kwargs, error, abstract=True)
             raise
         if parts is None:
             return self._function.plain._rewritten((*self._frozen, *args), kwargs)
         return parts.rewritten
+
+    def _explain_bad_argument(
+        self, args: Any, kwargs: Any, error: Exception, *, abstract: bool = False
+    ) -> None:
+        """As of an optimized function, with a note on what is frozen."""
+        if isinstance(error, TypeError):
+            super()._explain_bad_argument(args, kwargs, error, abstract=abstract)
+        if not isinstance(error, jax.errors.JAXTypeError):
+            names = arguments.names(self._function.fun)
+            names += [f"argument {i}" for i in range(len(names), len(self._frozen))]
+            given = zip(names, self._frozen, strict=False)
+            text = ", ".join(f"{n} = {arguments.short(x)}" for n, x in given)
+            if text:
+                text = f"frozen already, and not to be passed again: {text}"
+                arguments.note(error, f"{self!r}: {text}")
+
+    def _make_static(self, index: int) -> str:
+        others = " (among the arguments that are not frozen)" if self._frozen else ""
+        return f"{super()._make_static(index)}{others}"
 
     def _run(self, run: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         try:
@@ -127,11 +148,11 @@ class Frozen(Optimized):
         from . import compat
 
         static, others = self._sorted(kwargs)
-        dynamic = api.without_static(args, self._static)
+        dynamic = arguments.without_static(args, self._static)
         leaves, tree = jax.tree.flatten((dynamic, others))
         # Arrays know theirs; to ask JAX takes longer.
         avals = [x.aval if hasattr(x, "aval") else jax.typeof(x) for x in leaves]
-        named = [(i, args[i]) for i in api.within(self._static, args)]
+        named = [(i, args[i]) for i in arguments.within(self._static, args)]
         named += sorted(static.items())
         # 1 equals True.
         fixed = [(name, type(value), value) for name, value in named]
@@ -206,7 +227,7 @@ class Frozen(Optimized):
 
         whole.__name__ = self.__name__
         api.stand_for(whole, fun, self, static)
-        positions = [i + 1 for i in api.within(self._static, args)]
+        positions = [i + 1 for i in arguments.within(self._static, args)]
         active = dataclasses.replace(options.current(), **self._changes)
         made = program.parted(
             *(whole, positions, (self._leaves, *args), others, len(self._leaves)),
@@ -216,10 +237,16 @@ class Frozen(Optimized):
         if made is None:
             return None
         split, rewritten, out_tree = made
+        if not (self._frozen or split.sources or split.rest.consts):
+            raise ValueError(
+                f"freeze(fun, *arrays): nothing to freeze: {self.__name__} was given "
+                "without arrays, and closes over none; name those that stay the same, "
+                "or call optimize(fun)"
+            )
 
         def rest(residuals: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
             others = {k: v for k, v in kwargs.items() if k not in static}
-            dynamic = api.without_static(args, shared.static)
+            dynamic = arguments.without_static(args, shared.static)
             leaves = [*residuals, *jax.tree.leaves((dynamic, others))]
             return jax.tree.unflatten(out_tree, program.run(rewritten, leaves))
 
@@ -282,7 +309,7 @@ class _Shared:
         self.static = static
         self.donate = donate
         self.changes = changes
-        self.positions = api.positions(functools.partial(fun, *[None] * count))
+        self.positions = arguments.positions(functools.partial(fun, *[None] * count))
         self.parts: dict[_Signature, _Parts | None] = {}
         self._prepares: list[_Prepare] = []
         self._numbers: dict[Options, int] = {}
@@ -351,6 +378,7 @@ jax.tree_util.register_pytree_node(
 )
 
 
+@arguments.refusing_jits_own("jax_bolt.freeze(f, *arrays)")
 def freeze(
     fun: Callable[..., Any],
     *frozen_args: Any,
@@ -388,19 +416,23 @@ def freeze(
 
     Raises:
       TypeError: ``fun`` is not callable, or an argument is no array.
-      ValueError: a bad ``on_miss`` or ``on_error``.
+      ValueError: a bad ``on_miss`` or ``on_error``; a position that there is not; or
+        (when called) nothing is frozen, and the function closes over no array.
     """
     changes = api.changed(on_miss, on_error)
-    static, donate = api.argnums(static_argnums), api.argnums(donate_argnums)
+    static, donate = map(arguments.argnums, (static_argnums, donate_argnums))
+    given = {"static_argnums": static, "donate_argnums": donate}
     if isinstance(fun, Optimized) and not isinstance(fun, Frozen):
         changes = fun._changes | changes
         static += _unfrozen(fun._static, frozen_args, "static")
         donate += _unfrozen(fun._donate, frozen_args, "donated")
         fun = fun._fun
+    fun = arguments.callable_(fun, "freeze(fun, *arrays)")
     frozen = _arrays(frozen_args)
     count = len(frozen)
+    arguments.check_reached(given, fun, count)
     fixed = (count, static, donate, tuple(sorted(changes.items())))
-    return Frozen(_Function(api.callable_(fun), count, _shared(fun, fixed)), frozen)
+    return Frozen(_Function(fun, count, _shared(fun, fixed)), frozen)
 
 
 _all_shared: weakref.WeakKeyDictionary[Any, dict[Any, _Shared]]
@@ -437,7 +469,9 @@ def _check(frozen_args: tuple[Any, ...], error: TypeError | None = None) -> None
     """Raises TypeError where one is no array, nor a shape unless there was an error."""
     fix = "bind it to the function with functools.partial"
     for index, arg in enumerate(frozen_args):
-        api.check_leaves(f"frozen argument {index}", arg, fix, error is None, error)
+        arguments.check_leaves(
+            f"frozen argument {index}", arg, fix, error is None, error
+        )
 
 
 def _array(leaf: Any) -> Any:

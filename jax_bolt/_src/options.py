@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeAlias
 # Bytes that a name, and a path with what jax_bolt puts below it, may have.
 _NAME_MAX, _PATH_MAX = 255, 3800
 
+_NO_OPTIONS = ("REQUIRE", "EXAMPLES")  # the tests' own
+
 OnMiss: TypeAlias = Literal["tune", "heuristic", "xla", "error"]
 OnError: TypeAlias = Literal["xla", "raise"]
 Warm: TypeAlias = Literal["build", "load", "off"]
@@ -114,6 +116,24 @@ def from_environment(
                     raise
                 wrong[variable] = str(error)
     return Options(**values)
+
+
+def unknown(environ: Mapping[str, str]) -> dict[str, str]:
+    """What to say of variables ``JAX_BOLT_*`` that are no options, by their names."""
+    names = [name.upper() for name in _PARSERS]
+    found: dict[str, str] = {}
+    for variable in sorted(environ):
+        prefix, _, name = variable.partition("JAX_BOLT_")
+        if prefix or not environ[variable].strip():
+            continue
+        if name and name not in (*names, *_NO_OPTIONS):
+            import difflib  # which a right environment need not load
+
+            near = difflib.get_close_matches(name.upper(), names, 1)
+            meant = f"did you mean JAX_BOLT_{''.join(near)}?"
+            others = f"there are {', '.join(f'JAX_BOLT_{n}' for n in names)}"
+            found[variable] = f"{variable} is no option; {meant if near else others}"
+    return found
 
 
 @functools.cache

@@ -220,6 +220,7 @@ def _site(
         kernel=made.candidate.text,
         provenance=made.provenance,
         estimate=made.candidate.reasoning,
+        left_to_xla=made.candidate.form.left_to_xla,
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import html
 import io
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .site import Pool, Site, Totals, micros, totals
+from .site import NOTHING, UNSEEN, Pool, Site, Totals, micros, totals
 
 _WIDTH = 160
 # Columns of a terminal that take configs, and problems, without being folded much.
@@ -78,6 +79,10 @@ class Report:
 
         Raises OSError where ``path`` cannot be written.
         """
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            missing = f"there is no directory {folder} to write a report to"
+            raise FileNotFoundError(errno.ENOENT, missing, os.fspath(path))
         Path(path).write_text(self._page(), encoding="utf-8")
 
     def _repr_html_(self) -> str:
@@ -96,7 +101,7 @@ class Report:
 
     def _title(self) -> str:
         if not self.sites:
-            return "no conv or product here"
+            return NOTHING
         fused = sum(site.fused for site in self.sites)
         title = f"{fused} of {len(self.sites)} roots fused"
         if not self.arch:
@@ -106,7 +111,10 @@ class Report:
         return f"{title}, {kernels} on kernels, planned for {self.arch}{board}"
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield self._table(options.max_width)
+        if not self.sites:
+            yield f"{NOTHING}: {UNSEEN}"
+        if self.sites or self.pools:
+            yield self._table(options.max_width)
 
     def _table(self, width: int) -> Any:
         from rich.table import Table

@@ -9,6 +9,13 @@ from collections.abc import Iterable
 from . import ir
 from .floor import Floor
 
+NOTHING = "no conv or product here"  # of a function without sites
+UNSEEN = (
+    "what is in a callback (jax.pure_callback), an exported program or another "
+    "library's kernel is not seen; docs/troubleshooting.md has more, at "
+    '"The report has no sites"'
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
@@ -64,6 +71,8 @@ class Site:
     fused: whether the root and its epilogue are one region.
     prologue: elementwise work on its input that XLA does ahead of it, as "mul, add,
         relu": what no other region's epilogue can do, after a concatenation, say.
+    left_to_xla: what of the epilogue XLA computes after the kernel, as "the mean"; ""
+        where the kernel does all of it.
     reason: why it is not fused, or why XLA runs it; "" otherwise.
     kernel: the template and its config, or "xla"; "" without an architecture.
     provenance: "shipped", "user", "heuristic" or "xla".
@@ -87,6 +96,7 @@ class Site:
     region: ir.Region | None = None
     fused: bool = False
     prologue: str = ""
+    left_to_xla: str = ""
     reason: str = ""
     kernel: str = ""
     provenance: str = ""
@@ -120,14 +130,23 @@ class Site:
             return f"{kernel}, in one kernel with {self.chain.other}"
         if self.reason:
             return f"xla: {self.reason}"
-        return f"{self.kernel} [{self.provenance}]" if self.provenance else self.kernel
+        kernel = (
+            f"{self.kernel} [{self.provenance}]" if self.provenance else self.kernel
+        )
+        return f"{kernel}{self._then_xla}"
 
     @property
     def what_runs_in_short(self) -> str:
         """The kernel's template alone, or "xla" and why."""
         if self.chain is not None:
             return f"{self.chain.kernel.partition(' ')[0]}, with {self.chain.other}"
-        return self.what_runs if self.reason else self.kernel.partition(" ")[0]
+        if self.reason:
+            return self.what_runs
+        return f"{self.kernel.partition(' ')[0]}{self._then_xla}"
+
+    @property
+    def _then_xla(self) -> str:
+        return f", XLA computes {self.left_to_xla}" if self.left_to_xla else ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,8 @@ def test_what_has_kernels_has_a_library(name):
 
 
 def test_messages_name_what_has_kernels():
-    with pytest.raises(UnsupportedError, match=r"known: sm_80, .*sm_121a$"):
+    known = r"known: sm_80 \(A100 80GB, .*sm_90a \(H100 SXM, .*sm_121a \(GB10\)$"
+    with pytest.raises(UnsupportedError, match=known):
         arch.from_name("hopper")
     with pytest.raises(UnsupportedError, match=r"has them for 8\.0, .*12\.1$"):
         arch.of_device("7.0", "Tesla V100")
@@ -57,6 +58,29 @@ def test_from_name_takes_shorter_forms():
     assert arch.from_name("90") == arch.from_name("sm_90") == arch.from_name("sm_90a")
     assert arch.from_name("80").gencode == "-gencode=arch=compute_80,code=sm_80"
     assert arch.from_name("90").gencode == "-gencode=arch=compute_90a,code=sm_90a"
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "board"),
+    [
+        ("A100", "sm_80", "A100"),
+        ("a10", "sm_86", "A10"),
+        ("rtx3090", "sm_86", "RTX 3090"),
+        ("L4", "sm_89", "L4"),
+        ("L40", "sm_89", "L40S"),
+        ("H100", "sm_90a", "H100 SXM"),
+        ("H100-PCIe", "sm_90a", "H100 PCIe"),
+        ("h200", "sm_90a", "H200"),
+        ("GH200", "sm_90a", "GH200"),
+        ("NVIDIA B200", "sm_100a", "B200"),
+        ("T4", "sm_75", "T4"),
+        *((board.label, None, board.label) for board in arch._BOARDS),
+    ],
+)
+def test_from_name_takes_boards(name, architecture, board):
+    found = arch.from_name(name)
+    assert (found.board, found.gpu) == (board, None)
+    assert found.name == architecture or architecture is None
 
 
 @pytest.mark.parametrize("name", ["sm_70", "sm_80a", "sm_90f", "hopper", "", "sm_9.0"])

@@ -22,7 +22,11 @@ SAID = {
         "branches   4 sites",
         "folded     2 sites, the first conv3x3+bias+relu",
     ],
-    "resnet50.py": ["54 of 54 roots fused, 54 on kernels, planned for sm_90a"],
+    "resnet50.py": [
+        "On a CPU these times say nothing",
+        "54 of 54 roots fused, 54 on kernels, planned for sm_90a",
+        "  16 x conv3x3+bn+relu ",
+    ],
     "serving.py": ["jax.jit ", "frozen ", "a new checkpoint: "],
 }
 
@@ -57,6 +61,12 @@ def test_an_example(name, tmp_path):
     # Folding, and another order of the same operations, change roundings alone.
     for distance in re.findall(r"(?:result by |logits, )([\d.e+-]+\d)", printed):
         assert float(distance) < 2e-2
+
+
+def test_the_sites_of_the_demos_model(tmp_path):
+    model = f"{EXAMPLES / 'resnet50.py'}:predict"
+    command = ("-m", "jax_bolt", "explain", model, "--arch", "sm_90a")
+    assert "54 of 54 roots fused" in run(*command, folder=tmp_path)
 
 
 def test_the_containers_model_can_be_explained(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 import jax_bolt
 from benchmarks.models import models
@@ -183,6 +184,38 @@ def test_optimized_functions_that_it_calls():
 def test_a_function_without_roots():
     report = jax_bolt.explain(jnp.tanh, jnp.ones(3))
     assert not report.sites and report.coverage == 1.0
+    x = jnp.ones((4, 4))
+    hidden = jax_bolt.explain(lambda x: jax.pure_callback(lambda x: x @ x, x, x), x)
+    assert "jax.pure_callback" in str(hidden)
+    assert "docs/troubleshooting.md" in " ".join(str(hidden).split())
+
+
+@pytest.mark.parametrize("kind", ["max", "mean"])
+def test_what_xla_computes_of_a_region_is_said(kind):
+    def model(x, w):
+        y = jax.lax.conv_general_dilated(
+            *(x, w, (1, 1), "SAME"), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        if kind == "mean":
+            return jnp.mean(y, (1, 2))
+        window = ((1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return jax.lax.reduce_window(y, -jnp.inf, jax.lax.max, *window)
+
+    args = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 8, 8, 64), (3, 3, 64, 64))
+    ]
+    report = jax_bolt.explain(model, *args, arch="sm_80")
+    (site,) = report.sites
+    assert "+xla" in site.kernel
+    says = {"mean": "XLA computes the mean", "max": "XLA computes the pooling"}[kind]
+    assert says in site.what_runs and says in site.what_runs_in_short
+    console = Console(width=400)
+    with console.capture() as captured:
+        console.print(report)
+    assert says in captured.get() and f"<small>{says}<" in report._page()
+    assert json.loads(report.to_json())["sites"][0]["left_to_xla"] in says
+    # The kernels of sm_90a end in these themselves.
+    assert not jax_bolt.explain(model, *args, arch="sm_90a").sites[0].left_to_xla
 
 
 def test_dump_dir_gets_the_program_before_and_after(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,30 @@ def wrong(x, w):
 
 
 number = 7
+
+
+class layers:
+    init = predict
+    apply = predict
+
+
+def choose(x, how):
+    return getattr(jax.nn, how)(x @ x)
+
+
+chosen = jax_bolt.optimize(choose, static_argnums=1)
+
+
+def with_a_name():
+    return jnp.ones((64, 64), jnp.bfloat16), "relu"
+
+
+def branch(x, flag):
+    return x @ x if flag else x
+
+
+def with_a_flag():
+    return with_a_name()[0], True
 """
 
 
@@ -127,6 +152,11 @@ def test_optimized_and_frozen_functions(model, run, name, arguments):
     assert "1 of 1 roots fused" in printed
 
 
+def test_a_static_argument(model, run):
+    printed, _ = run("explain", f"{model}:chosen", "--args", "with_a_name")
+    assert "1 of 1 roots fused" in printed and "dot+relu" in printed
+
+
 def test_json_and_html(model, run, tmp_path):
     printed, said = run(
         *("explain", f"{model}:predict", "--arch", "90a", "--json", "--html", "r.html")
@@ -158,7 +188,11 @@ def test_an_architecture_without_kernels(model, run):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["predict"], "'predict' is not of the form MODULE:FUNCTION"),
+        (
+            ["predict"],
+            "'predict' is not of the form MODULE:FUNCTION, such as model.py:predict",
+        ),
+        (["a_model.py"], "is not of the form MODULE:FUNCTION, such as a_model.py:pre"),
         ([":predict"], "is not of the form"),
         (["a_model:"], "is not of the form"),
         (["missing.py:f"], "there is no file missing.py"),
@@ -168,6 +202,7 @@ def test_an_architecture_without_kernels(model, run):
         ([".a:f"], "is no name of a module"),
         (["a_model:nothing"], "a_model has no 'nothing'"),
         (["a_model:net.nothing"], "a_model has no 'net.nothing'"),
+        (["a_model:layers"], "is a module: did you mean a_model:layers.apply?"),
         (["a_model:number"], "int 7, which is no function"),
         (["a_model:predict", "--args", "number"], "int 7, which is no function"),
         (["a_model:predict", "--args", "nothing"], "a_model has no 'nothing'"),
@@ -206,6 +241,15 @@ def test_mistakes_in_naming(model, run, command, arguments, message):
         (["a_model:predict", "--args", "leaves"], "SystemExit: left"),
         (["broken.py:f"], "importing broken.py failed: SyntaxError: "),
         (["a_package:f"], "No module named 'its_own_need'"),
+        (
+            ["a_model:choose", "--args", "with_a_name"],
+            "argument 1 is 'relu' of type str, not an array; pass an array, or make it "
+            "static: static_argnums=1",
+        ),
+        (
+            ["a_model:branch", "--args", "with_a_flag"],
+            "jax_bolt: argument 1 is True, which is traced as an array",
+        ),
     ],
 )
 def test_errors_of_the_users_code_say_where(model, run, tmp_path, arguments, message):
@@ -215,7 +259,9 @@ def test_errors_of_the_users_code_say_where(model, run, tmp_path, arguments, mes
     assert message in said
     if "broken" in message:
         assert f"({tmp_path}/broken.py:1)" in said
-    elif "one" not in arguments:  # there, no line of theirs was reached
+    elif not {"one", "with_a_name"} & {
+        *arguments
+    }:  # there, no line of theirs was reached
         assert f"({tmp_path}/a_" in said
 
 
@@ -223,9 +269,23 @@ def test_other_mistakes(model, run):
     _, said = run("explain", "a_model:predict", "--arch", "sm_1", status=2)
     assert "unknown architecture 'sm_1'" in said
     assert "the module was imported" not in said
+    _, said = run("tune", "a_model:predict", "--arch", "sm_90a", status=2)
+    assert "it measures, on the GPU itself" in said and "the module was" not in said
+    assert "`explain a_model:predict --arch sm_90a`" in said
     for value in ("soon", "-1", "nan", "inf"):
         _, said = run("tune", "a_model:predict", "--budget", value, status=2)
         assert "is no number of seconds" in said
+
+
+def test_an_unknown_variable_is_told(model, run, monkeypatch):
+    monkeypatch.setenv("JAX_BOLT_ONMISS", "xla")
+    _, said = run("explain", f"{model}:predict")
+    assert "note: JAX_BOLT_ONMISS is no option; did you mean JAX_BOLT_ON_MISS?" in said
+
+
+def test_a_board_names_an_architecture(model, run):
+    printed, _ = run("explain", f"{model}:predict", "--arch", "h200")
+    assert "planned for sm_90a (H200)" in printed
 
 
 def test_without_a_gpu_it_says_how_to_plan(model, run):
@@ -281,6 +341,16 @@ def test_one_activation_is_a_name_too():
 
     advice = jax_bolt.advise(fun, shape, activations="silu", **given)
     assert advice.activations == ("silu",)
+    advice = jax_bolt.advise(fun, shape, activations="silu, elu", **given)
+    assert advice.activations == ("silu", "elu")
+    mistakes: list[tuple[Any, str]] = [
+        ([jax.nn.relu], r"not relu of type \w+; write 'relu'$"),
+        (jax.nn.silu, r"not silu of type \w+; write 'silu'$"),
+        (["relu", 3], "not 3 of type int$"),
+    ]
+    for bad, said in mistakes:
+        with pytest.raises(TypeError, match=f"names of functions of jax.nn.* {said}"):
+            jax_bolt.advise(fun, shape, activations=bad, **given)
     with pytest.raises(ValueError, match="'nothing' is no activation"):
         jax_bolt.advise(fun, shape, activations="nothing", **given)
 
@@ -290,10 +360,14 @@ def test_a_function_without_convs_and_products(model, run, tmp_path):
     printed, _ = run("explain", f"{model}:predict", "--arch", "sm_90a")
     assert printed.startswith("no conv or product here")
     _, said = run("advise", f"{model}:predict", "--arch", "sm_90a")
-    assert said.endswith("no conv or product here\n")
+    assert not any("no conv or product here" in line for line in said.splitlines())
+    printed, _ = run("advise", f"{model}:predict", "--arch", "sm_90a")
+    assert "no conv or product here: what is in a callback" in " ".join(printed.split())
+    printed, said = run("advise", f"{model}:predict", "--arch", "sm_90a", "--json")
+    assert json.loads(printed)["sites"] == [] and "docs/troubleshooting.md" in said
     (tmp_path / model).write_text(MODEL.replace("bfloat16", "int8"))
     explain_command._module.cache_clear()
-    _, said = run("advise", f"{model}:predict", "--arch", "sm_90a")
+    said = "".join(run("advise", f"{model}:predict", "--arch", "sm_90a"))
     assert "no conv or product here" not in said
 
 

@@ -83,6 +83,14 @@ def test_an_unknown_option_is_refused():
         pass
 
 
+def test_unknown_variables_and_what_they_may_be():
+    given = {"JAX_BOLT_ONMISS": "xla", "JAX_BOLT_JOBS": "2", "JAX_BOLT_COLOUR": "red"}
+    found = options.unknown({**given, "JAX_BOLT_EMPTY": "", "JAX_BOLT_REQUIRE": "gpu"})
+    assert list(found) == ["JAX_BOLT_COLOUR", "JAX_BOLT_ONMISS"]
+    assert found["JAX_BOLT_ONMISS"].endswith("; did you mean JAX_BOLT_ON_MISS?")
+    assert "no option; there are JAX_BOLT_CACHE_DIR, " in found["JAX_BOLT_COLOUR"]
+
+
 def test_options_nest_and_are_put_back():
     before = options.current()
     with options.options(jobs=3) as outer:

@@ -324,9 +324,57 @@ def test_a_page_of_any_sites(sites, tmp_path):
     assert str(made) and json.loads(made.to_json())
 
 
+def headings(page: str) -> list[str]:
+    (row,) = re.findall(r'<div class="row heading">(.*?)</div>', page)
+    return Page(row).texts
+
+
+def test_columns_that_no_site_fills_are_left_out(report, tmp_path):
+    texts = ["#", "site", "region", "runs on"]
+    assert headings(written(report, tmp_path)) == [
+        *texts,
+        *("XLA", "now", "speed-up", "floor", "of floor"),
+    ]
+    untimed = (site(time_us=None, xla_time_us=None), REFUSED)
+    text = written(jax_bolt.Report(untimed, "sm_90a", {}), tmp_path)
+    assert headings(text) == [*texts, "floor"]
+    (columns,) = re.findall(r"--columns: ([^\"]*)", text)
+    assert len(re.findall(r"minmax\([^)]*\)|\d+px", columns)) == 5
+    assert "Times in µs" not in text
+
+
+def test_a_row_has_the_last_folders_of_a_path_and_breaks_between_steps(tmp_path):
+    line = "/home/someone/project/models/net.py:7:12 (Net.__call__)"
+    made = (
+        site(line=line, epilogue="conv3x3+relu+mean28x28"),
+        site(f"{line} #2", line=line),
+        site("Net/a/Conv_0", line="models/net.py:7"),
+    )
+    page = Page(written(jax_bolt.Report(made, "sm_90a", {}), tmp_path))
+    assert page.texts.count("…/models/net.py:7:12 (Net.__call__)") == 2
+    assert page.texts.count("…/models/net.py:7:12 (Net.__call__) #2") == 1
+    assert page.texts.count(line) == 2, "in the row that opens"
+    assert {"Net/a/Conv_0", "models/net.py:7"} <= {*page.texts}
+    assert {"conv3x3", "+relu", "+mean28x28"} <= {*page.texts}
+    style = (Path(jax_bolt.__file__).parent / "_src" / "report_page.css").read_text()
+    assert re.search(r"^\.number \{[^}]*white-space: nowrap", style, re.M)
+
+
+def test_constants_are_decimal(tmp_path):
+    numbers = [float.fromhex("0x1.4f8b58p-17"), 0.0, 1.0, -1 / 3, float("inf")]
+    constants = [ir.Op("const", attr=number) for number in numbers]
+    epilogue = ir.Epilogue((ir.Op("acc"), *constants), 0, out_dtype="bf16")
+    of_it = site(region=dataclasses.replace(MADE, epilogue=epilogue))
+    shown = written(jax_bolt.Report((of_it,), "sm_90a", {}), tmp_path)
+    found = re.findall(r"const\[(.*?)\]", shown)
+    assert found[:3] == ["1e-05", "0", "1"] and found[4] == "inf"
+    assert struct.pack("f", float(found[3])) == struct.pack("f", -1 / 3)
+    assert len(found[3]) <= len("-0.333333343")
+
+
 def test_a_page_says_what_its_floors_are_of(report, tmp_path):
     h100 = dataclasses.replace(report, device="", board="H100 SXM")
-    assert "published peak and bandwidth of the H100 SXM;" in written(h100, tmp_path)
+    assert "published peak and bandwidth of the H100 SXM." in written(h100, tmp_path)
     orin = arch.from_name("sm_87")
     sites = (site(floor=floor(MADE, orin)),)
     text = written(jax_bolt.Report(sites, "sm_87", {}, board=orin.board), tmp_path)
@@ -349,7 +397,9 @@ def test_a_notebook_shows_the_page_in_a_frame(report, tmp_path):
 
 
 def test_a_page_that_cannot_be_written(report, tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=f"no directory {tmp_path / 'missing'} "
+    ):
         report.to_html(tmp_path / "missing" / "report.html")
 
 

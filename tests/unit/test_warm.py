@@ -358,6 +358,12 @@ def test_a_bad_variable_is_a_warning_at_import(machine, name, text):
     assert said == "" and not machine.cache.exists()
 
 
+def test_an_unknown_variable_is_a_warning_at_import(machine):
+    said = machine.run(JAX_BOLT_ONMISS="xla", JAX_BOLT_WARM="off")
+    assert said.count("UserWarning") == 1
+    assert "JAX_BOLT_ONMISS is no option; did you mean JAX_BOLT_ON_MISS?" in said
+
+
 def test_nor_is_it_where_others_can_write(machine):
     machine.cache.mkdir(parents=True)
     machine.cache.chmod(0o777)

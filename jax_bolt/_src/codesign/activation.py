@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import jax
 
 from .. import ir, options, rewrite
+from ..arguments import short
 from ..elementwise import DTYPES, Builder
 from ..kernels import hoist
 
@@ -157,6 +158,25 @@ def _spliced(builder: Builder, activation: ir.Epilogue, entry: int) -> int:
             args = (new[a] for a in op.args)
             new.append(builder.op(op.name, *args, attr=op.attr))
     return new[activation.result]
+
+
+def names(given: Iterable[str] | str) -> tuple[str, ...]:
+    """The names in ``given``, a string with commas between them or several names.
+
+    Raises TypeError on what is no name.
+    """
+    if isinstance(given, str):
+        given = given.split(",")
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    for name in found:
+        if not isinstance(name, str):
+            called = getattr(name, "__name__", "")
+            fix = f"; write {called!r}" if hasattr(jax.nn, called) else ""
+            raise TypeError(
+                "activations are names of functions of jax.nn, such as 'relu', not "
+                f"{called or short(name)} of type {type(name).__name__}{fix}"
+            )
+    return tuple(filter(None, map(str.strip, found)))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..report import plain, printable
-from ..site import micros
+from ..site import NOTHING, UNSEEN, micros
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +149,8 @@ class Advice:
         made: list[Any] = [self._title()]
         for part in filter(None, parts):
             made += ["", part]
+        if not (self.sites or self.refused):
+            made.append(f"{NOTHING}: {UNSEEN}")
         return Group(*made)
 
     def __str__(self) -> str:

@@ -62,6 +62,9 @@ def start() -> None:
     Prints nothing but a warning where a variable of the environment is no option.
     """
     try:
+        if not _is_command():
+            for text in options.unknown(os.environ).values():
+                warnings.warn(f"jax_bolt: {text}", stacklevel=3)
         # Not options.current(), after which later changes of os.environ would be lost.
         try:
             active = options.from_environment(os.environ)
