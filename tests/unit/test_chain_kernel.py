@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 from typing import Any
 
 import chain_emulator as emulator
@@ -15,11 +16,12 @@ import pytest
 import test_implicit_gemm as single
 from test_implicit_gemm import HOPPER, PLAIN, SIDE, SMALL, conv, gemm, hwio
 
-from jax_bolt._src import arch, evaluate, ir
+from jax_bolt._src import arch, evaluate, forms, ir, plan
 from jax_bolt._src.jit import codegen
 from jax_bolt._src.kernels import chain_rank, chain_sm90, chain_tiles
 from jax_bolt._src.kernels import recipe as recipes
 from jax_bolt._src.kernels.config import Config
+from jax_bolt._src.tune import isolate
 
 # acc * vector_0 + vector_1, and a side input added to that.
 AFFINE = ir.Epilogue(
@@ -211,6 +213,26 @@ def test_what_the_kernel_computes_with_a_shortcut(taken: ir.Chain) -> None:
         check(taken, config, HOPPER, seed)
     for seed, config in enumerate(sample(taken, SMALL, 8)):
         check(taken, config, SMALL, seed)
+
+
+def test_the_worker_binds_all_three() -> None:
+    """The shortcut's operands, then as side inputs the others', as the maps say."""
+    # 3x7x7, 256 and 128 channels to 512, and these to 128.
+    form = forms.chain_forms(JOINED[2])[0]
+    config = chain_sm90.configs(form.region, HOPPER)[0]
+    candidate = plan.ChainCandidate(form, chain_sm90, config, HOPPER)
+    request = isolate.request_for(candidate, "d", Path("p"), 2, 3, verify=True)
+    asked, pixels = request["operands"], 3 * 7 * 7
+    sizes = [size // 2 for _, size, *_ in (*asked["ab"], *asked["sides"])]
+    assert sizes[:2] == [3 * 14 * 14 * 256, 256 * 512]
+    assert sizes[2:] == [pixels * 128, 128 * 512, 512 * 128]
+    assert len(asked["vectors"]) == 6
+    assert asked["output_bytes"] == [2 * pixels * 512, 2 * pixels * 128]
+    maps = chain_sm90.recipe(form.region, config, HOPPER).maps
+    assert [each.operand for each in maps] == [
+        *(recipes.side(0), recipes.side(1), recipes.side(2)),
+        *(recipes.output(0), recipes.output(1), recipes.A, recipes.B),
+    ]
 
 
 def test_a_shortcuts_slots_are_a_group_and_one_more() -> None:
