@@ -32,7 +32,8 @@ def hopper():
 
 
 def candidates(case) -> list[ChainCandidate]:
-    """The first by rank, and one of each kind of tile; the largest of these."""
+    """The first by rank, and one of each kind of tile; the largest of these. Whether
+    that has groups of several blocks differs from case to case."""
     arch = target().arch
     if case in cases.MERGED:
         return merged(case)
@@ -41,10 +42,11 @@ def candidates(case) -> list[ChainCandidate]:
         for form in forms.chain_forms(case.site().region)
         if chain_sm90.supports(form.region, arch) is None
     )
-    kinds = {}
+    kinds, grouped = {}, len(case.name) % 2
     for tile in chain_tiles.tiles_of(form.region, arch):
-        rings = tile.group > 1, tile.rings.resident
-        kinds[(tile.warpgroups, tile.cluster, tile.im2col, *rings)] = tile
+        kind = tile.warpgroups, tile.cluster, tile.im2col, tile.rings.resident
+        if kind not in kinds or (tile.group > 1) == grouped:
+            kinds[kind] = tile
     first = chain_sm90.configs(form.region, arch)[0]
     configs = dict.fromkeys((first, *(tile.config() for tile in kinds.values())))
     return [ChainCandidate(form, chain_sm90, config, arch) for config in configs]
