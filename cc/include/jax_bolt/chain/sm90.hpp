@@ -14,16 +14,16 @@
 // second result's blocks leave through the same slots. A shortcut's group of blocks comes ahead of
 // the first product's, is rounded as it would be stored, and lies in the slots where the first
 // one's will, which are then no slots of loads. The warpgroups share filters alone, and so do those
-// of a cluster's CTAs: each CTA loads its part of a unit for all of them. Last is
-// one warpgroup that loads: warp 0 pixels, warp 1 filters, warps 2 and 3 the side inputs of a
-// warpgroup each, into the slots that its results leave from.
+// of a cluster's CTAs: each CTA loads its part of a unit for all of them. Last is one warpgroup
+// that loads: warp 0 pixels, warp 1 filters, warp 2 the side inputs of the first warpgroup and warp
+// 3 those of the others, into the slots that their results leave from.
 //
 // Why nothing waits for ever. Every ring is filled and freed in one order, which its readers share.
 // - Filters: a unit is freed once the products that read it are done. A warpgroup that waits for
 //   units holds at most those of the products before, and filter_stages has room for both.
 // - Pixels: a tile's stages are freed by its last group of blocks. Where it has several, the ring
 //   holds a whole tile. The loader goes by stages, then by warpgroups: no warpgroup lacks a stage
-//   that the other one has, so that it frees the filters that the other one waits for.
+//   that another one has, so that it frees the filters that the other one waits for.
 // - Slots: one is free once the block after it has been stored; there are two or more, and with a
 //   shortcut one more than a group has blocks.
 // A phase of a full barrier is awaited by all its readers before they free what it guards, so that
