@@ -81,8 +81,8 @@ template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Epilog
                                       4>;
 template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Affine,
                                       all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
-                                      jax_bolt::implicit_gemm::Filters::kHwio, true, 64, 2, 1, 3, 4,
-                                      4, 2, all_kernels::Affine>;
+                                      jax_bolt::implicit_gemm::Filters::kHwio, true, 64, 1, 1, 3, 4,
+                                      4, 2, true, all_kernels::Affine>;
 template struct jax_bolt::chain::MergedSm90<all_kernels::Affine, all_kernels::Epilogue,
                                             all_kernels::Element,
                                             jax_bolt::implicit_gemm::Filters::kHwio, 128, 1, 1, 1,

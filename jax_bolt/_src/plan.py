@@ -19,7 +19,7 @@ from .tune import db
 _BY_RANK = 8
 # Of the least time of two regions, what their chain has to save to be worth a look.
 _WORTH = 0.1
-_CHAIN_CONFIGS = 6  # of a chain, to build
+_CHAIN_CONFIGS = 8  # of a chain, to build
 _LEAST_US = 0.01
 _POOLING = 2.0  # times as long as its bytes take: XLA's pools of ResNet's and VGG's
 _LAUNCH_US = 2.0

@@ -69,6 +69,7 @@ CONV = ir.ConvProblem(
         (EXPAND, 256, (1, 0), True, {"warpgroups": 2, "group": 1}),
         (EXPAND, 128, (0, 1), False, {"warpgroups": 2, "group": 2}),
         (CONV, 64, (0, 0), False, {"warpgroups": 1}),
+        (EXPAND, 128, (1, 0), True, {"warpgroups": 3, "ahead": 1}),
     ],
 )
 def test_the_largest_tiles(
@@ -79,13 +80,15 @@ def test_the_largest_tiles(
     check(tmp_path, chain_of(problem, channels, sides, stored), traits)
 
 
-def test_the_largest_tile_with_a_shortcut(tmp_path: Path) -> None:
-    """Three warpgroups, and two CTAs that load filters for each other."""
+@pytest.mark.parametrize("traits", [{"warpgroups": 3, "cluster": 2}, {"ahead": 1}])
+def test_the_largest_tile_with_a_shortcut(
+    tmp_path: Path, traits: dict[str, object]
+) -> None:
     chain = chain_of(EXPAND, 128, (1, 0), stored=True)
     shortcut = ir.Region(problem=EXPAND, epilogue=norm_silu(0, "bf16"))
     merged = ir.Chain(first=shortcut, second=chain.made, stored=False, side=0)
     chain = dataclasses.replace(chain, first=merged)
-    check(tmp_path, chain, {"warpgroups": 3, "cluster": 2})
+    check(tmp_path, chain, traits)
 
 
 def check(tmp_path: Path, chain: ir.Chain, traits: dict[str, object]) -> None:

@@ -44,7 +44,8 @@ def candidates(case) -> list[ChainCandidate]:
     )
     kinds, grouped = {}, len(case.name) % 2
     for tile in chain_tiles.tiles_of(form.region, arch):
-        kind = tile.warpgroups, tile.cluster, tile.im2col, tile.rings.resident
+        rings = tile.rings.resident, tile.ahead
+        kind = tile.warpgroups, tile.cluster, tile.im2col, *rings
         if kind not in kinds or (tile.group > 1) == grouped:
             kinds[kind] = tile
     first = chain_sm90.configs(form.region, arch)[0]

@@ -48,6 +48,7 @@ class Arguments:
     steps: int
     second_steps: int
     cluster: int
+    ahead: bool
     merges: bool
 
     @staticmethod
@@ -78,6 +79,7 @@ class Arguments:
             steps=int(given["kSteps"]),
             second_steps=int(given["kSecondSteps"]),
             cluster=int(given["kCluster"]),
+            ahead={"true": True, "false": False}[given["kAhead"]],
             merges=bool(given["Shortcut_"]),
         )
 
@@ -197,8 +199,9 @@ class Launch:
         assert g.filter_stages <= limit("kMaxFilterStages")
         assert 2 <= g.store_stages <= limit("kMaxSlots")
         assert not g.resident or g.filter_stages == self.units
+        assert not t.ahead or t.group == 1
         if t.merges:
-            assert g.store_stages > t.group
+            assert t.ahead or g.store_stages > t.group
             shortcut = self.shortcut
             for name in ("tiles", "tile_cols", "load_bytes", "stage_bytes", "resident"):
                 assert getattr(g, name) == getattr(shortcut, name)
@@ -382,17 +385,23 @@ class Cta:
     def load_filters(self) -> Role:
         t, ring, second = self.t, Ring(), self.launch.second_filters
         for _ in self.cluster_turns():
+            if t.ahead:
+                yield from self.load_firsts(ring, 0)
             for first in range(0, self.launch.blocks, t.group):
-                for g, _, filters in self.launch.products:
-                    for chunk, tap, i in np.ndindex(g.chunks, taps_of(g), t.group):
-                        at = (first + i, chunk, g.tap_filter[tap])
-                        yield from self._unit(ring, filters, t.k_outer, *at)
+                if first + t.ahead < self.launch.blocks:
+                    yield from self.load_firsts(ring, first + t.ahead)
                 for i, output in np.ndindex(t.group, t.outputs):
                     at = (output, first + i, 0)
                     yield from self._unit(ring, second, t.second_k_outer, *at)
             if self.g.resident:
                 break
         yield
+
+    def load_firsts(self, ring: Ring, first: int) -> Role:
+        for g, _, filters in self.launch.products:
+            for chunk, tap, i in np.ndindex(g.chunks, taps_of(g), self.t.group):
+                at = (first + i, chunk, g.tap_filter[tap])
+                yield from self._unit(ring, filters, self.t.k_outer, *at)
 
     def _unit(
         self,
@@ -547,6 +556,57 @@ class Warpgroup:
         if is_last:
             barriers[1][read].arrive()
 
+    def give_out(self, is_first: bool) -> Role:
+        """A block's first products, under way: ``self.given``, shortcut's first."""
+        t, barriers = self.t, self.cta.pixel_barriers[self.index]
+        ring, self.given = copy.copy(self.pixels), []
+        for g, _, _ in self.launch.products:
+            acc = np.zeros((t.pixels, BLOCK), np.float32)
+            self.given.append(acc)
+            for _ in range(g.chunks):
+                tap = 0
+                for phase in range(g.phases):
+                    if is_first:
+                        yield from barriers[0][ring.stage].wait(ring.parity)
+                    stage = self.cta.pixels[self.index][ring.stage]
+                    for _ in range(g.phase_taps[phase]):
+                        start = g.tap_offset[tap] // ROW
+                        yield from self.next_unit()
+                        seen = stage[start : start + t.pixels]
+                        self.product(self.unit, t.k_outer, seen, t.steps, acc)
+                        self.commit()
+                        tap += 1
+                    ring.advance(g.pixel_stages)
+
+    def free_pixels(self) -> None:
+        for g, _, _ in self.launch.products:
+            for _ in range(g.chunks * g.phases):
+                self.cta.pixel_barriers[self.index][1][self.pixels.stage].arrive()
+                self.pixels.advance(g.pixel_stages)
+
+    def run_ahead(self, index: int, block: int, outputs: np.ndarray) -> Role:
+        t, firsts = self.t, self.given
+        self.wait_products(0)
+        self.release_units(0)
+        if block + 1 == self.launch.blocks:
+            self.free_pixels()
+        else:
+            yield from self.give_out(False)
+        channel = block * BLOCK
+        yield from self.slot_at(self.slots)
+        if t.merges:
+            self.finish(2, firsts[0], channel, self.slots)
+        slot = self.finish(0, firsts[-1], channel, self.slots)
+        self.leave_between(channel, slot, index)
+        yield from self.multiply_second(slot, outputs)
+        self.advance()
+
+    def leave_between(self, channel: int, slot: np.ndarray, index: int) -> None:
+        if self.t.stored:
+            self.store(0, channel, slot, index)
+        else:
+            self.stores.append([])
+
     def multiply_second(self, slot: np.ndarray, acc: np.ndarray) -> Role:
         t = self.t
         for i in range(t.outputs):
@@ -611,7 +671,11 @@ class Warpgroup:
         outputs = np.zeros((t.outputs, t.pixels, BLOCK), np.float32)
         if self.g.resident:
             self.filters = Ring()
-        for first in range(0, blocks, t.group):
+        if t.ahead:
+            yield from self.give_out(True)
+            for block in range(blocks):
+                yield from self.run_ahead(index, block, outputs)
+        for first in () if t.ahead else range(0, blocks, t.group):
             ends, ring = (first == 0, first + t.group == blocks), copy.copy(self.pixels)
             acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
             for g, _, _ in self.launch.products:
@@ -626,10 +690,7 @@ class Warpgroup:
                 yield from self.slot_at(self.slots)
                 slot = self.finish(0, acc[i], channel, self.slots)
                 self.hand_over()
-                if t.stored:
-                    self.store(0, channel, slot, index)
-                else:
-                    self.stores.append([])
+                self.leave_between(channel, slot, index)
                 yield from self.multiply_second(slot, outputs)
                 self.advance()
         self.wait_products(0)

@@ -17,6 +17,7 @@ _START = 6000  # from launch to the first product, and the last store
 _FINISH = 1.0  # of an epilogue: a pixel of a block, for every instruction
 _HAND_OVER = 130  # from a block's products to its epilogue, and on to the second ones
 _LATENCY = 200  # from a wgmma to the next one on its accumulators, with its unit's wait
+_AHEAD_LATENCY = 60  # the same where nothing is waited for between them; not fitted
 _SIDE_WAIT = 2450  # from asking for a side input to it
 _LOAD_RATE = 24.0  # bytes a cycle between L2 and shared memory
 _OVERLAP = 0.2  # of SMs' and device memory's times, what the longer does not hide
@@ -67,8 +68,9 @@ def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estima
     firsts = shape.steps * (units - shape.blocks * shape.outputs)
     seconds = shape.second_steps * shape.blocks * shape.outputs
     products = (firsts + seconds) * one
-    in_turn = firsts * max(one, _LATENCY / tile.group)
-    in_turn += seconds * max(one, _LATENCY / shape.outputs)
+    latency = _AHEAD_LATENCY if tile.ahead else _LATENCY
+    firsts_in_turn = firsts * max(one, latency / tile.group)
+    seconds_in_turn = seconds * max(one, latency / shape.outputs)
     regions = (chain.made, shape.blocks), (chain.second, shape.outputs)
     finished = regions
     if shape.shortcut is not None:
@@ -89,7 +91,9 @@ def estimate(tile: Tile, chain: ir.Chain, shape: Shape, arch: GpuArch) -> Estima
         # Warpgroups of a CTA share filters, and so do a cluster's CTAs.
         read = units * UNIT / tile.cluster
         moves += read * (beside / tile.warpgroups) / _LOAD_RATE
-    alone = in_turn + finish
+    alone = firsts_in_turn + seconds_in_turn + finish
+    if tile.ahead:
+        alone -= min(firsts_in_turn, finish)  # at the same time
     if shape.shortcut is None and chain.made.epilogue.sides:
         alone = max(alone, shape.blocks * _SIDE_WAIT / (rings.stores - 1))
     per_turn = max(beside * products, moves, alone)

@@ -75,20 +75,21 @@ def _unmerged(merged: ir.Chain, second: ir.Region) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def configs(chain: ir.Chain, arch: GpuArch) -> tuple[Config, ...]:
-    """The tiles with the least estimated time, best first; the best of two and of three
-    warpgroups, alone and in clusters, follow the best of all."""
+    """The tiles with the least estimated time, best first; after the best of all come
+    those of two warpgroups or one, of three, in clusters, ahead, and of both these."""
     # Neighbours in size are near-ties: one of a kind.
     kinds: dict[tuple[object, ...], Tile] = {}
     for tile in _ranked(chain, arch):
         sizes = tile.pixels // _NEAR, tile.group, tile.warpgroups
-        flags = tile.rings.resident, tile.im2col, tile.cluster
+        flags = tile.rings.resident, tile.im2col, tile.cluster, tile.ahead
         kinds.setdefault((*sizes, *flags), tile)
     found = [*kinds.values()]
-    # The model was fitted to kernels of one and of two, alone.
-    heads: dict[tuple[int, int], Tile] = {}
+    # It was fitted to kernels of the first kind.
+    heads: dict[tuple[bool, bool, bool], Tile] = {}
     for tile in found:
-        if tile.warpgroups > 1:
-            heads.setdefault((tile.warpgroups, tile.cluster), tile)
+        shares, ahead = tile.cluster > 1, bool(tile.ahead)
+        many = tile.warpgroups > 2 and not (shares or ahead)
+        heads.setdefault((many, shares, ahead), tile)
     ordered = dict.fromkeys((*found[:1], *heads.values(), *found))
     return tuple(tile.config() for tile in [*ordered][:_CANDIDATES])
 
@@ -121,6 +122,7 @@ def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
         "true" if chain.stored else "false",
         *(tile.pixels, tile.group, shape.outputs, tile.warpgroups),
         *(shape.steps, shape.second_steps, tile.cluster),
+        "true" if tile.ahead else "false",
         *(() if shape.shortcut is None else ("Shortcut",)),
     )
     return f"jax_bolt::chain::Sm90<{', '.join(map(str, arguments))}>"

@@ -118,7 +118,8 @@ class Tile:
 
     ``group`` blocks of the first result are accumulated side by side. The rings'
     ``filters`` are units, the others a warpgroup's. With ``im2col`` the block is one of
-    ``line_of`` the image. ``cluster`` CTAs load filters for each other.
+    ``line_of`` the image. ``cluster`` CTAs load filters for each other. With ``ahead``
+    (1 or 0) a block's first products go on during the epilogue of the one before.
     """
 
     pixels: int
@@ -128,6 +129,7 @@ class Tile:
     rings: Rings = NO_RINGS
     im2col: bool = False
     cluster: int = 1
+    ahead: int = 0
 
     @property
     def ctas(self) -> int:
@@ -150,6 +152,7 @@ class Tile:
             block=f"{_IM2COL * self.im2col}{b.images}x{b.rows}x{b.cols}",
             stages=f"{rings.pixels}x{rings.filters}x{rings.stores}",
             **({"cluster": self.cluster} if self.cluster > 1 else {}),
+            **({"ahead": self.ahead} if self.ahead else {}),
         )
 
     @staticmethod
@@ -165,6 +168,7 @@ class Tile:
             rings=Rings(*stages, resident=int(config["resident"])),
             im2col=block.startswith(_IM2COL),
             cluster=int(dict(config.params).get("cluster", 1)),
+            ahead=int(dict(config.params).get("ahead", 0)),
         )
 
 
@@ -180,16 +184,25 @@ def tiles_of(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
         found += [(True, *block) for block in blocks_of(line)]
     for im2col, block, pixels in found:
         for warpgroups in range(WARPGROUPS, 0, -1):
-            for group in range(1, min(4, shape.blocks) + 1):
-                if shape.blocks % group:
-                    continue
-                accumulators = (group + shape.outputs) * pixels // 2
+            for group, ahead in _groups(shape):
+                firsts = 2 * len(shape.products) if ahead else group
+                accumulators = (firsts + shape.outputs) * pixels // 2
                 if accumulators > _accumulators(chain, warpgroups):
                     continue
                 base = Tile(pixels, group, warpgroups, block, im2col=im2col)
+                base = dataclasses.replace(base, ahead=ahead)
                 if base.layout(image).problem() is not None:
                     continue
                 yield from _rings(base, chain, arch)
+
+
+def _groups(shape: Shape) -> Iterator[tuple[int, int]]:
+    """Sizes of groups, and whether the next one's products are given out ahead."""
+    for group in range(1, min(4, shape.blocks) + 1):
+        if shape.blocks % group == 0:
+            yield group, 0
+    if shape.blocks > 1:
+        yield 1, 1
 
 
 def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
@@ -228,6 +241,9 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
         # A shortcut's group lies in the slots that the first product's will leave from.
         "stores": 2 if shape.shortcut is None else tile.group + 1,
     }
+    if tile.ahead:
+        # Units of a block, its first products' and its second ones'.
+        least |= {"filters": units // shape.blocks, "stores": 2}
     most = {
         "pixels": min(MAX_RINGS[0], boxes * turns),
         "filters": min(MAX_RINGS[1], units * turns),

@@ -18,9 +18,14 @@
 // that loads: warp 0 pixels, warp 1 filters, warp 2 the side inputs of the first warpgroup and warp
 // 3 those of the others, into the slots that their results leave from.
 //
+// With kAhead a block's first products are given out ahead of the epilogue of the block before
+// (run_ahead), into accumulators of their own, so that a warpgroup's tensor cores and its epilogues
+// work at the same time.
+//
 // Why nothing waits for ever. Every ring is filled and freed in one order, which its readers share.
 // - Filters: a unit is freed once the products that read it are done. A warpgroup that waits for
-//   units holds at most those of the products before, and filter_stages has room for both.
+//   units holds at most those of the products before, and filter_stages has room for both: with
+//   kAhead for a block's first products and for its second ones.
 // - Pixels: a tile's stages are freed by its last group of blocks. Where it has several, the ring
 //   holds a whole tile. The loader goes by stages, then by warpgroups: no warpgroup lacks a stage
 //   that another one has, so that it frees the filters that the other one waits for.
@@ -97,10 +102,10 @@ struct Params<First, Second, NoShortcut> {
 /// kStored: the first result is an output. kGroup: blocks of it that are accumulated side by side.
 /// kOutputs: blocks of the second result. kSteps, kSecondSteps: products in a unit of filters, of
 /// 16 input channels each; the shortcut's has as many as the first one's. kCluster: CTAs that share
-/// filters.
+/// filters. kAhead: see above; a group is one block then.
 template <class First_, class Second_, class Element, Filters kFilters, Filters kSecondFilters,
           bool kStored, int kPixels, int kGroup, int kOutputs, int kWarpgroups, int kSteps,
-          int kSecondSteps, int kCluster = 1, class Shortcut_ = NoShortcut>
+          int kSecondSteps, int kCluster = 1, bool kAhead = false, class Shortcut_ = NoShortcut>
 struct Sm90 {
   using First = First_;
   using Second = Second_;
@@ -121,6 +126,7 @@ struct Sm90 {
                 "a side input lies in its result's slot");
   static_assert(AuxiliaryOf<First>::kCount + AuxiliaryOf<Second>::kCount == 0);
   static_assert(1 <= kWarpgroups && kWarpgroups <= kMaxWarpgroups);
+  static_assert(!kAhead || kGroup == 1);
   // What a thread that loads keeps, and one that multiplies takes: with those of a CTA's other
   // threads, all that there are.
   static constexpr int kKept = kWarpgroups == 2 ? 40 : 32;
@@ -300,9 +306,10 @@ struct Sm90 {
     Geometry const& g = p.geometry;
     Ring ring;
     for (int turn = 0; any_tile(g, turn); ++turn) {
+      if (kAhead) load_firsts(p, memory, ring, 0);
       for (int first = 0; first < p.joint.blocks; first += kGroup) {
-        if constexpr (kMerges) load_group(p.shortcut_filters, p.shortcut, memory, ring, first);
-        load_group(p.filters, g, memory, ring, first);
+        int const group = kAhead ? first + 1 : first;
+        if (group < p.joint.blocks) load_firsts(p, memory, ring, group);
         for (int i = 0; i < kGroup; ++i) {
           for (int output = 0; output < kOutputs; ++output) {
             load_unit<kSecondFilters>(p.second_filters, g, memory, ring, output, first + i, 0);
@@ -313,7 +320,14 @@ struct Sm90 {
     }
   }
 
-  /// A group of blocks' filters of the first product, or of the shortcut's.
+  /// A group of blocks' filters of the first product and the shortcut's.
+  __device__ static __forceinline__ void load_firsts(Parameters const& p, Memory const& memory,
+                                                     Ring& ring, int first) {
+    if constexpr (kMerges) load_group(p.shortcut_filters, p.shortcut, memory, ring, first);
+    load_group(p.filters, p.geometry, memory, ring, first);
+  }
+
+  /// A group of blocks' filters of one of them.
   __device__ static __forceinline__ void load_group(ptx::TensorMap const& map, Geometry const& g,
                                                     Memory const& memory, Ring& ring, int first) {
     int const taps = count_taps(g);
@@ -477,12 +491,18 @@ struct Sm90 {
       }
     }
 
+    /// Units of a block's first products.
+    __device__ __forceinline__ int first_units() const {
+      int units = p.geometry.chunks * count_taps(p.geometry);
+      if constexpr (kMerges) units += p.shortcut.chunks * count_taps(p.shortcut);
+      return units;
+    }
+
     /// A tile's units without a tile: other warpgroups' last ones need them alone.
     __device__ void drain() {
       Geometry const& g = p.geometry;
       if (g.resident) return;
-      int units = p.joint.blocks * (g.chunks * count_taps(g) + kOutputs);
-      if constexpr (kMerges) units += p.joint.blocks * p.shortcut.chunks * count_taps(p.shortcut);
+      int const units = p.joint.blocks * (first_units() + kOutputs);
       for (int i = 0; i < units; ++i) {
         next_unit();
         release_units(0);
@@ -530,12 +550,55 @@ struct Sm90 {
         }
       }
       cute::warpgroup_wait<0>();
-#pragma unroll
-      for (int i = 0; i < kGroup * kPixels / 2; ++i) {
-        cute::warpgroup_fence_operand(accumulators[i / (kPixels / 2)][i % (kPixels / 2)]);
-      }
+      fence(accumulators);
       release_units(0);
       if (is_last) release(barriers.pixels_empty[warpgroup][read]);
+    }
+
+    // First products of a block, which are given out together: the first one's, and the shortcut's.
+    using Firsts = Accumulators[kMerges ? 2 : 1];
+
+    /// One of them, of which nothing is waited for.
+    __device__ __forceinline__ void give_out(Geometry const& g, bool is_first, Ring& ring,
+                                             Accumulators& accumulators) {
+      gmma::ScaleOut scale = gmma::ScaleOut::Zero;
+      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        int tap = 0;
+        for (int phase = 0; phase < g.phases; ++phase) {
+          if (is_first) memory.barriers->pixels_full[warpgroup][ring.stage].wait(ring.parity);
+          std::uint64_t const stage = descriptor(memory.pixel_stage(g, warpgroup, ring.stage));
+          for (int left = g.phase_taps[phase]; left > 0; --left, ++tap) {
+            std::uint64_t const a = next_unit(), b = stage + moved(g.tap_offset[tap]);
+            cute::warpgroup_arrive();
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+              implicit_gemm::wgmma<Mma<kFilters>>(a + moved(k * kStep), b + moved(k * 32),
+                                                  accumulators, scale,
+                                                  std::make_index_sequence<kPixels / 2>{});
+              scale = gmma::ScaleOut::One;
+            }
+            cute::warpgroup_commit_batch();
+          }
+          ring.advance(g.pixel_stages);
+        }
+      }
+    }
+
+    /// A block's first products.
+    __device__ __forceinline__ void give_out(bool is_first, Firsts& firsts) {
+      Ring ring = pixels;
+      if constexpr (kMerges) give_out(p.shortcut, is_first, ring, firsts[1]);
+      give_out(p.geometry, is_first, ring, firsts[0]);
+    }
+
+    /// The tile's pixels have been read.
+    __device__ __forceinline__ void free_pixels() {
+      int boxes = p.geometry.chunks * p.geometry.phases;
+      if constexpr (kMerges) boxes += p.shortcut.chunks * p.shortcut.phases;
+      for (int i = 0; i < boxes; ++i) {
+        release(memory.barriers->pixels_empty[warpgroup][pixels.stage]);
+        pixels.advance(p.geometry.pixel_stages);
+      }
     }
 
     /// Adds the second product over the channels of a slot; leaves it under way.
@@ -675,11 +738,96 @@ struct Sm90 {
       slots.advance(p.geometry.store_stages);
     }
 
+    /// A block whose first products are under way in `firsts`; those of the next one into `next`,
+    /// which go on until that block's turn, as the second products of this one do.
+    __device__ __forceinline__ void run_ahead(Tile const& tile, int block, Firsts& firsts,
+                                              Firsts& next, Accumulators (&outputs)[kOutputs],
+                                              gmma::ScaleOut& scale) {
+      Geometry const& g = p.geometry;
+      bool const is_last = block + 1 == p.joint.blocks;
+      cute::warpgroup_wait<0>();
+      fence(firsts);
+      release_units(0);
+      if (is_last) {
+        free_pixels();
+      } else {
+        give_out(false, next);
+      }
+      int const channel = block * kBlock;
+      std::uint32_t const slot = next_slot();
+      if constexpr (kMerges) {
+        finish<Shortcut>(firsts[1], memory.shortcut_columns + channel * Shortcut::kColumns,
+                         g.channels - channel, slot);
+        // A warp's lanes read what others of them wrote.
+        __syncwarp();
+      }
+      finish<First>(firsts[0], memory.columns + channel * First::kColumns, g.channels - channel,
+                    slot);
+      // As hand_over, but that the second products of the block before have ended already.
+      ptx::fence_async_proxy();
+      ptx::sync(kStore + warpgroup, 128);
+      leave_between(tile, channel, slot);
+      multiply_second(slot, outputs, scale);
+      advance();
+    }
+
+    /// What the accumulators hold is not read earlier.
+    template <int kCount>
+    __device__ static __forceinline__ void fence(Accumulators (&accumulators)[kCount]) {
+#pragma unroll
+      for (int i = 0; i < kCount * kPixels / 2; ++i) {
+        cute::warpgroup_fence_operand(accumulators[i / (kPixels / 2)][i % (kPixels / 2)]);
+      }
+    }
+
+    /// A block of the first result leaves, where it is an output.
+    __device__ __forceinline__ void leave_between(Tile const& tile, int channel,
+                                                  std::uint32_t slot) {
+      if (is_leader()) {
+        if constexpr (kStored) store(p.between, tile, channel, slot);
+        ptx::commit_stores();  // of nothing, where it is only kept
+      }
+    }
+
     __device__ __forceinline__ void run_tile(Tile const& tile) {
       Geometry const& g = p.geometry;
       Accumulators outputs[kOutputs];
       gmma::ScaleOut scale = gmma::ScaleOut::Zero;
       if (g.resident) filters = {};  // its first round, for every tile
+      if constexpr (kAhead) {
+        Firsts even, odd;
+        give_out(true, even);
+        for (int block = 0; block < p.joint.blocks;) {
+          run_ahead(tile, block, even, odd, outputs, scale);
+          if (++block == p.joint.blocks) break;
+          run_ahead(tile, block, odd, even, outputs, scale);
+          ++block;
+        }
+      } else {
+        run_groups(tile, outputs, scale);
+      }
+      cute::warpgroup_wait<0>();
+      fence(outputs);
+      release_units(0);
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) {
+        int const channel = i * kBlock;
+        std::uint32_t const slot = next_slot();
+        finish<Second>(outputs[i], memory.second_columns + channel * Second::kColumns,
+                       p.joint.channels - channel, slot);
+        hand_over();
+        if (is_leader()) {
+          store(p.output, tile, channel, slot);
+          ptx::commit_stores();
+        }
+        advance();
+      }
+    }
+
+    /// All blocks, group by group, one thing after the other.
+    __device__ __forceinline__ void run_groups(Tile const& tile, Accumulators (&outputs)[kOutputs],
+                                               gmma::ScaleOut& scale) {
+      Geometry const& g = p.geometry;
       for (int first = 0; first < p.joint.blocks; first += kGroup) {
         bool const is_first = first == 0, is_last = first + kGroup == p.joint.blocks;
         Accumulators accumulators[kGroup];
@@ -697,32 +845,10 @@ struct Sm90 {
           finish<First>(accumulators[i], memory.columns + channel * First::kColumns,
                         g.channels - channel, slot);
           hand_over();
-          if (is_leader()) {
-            if constexpr (kStored) store(p.between, tile, channel, slot);
-            ptx::commit_stores();  // of nothing, where it is only kept
-          }
+          leave_between(tile, channel, slot);
           multiply_second(slot, outputs, scale);
           advance();
         }
-      }
-      cute::warpgroup_wait<0>();
-#pragma unroll
-      for (int i = 0; i < kOutputs * kPixels / 2; ++i) {
-        cute::warpgroup_fence_operand(outputs[i / (kPixels / 2)][i % (kPixels / 2)]);
-      }
-      release_units(0);
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) {
-        int const channel = i * kBlock;
-        std::uint32_t const slot = next_slot();
-        finish<Second>(outputs[i], memory.second_columns + channel * Second::kColumns,
-                       p.joint.channels - channel, slot);
-        hand_over();
-        if (is_leader()) {
-          store(p.output, tile, channel, slot);
-          ptx::commit_stores();
-        }
-        advance();
       }
     }
   };
