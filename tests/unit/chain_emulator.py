@@ -430,7 +430,8 @@ class Cta:
         return any(self.has_side(which) for which in (0, 1))
 
     def has_side(self, which: int) -> bool:
-        return not self.t.merges and self.launch.recipe.maps[5 + which].operand == 5
+        operand = self.launch.recipe.maps[5 + which].operand
+        return not self.t.merges and operand == recipes.side(1)
 
     def load_sides(self, first: int, end: int) -> Role:
         g, ring = self.g, Ring()
@@ -542,15 +543,19 @@ class Warpgroup:
                         yield from self.next_unit()
                         self.product(self.unit, t.k_outer, seen, t.steps, acc[i])
                     self.commit()
+                    tap += 1
+                    if t.ahead:
+                        continue
                     self.wait_products(1)
                     self.release_units(t.group)
                     if read >= 0:
                         barriers[1][read].arrive()
                     read = -1
-                    tap += 1
                 if is_last:
                     read = ring.stage
                 ring.advance(g.pixel_stages)
+        if t.ahead:
+            return
         self.wait_products(0)
         self.release_units(0)
         if is_last:
@@ -558,25 +563,11 @@ class Warpgroup:
 
     def give_out(self, is_first: bool) -> Role:
         """A block's first products, under way: ``self.given``, shortcut's first."""
-        t, barriers = self.t, self.cta.pixel_barriers[self.index]
         ring, self.given = copy.copy(self.pixels), []
         for g, _, _ in self.launch.products:
-            acc = np.zeros((t.pixels, BLOCK), np.float32)
-            self.given.append(acc)
-            for _ in range(g.chunks):
-                tap = 0
-                for phase in range(g.phases):
-                    if is_first:
-                        yield from barriers[0][ring.stage].wait(ring.parity)
-                    stage = self.cta.pixels[self.index][ring.stage]
-                    for _ in range(g.phase_taps[phase]):
-                        start = g.tap_offset[tap] // ROW
-                        yield from self.next_unit()
-                        seen = stage[start : start + t.pixels]
-                        self.product(self.unit, t.k_outer, seen, t.steps, acc)
-                        self.commit()
-                        tap += 1
-                    ring.advance(g.pixel_stages)
+            acc = np.zeros((1, self.t.pixels, BLOCK), np.float32)
+            self.given.append(acc[0])
+            yield from self.multiply_first(g, is_first, False, ring, acc)
 
     def free_pixels(self) -> None:
         for g, _, _ in self.launch.products:

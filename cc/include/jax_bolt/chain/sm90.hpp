@@ -510,7 +510,8 @@ struct Sm90 {
     }
 
     /// A group of the first product's blocks, or of the shortcut's. Its tile's pixels, from `ring`
-    /// on, come with the first group, and are freed by the last.
+    /// on, come with the first group, and are freed by the last. With kAhead nothing is waited for
+    /// or freed: the products are left under way.
     __device__ __forceinline__ void multiply_first(Geometry const& g, bool is_first, bool is_last,
                                                    Ring& ring,
                                                    Accumulators (&accumulators)[kGroup]) {
@@ -539,6 +540,7 @@ struct Sm90 {
               scale = gmma::ScaleOut::One;
             }
             cute::warpgroup_commit_batch();
+            if constexpr (kAhead) continue;
             // All but the products just issued are done, the second ones of the block before, too.
             cute::warpgroup_wait<1>();
             release_units(kGroup);
@@ -549,6 +551,7 @@ struct Sm90 {
           ring.advance(g.pixel_stages);
         }
       }
+      if constexpr (kAhead) return;
       cute::warpgroup_wait<0>();
       fence(accumulators);
       release_units(0);
@@ -556,39 +559,13 @@ struct Sm90 {
     }
 
     // First products of a block, which are given out together: the first one's, and the shortcut's.
-    using Firsts = Accumulators[kMerges ? 2 : 1];
+    using Group = Accumulators[kGroup];
+    using Firsts = Group[kMerges ? 2 : 1];
 
-    /// One of them, of which nothing is waited for.
-    __device__ __forceinline__ void give_out(Geometry const& g, bool is_first, Ring& ring,
-                                             Accumulators& accumulators) {
-      gmma::ScaleOut scale = gmma::ScaleOut::Zero;
-      for (int chunk = 0; chunk < g.chunks; ++chunk) {
-        int tap = 0;
-        for (int phase = 0; phase < g.phases; ++phase) {
-          if (is_first) memory.barriers->pixels_full[warpgroup][ring.stage].wait(ring.parity);
-          std::uint64_t const stage = descriptor(memory.pixel_stage(g, warpgroup, ring.stage));
-          for (int left = g.phase_taps[phase]; left > 0; --left, ++tap) {
-            std::uint64_t const a = next_unit(), b = stage + moved(g.tap_offset[tap]);
-            cute::warpgroup_arrive();
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-              implicit_gemm::wgmma<Mma<kFilters>>(a + moved(k * kStep), b + moved(k * 32),
-                                                  accumulators, scale,
-                                                  std::make_index_sequence<kPixels / 2>{});
-              scale = gmma::ScaleOut::One;
-            }
-            cute::warpgroup_commit_batch();
-          }
-          ring.advance(g.pixel_stages);
-        }
-      }
-    }
-
-    /// A block's first products.
     __device__ __forceinline__ void give_out(bool is_first, Firsts& firsts) {
       Ring ring = pixels;
-      if constexpr (kMerges) give_out(p.shortcut, is_first, ring, firsts[1]);
-      give_out(p.geometry, is_first, ring, firsts[0]);
+      if constexpr (kMerges) multiply_first(p.shortcut, is_first, false, ring, firsts[1]);
+      multiply_first(p.geometry, is_first, false, ring, firsts[0]);
     }
 
     /// The tile's pixels have been read.
@@ -746,7 +723,8 @@ struct Sm90 {
       Geometry const& g = p.geometry;
       bool const is_last = block + 1 == p.joint.blocks;
       cute::warpgroup_wait<0>();
-      fence(firsts);
+      fence(firsts[0]);
+      if constexpr (kMerges) fence(firsts[1]);
       release_units(0);
       if (is_last) {
         free_pixels();
@@ -756,12 +734,12 @@ struct Sm90 {
       int const channel = block * kBlock;
       std::uint32_t const slot = next_slot();
       if constexpr (kMerges) {
-        finish<Shortcut>(firsts[1], memory.shortcut_columns + channel * Shortcut::kColumns,
+        finish<Shortcut>(firsts[1][0], memory.shortcut_columns + channel * Shortcut::kColumns,
                          g.channels - channel, slot);
         // A warp's lanes read what others of them wrote.
         __syncwarp();
       }
-      finish<First>(firsts[0], memory.columns + channel * First::kColumns, g.channels - channel,
+      finish<First>(firsts[0][0], memory.columns + channel * First::kColumns, g.channels - channel,
                     slot);
       // As hand_over, but that the second products of the block before have ended already.
       ptx::fence_async_proxy();
