@@ -125,10 +125,16 @@ def tune_all(
     tune_missing(sites, target, options, retry=True, show_progress=show_progress)
     if chain_.NAME in options.disable:
         return
-    if options.budget_s is not None:
-        left_s = max(0.0, options.budget_s - (time.monotonic() - start))
-        options = dataclasses.replace(options, budget_s=left_s)
-    tune_chains(chains, target, options, retry=True, show_progress=show_progress)
+    left = _left(options, start)
+    tune_chains(chains, target, left, retry=True, show_progress=show_progress)
+
+
+def _left(options: Options, start: float) -> Options:
+    """``options`` with what is left of the budget since ``start``."""
+    if options.budget_s is None:
+        return options
+    left_s = max(0.0, options.budget_s - (time.monotonic() - start))
+    return dataclasses.replace(options, budget_s=left_s)
 
 
 def tune_missing(
@@ -186,11 +192,7 @@ def tune_chains(
         # Those of three sites are compared with the pairs that they begin with.
         for count in sorted({len(site.sites) for site in chains}):
             alike = [site for site in chains if len(site.sites) == count]
-            left = options
-            if options.budget_s is not None:
-                left_s = max(0.0, options.budget_s - (time.monotonic() - start))
-                left = dataclasses.replace(options, budget_s=left_s)
-            _tune_chains(alike, target, left, retry, show_progress)
+            _tune_chains(alike, target, _left(options, start), retry, show_progress)
 
 
 def _tune_chains(
