@@ -127,8 +127,11 @@ def test_positions_are_among_what_is_not_frozen(name, position):
 
 
 def test_positions_of_any_number_of_arguments():
-    jax_bolt.freeze(apply, VARIABLES, static_argnums=5)
-    jax_bolt.freeze(jax_bolt.optimize(apply, static_argnums=2), VARIABLES)
+    for frozen in (
+        jax_bolt.freeze(apply, VARIABLES, static_argnums=5),
+        jax_bolt.freeze(jax_bolt.optimize(apply, static_argnums=2), VARIABLES),
+    ):
+        np.testing.assert_array_equal(frozen(X), apply(VARIABLES, X))
 
 
 def test_nothing_to_freeze():
