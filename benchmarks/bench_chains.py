@@ -249,7 +249,6 @@ def run(pairs: Sequence[Pair], target: Target, args: argparse.Namespace) -> int:
             failed |= bool(result["failures"])
             # After every pair: a run that is cut short keeps what it measured.
             path.write_text(json.dumps(document, indent=1) + "\n")
-    measure.release()
     print(f"written: {path}")
     return int(failed)
 

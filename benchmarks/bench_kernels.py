@@ -31,7 +31,7 @@ from benchmarks import environment, floor, kernel_problems, kernel_table, kernel
 from benchmarks.kernel_problems import Problem
 from jax_bolt._src import arch as arch_
 from jax_bolt._src import kernels
-from jax_bolt._src.tune import builder, isolate, measure
+from jax_bolt._src.tune import builder, isolate
 from jax_bolt._src.tune.target import Target
 
 TEMPLATES = tuple(template.name for template in kernels.TEMPLATES)
@@ -97,7 +97,6 @@ def run(problems: Sequence[Problem], target: Target, args: Any) -> int:
         print(f"stopped: {reason}; {len(problems) - len(results)} problems not reached")
     finally:
         worker.stop()
-    measure.release()
     _write(path, document)
     print(f"\n{kernel_table.summary_text(document['summary'])}\n")
     device = document["environment"]["device"]

@@ -109,16 +109,15 @@ def _times(call: Callable[[], Any], runs: int, device: str) -> dict[str, float]:
 
 
 def _queued(call: Callable[[], Any], runs: int) -> float:
-    """ms of device time per call, behind enough products for the host to get ahead."""
+    """ms of device time per call, behind a wait in which the host gets ahead."""
     import torch
 
-    blocker = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     count = min(runs, 16)
-    for products in (8, 32, 128):
+    for cycles in (10**7, 10**8, 10**9):
         torch.cuda.synchronize()
-        for _ in range(products):
-            torch.mm(blocker, blocker)
+        # Of one thread: products at full power would lower the clock of what follows.
+        torch.cuda._sleep(cycles)
         begin.record()
         for _ in range(count):
             call()

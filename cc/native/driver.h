@@ -115,6 +115,7 @@ static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) =
   X(StreamSynchronize, "cuStreamSynchronize", (CuStream stream))                                \
   X(StreamBeginCapture, "cuStreamBeginCapture_v2", (CuStream stream, int mode))                 \
   X(StreamEndCapture, "cuStreamEndCapture", (CuStream stream, CuGraph * graph))                 \
+  X(LaunchHostFunc, "cuLaunchHostFunc", (CuStream stream, void (*function)(void*), void* data)) \
   X(EventCreate, "cuEventCreate", (CuEvent * event, unsigned flags))                            \
   X(EventDestroy, "cuEventDestroy_v2", (CuEvent event))                                         \
   X(EventRecord, "cuEventRecord", (CuEvent event, CuStream stream))                             \

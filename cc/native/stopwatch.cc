@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "stopwatch.h"
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <stdexcept>
@@ -32,6 +34,44 @@ struct Stopwatch {
 std::mutex mutex;
 Stopwatch stopwatch;
 
+// The stream waits in one of the driver's threads, for as long as the host may take to enqueue a
+// batch; a batch whose second mark never comes must not hold up a program for longer.
+class Gate {
+ public:
+  void Close(const Driver& driver, CuStream stream) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++closed_;
+    driver.Check(driver.LaunchHostFunc(stream, Pass, this), "cuLaunchHostFunc");
+  }
+
+  void Open() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    open_ = closed_;
+    opened_.notify_all();
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kLimit{250};
+
+  static void Pass(void* gate) { static_cast<Gate*>(gate)->Wait(); }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int64_t ticket = ++passed_;
+    opened_.wait_for(lock, kLimit, [&] { return open_ >= ticket; });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable opened_;
+  int64_t closed_ = 0, passed_ = 0, open_ = 0;  // how many marks: in stream order all three
+};
+
+// Never destroyed: the driver's thread may still wait when the process ends.
+Gate& TheGate() {
+  static Gate* const gate = new Gate();
+  return *gate;
+}
+
 void Record(const Driver& driver, CuEvent* event, CuStream stream) {
   driver.Check(driver.EventCreate(event, kCuEventDefault), "cuEventCreate");
   driver.Check(driver.EventRecord(*event, stream), "cuEventRecord");
@@ -39,6 +79,7 @@ void Record(const Driver& driver, CuEvent* event, CuStream stream) {
 
 void Start(const Driver& driver, CuStream stream) {
   stopwatch.Reset(driver);
+  TheGate().Close(driver, stream);
   Record(driver, &stopwatch.start, stream);
 }
 
@@ -48,6 +89,7 @@ void Stop(const Driver& driver, CuStream stream) {
   if (reached != kCuNotReady) driver.Check(reached, "cuEventQuery");
   stopwatch.queued = reached == kCuNotReady;
   Record(driver, &stopwatch.stop, stream);
+  TheGate().Open();
 }
 
 ffi::Error Mark(void* stream, int64_t slot) {
@@ -65,7 +107,7 @@ ffi::Error DeviceMark(void* stream, int64_t slot, ffi::RemainingRets) { return M
 ffi::Error HostMark(int64_t slot, ffi::RemainingRets) { return Mark(nullptr, slot); }
 
 // Not command-buffer compatible: in a graph the event would be recorded at every replay, and the
-// query of slot 1 made once.
+// gate opened and the query of slot 1 made once.
 XLA_FFI_DEFINE_HANDLER(
     mark_handler, DeviceMark,
     ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Attr<int64_t>("slot").RemainingRets());

@@ -77,7 +77,6 @@ class World:
             (measure, "time_region", self.time_region),
             (measure, "kernel_function", lambda site, kernel: kernel),
             (measure, "time_in_sequence", self.time_in_sequence),
-            (measure, "release", lambda: None),
         ):
             monkeypatch.setattr(module, name, fake)
 

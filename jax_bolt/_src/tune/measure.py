@@ -33,11 +33,6 @@ from . import db
 _REPEATS = 7
 _TARGET_US = 2e3  # device time of one timed batch
 _MAX_CALLS = 16  # of one batch; a client with 32 executions in flight waits
-# The matrix products, of this side, that the device is given first: some 5 ms, and up
-# to 45 ms for a host that takes longer to dispatch all of a batch.
-_BLOCKER_SIDE = 8192
-_PRODUCTS = 4
-_MAX_BLOCKERS = 8
 _DRAWN = 1048573  # elements drawn of a large operand, then repeated; a prime
 
 
@@ -348,19 +343,15 @@ def _time(rotation: Callable, sets: Sequence[tuple], ordinal: int) -> tuple[floa
 def time_queued(call: Callable[[], Any], ordinal: int) -> float:
     """Median µs of the device's time from one ``call`` to the next, without the host's.
 
-    The device times itself, by events on XLA's own stream. All launches between them
-    are queued behind long products, so that the device never waits for the host; where
-    the host could not queue a batch in that time, there are more products, and in the
-    end fewer calls.
+    The device times itself, by events on XLA's own stream, which is held up until a
+    batch of calls is enqueued, so that the device never waits for the host; where that
+    takes the host too long, a batch has fewer calls.
     """
     jax.block_until_ready(call())
-    block, x = _blocker()
     mark = _marker()
-    blockers = 1
 
     def batch(calls: int) -> tuple[float, bool]:
-        held = [*(block(x) for _ in range(blockers)), mark(0)]
-        held += [call() for _ in range(calls)]
+        held = [mark(0), *(call() for _ in range(calls))]
         jax.block_until_ready((held[-1], mark(1)))
         return loader.native().read_stopwatch(ordinal)
 
@@ -370,13 +361,10 @@ def time_queued(call: Callable[[], Any], ordinal: int) -> float:
     queued = True
     while len(times) < _REPEATS:
         micros, queued = batch(calls)
-        if queued or (blockers == _MAX_BLOCKERS and calls == 1):
+        if queued or calls == 1:
             times.append(micros / calls)
-            continue
-        times.clear()
-        if blockers < _MAX_BLOCKERS:
-            blockers *= 2
         else:
+            times.clear()
             calls //= 2
     # The host only ever adds to a time that it is part of.
     return statistics.median(times) if queued else min(times)
@@ -389,22 +377,3 @@ def _marker() -> Callable[[int], jax.Array]:
         loader.mark_target(), jax.ShapeDtypeStruct((), jnp.int32), has_side_effect=True
     )
     return jax.jit(lambda slot: call(slot=np.int64(slot)), static_argnums=0)
-
-
-@functools.cache
-def _blocker() -> tuple[Callable, jax.Array]:
-    def products(x: Any) -> Any:
-        y = x
-        for _ in range(_PRODUCTS):
-            y = (x @ y) * (1 / _BLOCKER_SIDE)  # stays 1
-        return y
-
-    x = jnp.ones((_BLOCKER_SIDE, _BLOCKER_SIDE), jnp.bfloat16)
-    block = jax.jit(products)
-    jax.block_until_ready(block(x))
-    return block, x
-
-
-def release() -> None:
-    """Gives back the memory that timing kept."""
-    _blocker.cache_clear()

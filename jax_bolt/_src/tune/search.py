@@ -137,8 +137,6 @@ class _Run:
         except (Stopped, isolate.Unavailable) as error:
             for job in self._jobs:
                 self.failures[job.site.region.text] = str(error)
-        finally:
-            measure.release()
 
     def _tune_all(self) -> None:
         with spending_on("base programs"):

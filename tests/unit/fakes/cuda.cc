@@ -2,12 +2,14 @@
 // A libcuda.so.1 with one device whose time is a number: the profiler's control flow, without a
 // GPU. FAKE_CUDA_FAIL=<function> makes that function fail.
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "jax_bolt/cast/table.hpp"
@@ -32,6 +34,9 @@ struct Event {
 double now = 0;
 int retained = 0, pushed = 0, objects = 0, graph_launches = 0, stream_launches = 0;
 int reached = 0;
+// Host functions: whatever comes after one in its stream waits for it.
+std::atomic<int> host_functions{0};
+std::vector<std::thread> host_threads;
 std::vector<uintptr_t> operands;
 int context;
 size_t allocated = 0;
@@ -75,6 +80,13 @@ API fake_advance(int microseconds) {
 // The next `count` queries find the event reached.
 API fake_reached(int count) {
   reached = count;
+  return 0;
+}
+
+// Waits until every stream has gone on.
+API fake_join() {
+  for (std::thread& thread : host_threads) thread.join();
+  host_threads.clear();
   return 0;
 }
 
@@ -446,11 +458,20 @@ API cuEventRecord(void* event, void*) {
 }
 API cuEventQuery(void*) {
   FAIL_IF_ASKED();
-  return reached-- > 0 ? 0 : 600;
+  return reached-- > 0 || host_functions == 0 ? 0 : 600;
 }
 API cuEventSynchronize(void*) {
   FAIL_IF_ASKED();
   NEEDS_CONTEXT();
+  return fake_join();
+}
+API cuLaunchHostFunc(void*, void (*function)(void*), void* data) {
+  FAIL_IF_ASKED();
+  ++host_functions;
+  host_threads.emplace_back([=] {
+    function(data);
+    --host_functions;
+  });
   return 0;
 }
 API cuEventElapsedTime(float* ms, void* start, void* end) {

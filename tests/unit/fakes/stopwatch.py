@@ -8,9 +8,9 @@ device has reached the first mark before the host made the second.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import sys
+import time
 import types
 from typing import Any
 
@@ -28,7 +28,6 @@ def main(micros: int, late: int) -> dict[str, Any]:
     jax.ffi.register_ffi_target(
         loader.mark_target(), native.host_mark_handlers(), platform="cpu"
     )
-    measure._BLOCKER_SIDE = 8
     cuda = ctypes.CDLL("libcuda.so.1")
     context = ctypes.c_void_p()
     # XLA has its context current when it calls a handler.
@@ -36,7 +35,6 @@ def main(micros: int, late: int) -> dict[str, Any]:
     cuda.cuCtxPushCurrent_v2(context)
     cuda.fake_reached(late)
     executions: list[int] = []
-    counted = itertools.count()
 
     def advance(x: Any) -> Any:
         executions.append(int(x[0]))
@@ -49,19 +47,24 @@ def main(micros: int, late: int) -> dict[str, Any]:
     sets = tuple((jnp.full(4, i, jnp.int32),) for i in range(3))
     seen: dict[str, Any] = {}
     try:
-        block, x = measure._blocker()
-        measure._blocker = lambda: (lambda x: (next(counted), block(x))[1], x)
         site: Any = types.SimpleNamespace(views=(None,), results=(None,))
         operands = measure.Operands(site, sets)
         seen["micros"] = measure.time_region(region, operands, 0).micros
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"
     seen["executions"] = executions
-    seen["blockers"] = next(counted)
     try:
         native.read_stopwatch(0)
     except RuntimeError as error:
         seen["unread"] = str(error)
+    cuda.fake_join()
+    if "error" not in seen:
+        began = time.perf_counter()
+        jax.block_until_ready(measure._marker()(0))
+        cuda.fake_join()
+        seen["held_up_s"] = time.perf_counter() - began
+        jax.block_until_ready(measure._marker()(1))
+        native.read_stopwatch(0)
     state = (ctypes.c_int * 5)()
     cuda.fake_state(state)
     seen["objects"] = state[2]
