@@ -113,6 +113,7 @@ static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) =
   X(StreamCreate, "cuStreamCreate", (CuStream * stream, unsigned flags))                        \
   X(StreamDestroy, "cuStreamDestroy_v2", (CuStream stream))                                     \
   X(StreamSynchronize, "cuStreamSynchronize", (CuStream stream))                                \
+  X(StreamIsCapturing, "cuStreamIsCapturing", (CuStream stream, int* status))                   \
   X(StreamBeginCapture, "cuStreamBeginCapture_v2", (CuStream stream, int mode))                 \
   X(StreamEndCapture, "cuStreamEndCapture", (CuStream stream, CuGraph * graph))                 \
   X(LaunchHostFunc, "cuLaunchHostFunc", (CuStream stream, void (*function)(void*), void* data)) \

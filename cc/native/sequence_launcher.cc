@@ -2,13 +2,16 @@
 #include "sequence_launcher.h"
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "graph_cache.h"
 #include "jax_bolt/abi.h"
 #include "kernel.h"
 #include "kernel_call.h"
+#include "registry.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_bolt::native {
@@ -17,6 +20,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kVersion = 2;
+constexpr int64_t kLeastOfAGraph = 5;  // launches; as many as XLA wants
 
 enum Space : int64_t { kNowhere = 0, kOperand = 1, kResult = 2, kArena = 3 };
 
@@ -146,6 +150,8 @@ class Buffers {
     return found;
   }
   bool missing() const { return missing_; }
+  const std::vector<void*>& operands() const { return operands_; }
+  const std::vector<void*>& results() const { return results_; }
 
  private:
   std::vector<void*> operands_, results_;
@@ -153,22 +159,28 @@ class Buffers {
   bool missing_ = false;
 };
 
-}  // namespace
-
-ffi::Error InstantiateSequence(const ffi::Dictionary& attributes) {
-  std::vector<Step> steps;
-  if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
-  for (const Step& step : steps) {
-    if (ffi::Error error = InstantiateKernel(step, CheckProblem); error.failure()) return error;
+GraphKey KeyOf(const Buffers& given, std::string_view digests,
+               const ffi::Span<const int64_t>& program) {
+  GraphKey key;
+  key.reserve(given.operands().size() + given.results().size() + program.size() +
+              digests.size() / sizeof(uint64_t) + 4);
+  for (const auto* buffers : {&given.operands(), &given.results()}) {
+    key.push_back(buffers->size());
+    for (void* buffer : *buffers) key.push_back(reinterpret_cast<uintptr_t>(buffer));
   }
-  return ffi::Error::Success();
+  key.push_back(program.size());
+  key.insert(key.end(), program.begin(), program.end());
+  const size_t text = key.size();
+  key.resize(text + digests.size() / sizeof(uint64_t) + 1);
+  std::memcpy(key.data() + text, digests.data(), digests.size());
+  return key;
 }
 
-ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
-                          const ffi::RemainingRets& rets, const ffi::Dictionary& attributes) {
+ffi::Error EnqueueSequence(void* stream, const JaxBoltDevice& device, Buffers given,
+                           const ffi::Dictionary& attributes,
+                           std::vector<const Kernel*>* launched) {
   std::vector<Step> steps;
   if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
-  Buffers given(args, rets);
   for (const Step& step : steps) {
     JaxBoltBuffers buffers = {};
     buffers.a = given.At(step.a);
@@ -187,8 +199,36 @@ ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::
     }
     ffi::Error error = LaunchKernel(step, buffers, step.workspace_bytes, device, stream);
     if (error.failure()) return error;
+    launched->push_back(Registry::Get().Find(step.digest));
   }
   return ffi::Error::Success();
+}
+
+}  // namespace
+
+ffi::Error InstantiateSequence(const ffi::Dictionary& attributes) {
+  std::vector<Step> steps;
+  if (ffi::Error error = Parse(attributes, &steps); error.failure()) return error;
+  for (const Step& step : steps) {
+    if (ffi::Error error = InstantiateKernel(step, CheckProblem); error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::RemainingArgs& args,
+                          const ffi::RemainingRets& rets, const ffi::Dictionary& attributes) {
+  Buffers given(args, rets);
+  const Enqueue enqueue = [&](void* to, std::vector<const Kernel*>* launched) {
+    return EnqueueSequence(to, device, given, attributes, launched);
+  };
+  auto digests = attributes.get<std::string_view>("digests");
+  auto program = attributes.get<ffi::Span<const int64_t>>("program");
+  if (digests.has_value() && program.has_value() && program->size() >= 2 &&
+      program->begin()[1] >= kLeastOfAGraph) {
+    return LaunchAsGraph(stream, device.ordinal, KeyOf(given, *digests, *program), enqueue);
+  }
+  std::vector<const Kernel*> launched;
+  return enqueue(stream, &launched);
 }
 
 }  // namespace jax_bolt::native

@@ -3,9 +3,10 @@
 // XLA's own stream. Attribute: slot (i64), 0 starts the stopwatch and 1 stops it.
 //
 // A reading is worth something only if the host had enqueued everything before the device began;
-// else the time contains the device's waiting for the host. So slot 0 also holds the stream up, until
-// slot 1 has been enqueued: idle, since what runs ahead at full power lowers the clock of what is
-// timed. No longer than a quarter of a second; the handler of slot 1 notes whether that was enough.
+// else the time contains the device's waiting for the host. So slot 0 also holds the stream up,
+// until slot 1 has been enqueued: idle, since what runs ahead at full power lowers the clock of
+// what is timed. No longer than a quarter of a second; the handler of slot 1 notes whether that was
+// enough.
 #ifndef JAX_BOLT_NATIVE_STOPWATCH_H_
 #define JAX_BOLT_NATIVE_STOPWATCH_H_
 

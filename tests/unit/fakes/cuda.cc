@@ -399,6 +399,11 @@ API cuStreamSynchronize(void* stream) {
   NEEDS_CONTEXT();
   return static_cast<Stream*>(stream)->capture == nullptr ? 0 : 900;
 }
+API cuStreamIsCapturing(void* stream, int* status) {
+  FAIL_IF_ASKED();
+  *status = stream != nullptr && static_cast<Stream*>(stream)->capture != nullptr;
+  return 0;
+}
 API cuStreamBeginCapture_v2(void* stream, int mode) {
   FAIL_IF_ASKED();
   if (mode != 2) return 1;
