@@ -20,7 +20,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kVersion = 2;
-constexpr int64_t kLeastOfAGraph = 5;  // launches; as many as XLA wants
+constexpr int64_t kLeastOfAGraph = 2;  // launches
 
 enum Space : int64_t { kNowhere = 0, kOperand = 1, kResult = 2, kArena = 3 };
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // jax_bolt.launch with kind kSequenceKind: several kernels, one after the other on the call's
-// stream. XLA records every custom call into a graph of its own; within one call, a kernel may
-// begin while the one ahead of it ends (programmatic dependent launch).
+// stream, or as a CUDA graph (graph_cache.h). XLA records every custom call into a graph of its
+// own; within one call, a kernel may begin while the one ahead of it ends (programmatic dependent
+// launch).
 //
 // Operands and results: any number. Attributes: digests (string: of all kernels, separated by
 // commas) and program (i64 array). The program is its version and its number of launches; of each

@@ -27,40 +27,91 @@ struct MaxPool {
 
   /// A warpgroup's block, whose first output has this row and column: from `results`, in the
   /// accumulators' order, to `slot`, one output after the other; both [pixel][64 channels] with the
-  /// 128-byte swizzle. A thread takes 8 channels of every 16th output.
+  /// 128-byte swizzle. A thread takes 8 channels of every 16th output, two of these at a time:
+  /// their windows are read without waiting for each other.
   template <class Element>
   __device__ static __forceinline__ void reduce(PooledGeometry const& g, int block_row,
                                                 int block_col, std::uint32_t results,
                                                 std::uint32_t slot) {
+    constexpr int kApart = 16;
     int const thread = threadIdx.x & 127, eighth = thread & 7;
-    // The image's first and last result as seen from the block's first. For what a window has
-    // beyond them the nearest is taken, which it has as well, so that nothing is added. Of a block
-    // that lies beyond the image, nothing is stored; what it reads only has to be there.
-    int const row = block_row * kDown + g.origin_row, col = block_col * kRight + g.origin_col;
-    int const top = max(-row, 0), bottom = max(g.result_rows - 1 - row, 0);
-    int const left = max(-col, 0), right = max(g.result_cols - 1 - col, 0);
-    for (int output = thread / 8; output < g.block_outputs; output += 16) {
-      int const line = output / g.output_cols, image = line / g.output_rows;
-      int const y = (line - image * g.output_rows) * kDown + g.window_row;
-      int const x = (output - line * g.output_cols) * kRight + g.window_col;
-      std::uint32_t most[4];
+    View const view(g, block_row, block_col);
+    int output = thread / 8;
+    int const line = output / g.output_cols, image = line / g.output_rows;
+    Place place = {image, line - image * g.output_rows, output - line * g.output_cols};
+    int const down = kApart / g.output_cols, right = kApart - down * g.output_cols;
+    auto const next = [&](Place at) {
+      at.row += down;
+      at.col += right;
+      if (at.col >= g.output_cols) {
+        at.col -= g.output_cols;
+        ++at.row;
+      }
+      while (at.row >= g.output_rows) {
+        at.row -= g.output_rows;
+        ++at.image;
+      }
+      return at;
+    };
+    while (output < g.block_outputs) {
+      bool const both = output + kApart < g.block_outputs;
+      Place const after = next(place);
+      std::uint32_t values[2][kRows * kCols][4];
+      view.read(g, place, results, eighth, values[0]);
+      view.read(g, both ? after : place, results, eighth, values[1]);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        int const first = (image * g.pitch_rows + min(max(y + i, top), bottom)) * g.pitch;
+      for (int each = 0; each < 2; ++each, output += kApart) {
 #pragma unroll
-        for (int j = 0; j < kCols; ++j) {
-          int const result = first + min(max(x + j, left), right);
-          std::uint32_t values[4];
-          ptx::load(results + result * 128 + ((eighth ^ (result & 7)) << 4), values);
+        for (int i = 1; i < kRows * kCols; ++i) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            most[k] = i + j == 0 ? values[k] : ptx::Pair<Element>::max(most[k], values[k]);
+            std::uint32_t& most = values[each][0][k];
+            most = ptx::Pair<Element>::max(most, values[each][i][k]);
           }
         }
+        if (each == 0 || both) {
+          ptx::store(slot + output * 128 + ((eighth ^ (output & 7)) << 4), values[each][0]);
+        }
       }
-      ptx::store(slot + output * 128 + ((eighth ^ (output & 7)) << 4), most);
+      place = next(after);
     }
   }
+
+ private:
+  /// An output of a block.
+  struct Place {
+    int image, row, col;
+  };
+
+  /// An image's first and last result as seen from a block's first. For what a window has beyond
+  /// them the nearest is taken, which it has as well, so that nothing is added. Of a block that
+  /// lies beyond the image, nothing is stored; what it reads only has to be there.
+  struct View {
+    int top, bottom, left, right;
+
+    __device__ __forceinline__ View(PooledGeometry const& g, int block_row, int block_col) {
+      int const row = block_row * kDown + g.origin_row, col = block_col * kRight + g.origin_col;
+      top = max(-row, 0), bottom = max(g.result_rows - 1 - row, 0);
+      left = max(-col, 0), right = max(g.result_cols - 1 - col, 0);
+    }
+
+    /// 8 channels of all results in an output's window.
+    __device__ __forceinline__ void read(PooledGeometry const& g, Place const& output,
+                                         std::uint32_t results, int eighth,
+                                         std::uint32_t (&values)[kRows * kCols][4]) const {
+      int const y = output.row * kDown + g.window_row, x = output.col * kRight + g.window_col;
+      int const first = output.image * g.pitch_rows;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        int const line = (first + min(max(y + i, top), bottom)) * g.pitch;
+#pragma unroll
+        for (int j = 0; j < kCols; ++j) {
+          int const result = line + min(max(x + j, left), right);
+          ptx::load(results + result * 128 + ((eighth ^ (result & 7)) << 4), values[i * kCols + j]);
+        }
+      }
+    }
+  };
 };
 
 /// The mean of each image of a block of whole images.
