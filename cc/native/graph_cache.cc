@@ -5,6 +5,7 @@
 #include <atomic>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -28,72 +29,83 @@ uint64_t Hash(const GraphKey& key) {
   return hash;
 }
 
-struct Graph {
-  uint64_t hash;
-  GraphKey key;
-  CuGraphExec exec = nullptr;  // null where there can be none
-  std::vector<const Kernel*> kernels;
-};
-
-// A stream of its own: on XLA's another thread may be enqueuing, too.
-CuGraphExec Record(const Driver& driver, const Enqueue& enqueue,
-                   std::vector<const Kernel*>* kernels) {
-  CuStream stream = nullptr;
-  if (driver.StreamCreate(&stream, kCuStreamNonBlocking) != kCuSuccess) return nullptr;
-  CuGraph graph = nullptr;
-  CuGraphExec exec = nullptr;
-  if (driver.StreamBeginCapture(stream, kCuCaptureRelaxed) == kCuSuccess) {
-    const bool enqueued = enqueue(stream, kernels).success();
-    const CuResult ended = driver.StreamEndCapture(stream, &graph);
-    if (enqueued && ended == kCuSuccess &&
-        driver.GraphInstantiate(&exec, graph, /*flags=*/0) != kCuSuccess) {
-      exec = nullptr;
-    }
-  }
-  if (graph != nullptr) driver.GraphDestroy(graph);
-  driver.StreamDestroy(stream);
-  return exec;
-}
-
-class GraphsOfDevice {
+// A recorded sequence. One at a time uses it, since one at a time has its buffers.
+class Graph {
  public:
-  ffi::Error Launch(const Driver& driver, void* stream, GraphKey key, const Enqueue& enqueue) {
-    const uint64_t hash = Hash(key);
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto found = std::find_if(graphs_.begin(), graphs_.end(), [&](const Graph& graph) {
-      return graph.hash == hash && graph.key == key;
-    });
-    if (found == graphs_.end()) {
-      if (!WasMet(hash)) return AsTheyAre(stream, enqueue);
-      Graph graph = {hash, std::move(key)};
-      graph.exec = Record(driver, enqueue, &graph.kernels);
-      // Recording them was no launch.
-      for (const Kernel* kernel : graph.kernels) kernel->launches.fetch_sub(1, kRelaxed);
-      if (graphs_.size() == kGraphs) {
-        if (graphs_.back().exec != nullptr) driver.GraphExecDestroy(graphs_.back().exec);
-        graphs_.pop_back();
-      }
-      graphs_.push_front(std::move(graph));
-    } else if (found != graphs_.begin()) {
-      std::rotate(graphs_.begin(), found, found + 1);
+  Graph(const Driver& driver, const Enqueue& enqueue) : driver_(driver) {
+    Record(enqueue);
+    // Recording them was no launch.
+    for (const Kernel* kernel : kernels_) kernel->launches.fetch_sub(1, kRelaxed);
+  }
+  // What still runs of it ends.
+  ~Graph() { Destroy(); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  // Whether it was launched. One that was not is given up.
+  bool Launch(void* stream) {
+    if (exec_ == nullptr) return false;
+    if (driver_.GraphLaunch(exec_, static_cast<CuStream>(stream)) != kCuSuccess) {
+      Destroy();
+      return false;
     }
-    Graph& graph = graphs_.front();
-    if (graph.exec == nullptr) return AsTheyAre(stream, enqueue);
-    if (driver.GraphLaunch(graph.exec, static_cast<CuStream>(stream)) != kCuSuccess) {
-      driver.GraphExecDestroy(std::exchange(graph.exec, nullptr));
-      return AsTheyAre(stream, enqueue);
-    }
-    for (const Kernel* kernel : graph.kernels) kernel->launches.fetch_add(1, kRelaxed);
-    return ffi::Error::Success();
+    for (const Kernel* kernel : kernels_) kernel->launches.fetch_add(1, kRelaxed);
+    return true;
   }
 
  private:
   static constexpr std::memory_order kRelaxed = std::memory_order_relaxed;
 
-  static ffi::Error AsTheyAre(void* stream, const Enqueue& enqueue) {
-    std::vector<const Kernel*> launched;
-    return enqueue(stream, &launched);
+  // On a stream of its own: on XLA's another thread may be enqueuing, too.
+  void Record(const Enqueue& enqueue) {
+    CuStream stream = nullptr;
+    if (driver_.StreamCreate(&stream, kCuStreamNonBlocking) != kCuSuccess) return;
+    CuGraph graph = nullptr;
+    if (driver_.StreamBeginCapture(stream, kCuCaptureRelaxed) == kCuSuccess) {
+      const bool enqueued = enqueue(stream, &kernels_).success();
+      const CuResult ended = driver_.StreamEndCapture(stream, &graph);
+      if (enqueued && ended == kCuSuccess &&
+          driver_.GraphInstantiate(&exec_, graph, /*flags=*/0) != kCuSuccess) {
+        exec_ = nullptr;
+      }
+    }
+    if (graph != nullptr) driver_.GraphDestroy(graph);
+    driver_.StreamDestroy(stream);
   }
+  void Destroy() {
+    if (exec_ != nullptr) driver_.GraphExecDestroy(std::exchange(exec_, nullptr));
+  }
+
+  const Driver& driver_;
+  CuGraphExec exec_ = nullptr;  // null where there can be none
+  std::vector<const Kernel*> kernels_;
+};
+
+class GraphsOfDevice {
+ public:
+  // Null the first time that a key is met.
+  std::shared_ptr<Graph> Find(const Driver& driver, GraphKey key, const Enqueue& enqueue) {
+    const uint64_t hash = Hash(key);
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto found = std::find_if(graphs_.begin(), graphs_.end(), [&](const Entry& entry) {
+      return entry.hash == hash && entry.key == key;
+    });
+    if (found != graphs_.end()) {
+      std::rotate(graphs_.begin(), found, found + 1);
+    } else {
+      if (!WasMet(hash)) return nullptr;
+      if (graphs_.size() == kGraphs) graphs_.pop_back();
+      graphs_.push_front({hash, std::move(key), std::make_shared<Graph>(driver, enqueue)});
+    }
+    return graphs_.front().graph;
+  }
+
+ private:
+  struct Entry {
+    uint64_t hash;
+    GraphKey key;
+    std::shared_ptr<Graph> graph;
+  };
 
   bool WasMet(uint64_t hash) {
     if (std::find(met_.begin(), met_.end(), hash) != met_.end()) return true;
@@ -103,7 +115,7 @@ class GraphsOfDevice {
   }
 
   std::mutex mutex_;
-  std::deque<Graph> graphs_;  // the last used first
+  std::deque<Entry> graphs_;  // the last used first
   std::deque<uint64_t> met_;
 };
 
@@ -115,18 +127,23 @@ GraphsOfDevice& Of(int32_t ordinal) {
   return (*devices)[ordinal];
 }
 
+// Nobody waits for a mutex here while the device is busy: a launch may have to wait for it.
+bool LaunchedAsGraph(void* stream, int32_t ordinal, GraphKey key, const Enqueue& enqueue) {
+  const Driver* driver = Driver::Find();
+  if (driver == nullptr) return false;
+  int capturing = 0;
+  const CuResult asked = driver->StreamIsCapturing(static_cast<CuStream>(stream), &capturing);
+  if (asked != kCuSuccess || capturing != 0) return false;
+  const std::shared_ptr<Graph> graph = Of(ordinal).Find(*driver, std::move(key), enqueue);
+  return graph != nullptr && graph->Launch(stream);
+}
+
 }  // namespace
 
 ffi::Error LaunchAsGraph(void* stream, int32_t ordinal, GraphKey key, const Enqueue& enqueue) {
-  const Driver* driver = Driver::Find();
-  int capturing = 0;
-  if (driver == nullptr ||
-      driver->StreamIsCapturing(static_cast<CuStream>(stream), &capturing) != kCuSuccess ||
-      capturing != 0) {
-    std::vector<const Kernel*> launched;
-    return enqueue(stream, &launched);
-  }
-  return Of(ordinal).Launch(*driver, stream, std::move(key), enqueue);
+  if (LaunchedAsGraph(stream, ordinal, std::move(key), enqueue)) return ffi::Error::Success();
+  std::vector<const Kernel*> launched;
+  return enqueue(stream, &launched);
 }
 
 }  // namespace jax_bolt::native
