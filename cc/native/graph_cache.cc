@@ -16,9 +16,11 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Of one device: buffers lie at few places in turn, and XLA keeps 16 graphs of a call.
+// Of one device: buffers lie at few places in turn, and XLA keeps 16 graphs of a call. One makes
+// room for another only when it was not used for long: recording costs more than it saves once.
 constexpr size_t kGraphs = 32;
 constexpr size_t kRemembered = 256;
+constexpr uint64_t kLong = 1024;  // calls
 
 uint64_t Hash(const GraphKey& key) {
   uint64_t hash = key.size();
@@ -27,6 +29,21 @@ uint64_t Hash(const GraphKey& key) {
     hash ^= hash >> 32;
   }
   return hash;
+}
+
+// Whether this process uses more devices than one. Making a graph may wait for what runs on
+// another one, and that, being a collective, for this one: XLA makes its graphs while nothing runs.
+bool SeveralDevices(const Driver& driver) {
+  int active_devices = 0;
+  CuDevice device;
+  for (int ordinal = 0; driver.DeviceGet(&device, ordinal) == kCuSuccess; ++ordinal) {
+    unsigned flags = 0;
+    int active = 0;
+    if (driver.DevicePrimaryCtxGetState(device, &flags, &active) == kCuSuccess) {
+      active_devices += active;
+    }
+  }
+  return active_devices > 1;
 }
 
 // A recorded sequence. One at a time uses it, since one at a time has its buffers.
@@ -90,13 +107,18 @@ class GraphsOfDevice {
     auto found = std::find_if(graphs_.begin(), graphs_.end(), [&](const Entry& entry) {
       return entry.hash == hash && entry.key == key;
     });
+    ++calls_;
     if (found != graphs_.end()) {
       std::rotate(graphs_.begin(), found, found + 1);
     } else {
-      if (!WasMet(hash)) return nullptr;
-      if (graphs_.size() == kGraphs) graphs_.pop_back();
+      if (!WasMet(hash) || SeveralDevices(driver)) return nullptr;
+      if (graphs_.size() == kGraphs) {
+        if (calls_ - graphs_.back().used < kLong) return nullptr;
+        graphs_.pop_back();
+      }
       graphs_.push_front({hash, std::move(key), std::make_shared<Graph>(driver, enqueue)});
     }
+    graphs_.front().used = calls_;
     return graphs_.front().graph;
   }
 
@@ -105,6 +127,7 @@ class GraphsOfDevice {
     uint64_t hash;
     GraphKey key;
     std::shared_ptr<Graph> graph;
+    uint64_t used = 0;  // the last call
   };
 
   bool WasMet(uint64_t hash) {
@@ -117,6 +140,7 @@ class GraphsOfDevice {
   std::mutex mutex_;
   std::deque<Entry> graphs_;  // the last used first
   std::deque<uint64_t> met_;
+  uint64_t calls_ = 0;
 };
 
 GraphsOfDevice& Of(int32_t ordinal) {
@@ -127,7 +151,7 @@ GraphsOfDevice& Of(int32_t ordinal) {
   return (*devices)[ordinal];
 }
 
-// Nobody waits for a mutex here while the device is busy: a launch may have to wait for it.
+// Launched without a mutex: where much is queued a launch waits for the device.
 bool LaunchedAsGraph(void* stream, int32_t ordinal, GraphKey key, const Enqueue& enqueue) {
   const Driver* driver = Driver::Find();
   if (driver == nullptr) return false;

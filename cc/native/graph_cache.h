@@ -22,8 +22,8 @@ using Enqueue = std::function<xla::ffi::Error(void* stream, std::vector<const Ke
 
 // Enqueues the launches on `stream`, of the current context: as they are where XLA is capturing,
 // and the first time that `key` is met, since buffers may be others at every call; then as a graph,
-// which is kept, as are the last few of every device. What cannot be a graph is enqueued as it is.
-// Any thread.
+// which is kept, as are a few of every device. What cannot be a graph is enqueued as it is, and all
+// is in a process that uses several devices. Any thread.
 xla::ffi::Error LaunchAsGraph(void* stream, int32_t ordinal, GraphKey key, const Enqueue& enqueue);
 
 }  // namespace jax_bolt::native

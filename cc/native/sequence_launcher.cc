@@ -152,6 +152,7 @@ class Buffers {
   bool missing() const { return missing_; }
   const std::vector<void*>& operands() const { return operands_; }
   const std::vector<void*>& results() const { return results_; }
+  int64_t arena_bytes() const { return arena_bytes_; }
 
  private:
   std::vector<void*> operands_, results_;
@@ -163,11 +164,12 @@ GraphKey KeyOf(const Buffers& given, std::string_view digests,
                const ffi::Span<const int64_t>& program) {
   GraphKey key;
   key.reserve(given.operands().size() + given.results().size() + program.size() +
-              digests.size() / sizeof(uint64_t) + 4);
+              digests.size() / sizeof(uint64_t) + 5);
   for (const auto* buffers : {&given.operands(), &given.results()}) {
     key.push_back(buffers->size());
     for (void* buffer : *buffers) key.push_back(reinterpret_cast<uintptr_t>(buffer));
   }
+  key.push_back(static_cast<uint64_t>(given.arena_bytes()));
   key.push_back(program.size());
   key.insert(key.end(), program.begin(), program.end());
   const size_t text = key.size();

@@ -39,9 +39,13 @@ Stopwatch stopwatch;
 class Gate {
  public:
   void Close(const Driver& driver, CuStream stream) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++closed_;
-    driver.Check(driver.LaunchHostFunc(stream, Pass, this), "cuLaunchHostFunc");
+    intptr_t ticket;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ticket = ++closed_;
+    }
+    const CuResult result = driver.LaunchHostFunc(stream, Pass, reinterpret_cast<void*>(ticket));
+    driver.Check(result, "cuLaunchHostFunc");
   }
 
   void Open() {
@@ -53,17 +57,16 @@ class Gate {
  private:
   static constexpr std::chrono::milliseconds kLimit{250};
 
-  static void Pass(void* gate) { static_cast<Gate*>(gate)->Wait(); }
+  static void Pass(void* ticket);
 
-  void Wait() {
+  void Wait(intptr_t ticket) {
     std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t ticket = ++passed_;
     opened_.wait_for(lock, kLimit, [&] { return open_ >= ticket; });
   }
 
   std::mutex mutex_;
   std::condition_variable opened_;
-  int64_t closed_ = 0, passed_ = 0, open_ = 0;  // how many marks: in stream order all three
+  intptr_t closed_ = 0, open_ = 0;  // the last tickets
 };
 
 // Never destroyed: the driver's thread may still wait when the process ends.
@@ -71,6 +74,8 @@ Gate& TheGate() {
   static Gate* const gate = new Gate();
   return *gate;
 }
+
+void Gate::Pass(void* ticket) { TheGate().Wait(reinterpret_cast<intptr_t>(ticket)); }
 
 void Record(const Driver& driver, CuEvent* event, CuStream stream) {
   driver.Check(driver.EventCreate(event, kCuEventDefault), "cuEventCreate");

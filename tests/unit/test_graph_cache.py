@@ -18,10 +18,11 @@ def calls(build: Build) -> Any:
     driver = build("cuda.cc", "libcuda.so.1")
     kernel = build("kernel.cc", "kernel.so")
 
-    def run(count: int, **env: str) -> dict[str, Any]:
+    def run(count: int, operands: int = 2, **env: str) -> dict[str, Any]:
         env = {"LD_LIBRARY_PATH": str(driver.parent), "JAX_PLATFORMS": "cpu"} | env
+        command = [sys.executable, "-P", str(FAKES / "graphs.py")]
         done = subprocess.run(
-            [sys.executable, "-P", str(FAKES / "graphs.py"), str(kernel), str(count)],
+            [*command, str(kernel), str(count), str(operands)],
             env=os.environ | env,
             capture_output=True,
             text=True,
@@ -34,10 +35,23 @@ def calls(build: Build) -> Any:
 
 def test_the_second_call_on_the_same_buffers_is_a_graph(calls: Any) -> None:
     seen = calls(3)
-    assert seen["graphs"] == [0, 1, 2, 2, 3, 4]
+    assert seen["graphs"] == [0, 0, 1, 2, 3, 4]
     assert seen["launches"] == [5, 10, 15, 20, 25, 30]
-    # The driver's kernels compute without a stream alone: both first calls did.
-    assert [seen["sums"][i] for i in (0, 3)] == [10.0, 30.0]
+    # The driver's kernels compute without a stream alone: the first calls did.
+    assert seen["sums"][:2] == [10.0, 20.0]
+
+
+def test_more_buffers_than_graphs(calls: Any) -> None:
+    """The first ones keep their graphs: none is made that only one call would use."""
+    seen = calls(4, operands=40)
+    assert seen["graphs"][39::40] == [0, 32, 64, 96]
+    assert seen["launches"][-1] == 4 * 40 * 5
+
+
+def test_no_graphs_beside_another_device(calls: Any) -> None:
+    seen = calls(3, FAKE_CUDA_TWO_DEVICES="1")
+    assert seen["graphs"] == [0] * 6
+    assert seen["sums"] == [10.0, 20.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -52,4 +66,4 @@ def test_what_cannot_be_a_graph_is_launched(calls: Any, failing: str) -> None:
     seen = calls(3, FAKE_CUDA_FAIL=failing)
     assert seen["graphs"] == [0] * 6
     assert seen["launches"] == [5, 10, 15, 20, 25, 30]
-    assert seen["sums"] == [10.0] * 3 + [30.0] * 3
+    assert seen["sums"] == [10.0, 20.0] * 3

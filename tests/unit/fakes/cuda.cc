@@ -263,8 +263,9 @@ API cuGetErrorString(int, const char** text) {
   return 0;
 }
 API cuDeviceGet(int* device, int ordinal) {
-  if (ordinal != 0) return 101;
-  *device = 40;
+  const int devices = std::getenv("FAKE_CUDA_TWO_DEVICES") != nullptr ? 2 : 1;
+  if (ordinal >= devices) return 101;
+  *device = 40 + ordinal;
   return 0;
 }
 API cuDeviceGetName(char* name, int length, int) {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls a sequence of five kernels on the fake driver; prints what happened as JSON.
 
-Arguments: the kernels' artifact, and how often it is called on each of two operands.
+Arguments: the kernels' artifact, how often it is called on each operand, and how many
+of these there are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax_bolt import _native
 ONE = (0, 0, 4, 4, 3, 5, 1, 0, 1, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0, 0)  # A x B, 4 by 3
 
 
-def main(artifact: str, calls: int) -> dict[str, Any]:
+def main(artifact: str, calls: int, operands: int) -> dict[str, Any]:
     # The handler runs on this thread, whose context is current.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _native.load("kernel", artifact)
@@ -47,9 +48,9 @@ def main(artifact: str, calls: int) -> dict[str, Any]:
     b = jnp.full((5, 3), 2.0)
     c = jnp.zeros((4, 3))
     seen: dict[str, Any] = {"graphs": [], "launches": [], "sums": []}
-    for value in (1.0, 3.0):
-        a = jnp.full((4, 5), value)
-        for _ in range(calls):
+    every = [jnp.full((4, 5), 1.0 + i) for i in range(operands)]
+    for _ in range(calls):
+        for a in every:
             c = run(a, b, c)
             seen["sums"].append(float(c[0, 0]))
             seen["graphs"].append(state()[3])
@@ -58,4 +59,4 @@ def main(artifact: str, calls: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:]))))
