@@ -16,11 +16,12 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Of one device: buffers lie at few places in turn, and XLA keeps 16 graphs of a call. One makes
-// room for another only when it was not used for long: recording costs more than it saves once.
+// Of one device: buffers lie at few places in turn, and XLA keeps 16 graphs of a call.
 constexpr size_t kGraphs = 32;
-constexpr size_t kRemembered = 256;
-constexpr uint64_t kLong = 1024;  // calls
+// Of so many calls a graph is worth making for what comes again, and one worth keeping that is used
+// again: recording costs more than one launch saves. Where buffers take turns at more places, some
+// have graphs and the others none.
+constexpr size_t kRecent = 128;
 
 uint64_t Hash(const GraphKey& key) {
   uint64_t hash = key.size();
@@ -113,7 +114,7 @@ class GraphsOfDevice {
     } else {
       if (!WasMet(hash) || SeveralDevices(driver)) return nullptr;
       if (graphs_.size() == kGraphs) {
-        if (calls_ - graphs_.back().used < kLong) return nullptr;
+        if (calls_ - graphs_.back().used < kRecent) return nullptr;
         graphs_.pop_back();
       }
       graphs_.push_front({hash, std::move(key), std::make_shared<Graph>(driver, enqueue)});
@@ -132,7 +133,7 @@ class GraphsOfDevice {
 
   bool WasMet(uint64_t hash) {
     if (std::find(met_.begin(), met_.end(), hash) != met_.end()) return true;
-    if (met_.size() == kRemembered) met_.pop_front();
+    if (met_.size() == kRecent) met_.pop_front();
     met_.push_back(hash);
     return false;
   }

@@ -18,11 +18,11 @@ def calls(build: Build) -> Any:
     driver = build("cuda.cc", "libcuda.so.1")
     kernel = build("kernel.cc", "kernel.so")
 
-    def run(count: int, operands: int = 2, **env: str) -> dict[str, Any]:
+    def run(count: int, operands: int = 2, more: int = 0, **env: str) -> dict[str, Any]:
         env = {"LD_LIBRARY_PATH": str(driver.parent), "JAX_PLATFORMS": "cpu"} | env
         command = [sys.executable, "-P", str(FAKES / "graphs.py")]
         done = subprocess.run(
-            [*command, str(kernel), str(count), str(operands)],
+            [*command, str(kernel), *map(str, (count, operands, more))],
             env=os.environ | env,
             capture_output=True,
             text=True,
@@ -46,6 +46,14 @@ def test_more_buffers_than_graphs(calls: Any) -> None:
     seen = calls(4, operands=40)
     assert seen["graphs"][39::40] == [0, 32, 64, 96]
     assert seen["launches"][-1] == 4 * 40 * 5
+
+
+def test_graphs_that_are_not_used_make_room(calls: Any) -> None:
+    seen = calls(3, operands=32, more=200)
+    before, *_, after = seen["graphs"][95:]
+    assert before == 64
+    # The oldest one had been used 32 calls before the first of these.
+    assert after - before == 200 - (128 - 32)
 
 
 def test_no_graphs_beside_another_device(calls: Any) -> None:

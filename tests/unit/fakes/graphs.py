@@ -2,7 +2,7 @@
 """Calls a sequence of five kernels on the fake driver; prints what happened as JSON.
 
 Arguments: the kernels' artifact, how often it is called on each operand, and how many
-of these there are.
+of these there are; then how often on another one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax_bolt import _native
 ONE = (0, 0, 4, 4, 3, 5, 1, 0, 1, 0, 1, 1, 2, 0, 0, 0, 0, 0, 0, 0)  # A x B, 4 by 3
 
 
-def main(artifact: str, calls: int, operands: int) -> dict[str, Any]:
+def main(artifact: str, calls: int, operands: int, more: int) -> dict[str, Any]:
     # The handler runs on this thread, whose context is current.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _native.load("kernel", artifact)
@@ -48,13 +48,12 @@ def main(artifact: str, calls: int, operands: int) -> dict[str, Any]:
     b = jnp.full((5, 3), 2.0)
     c = jnp.zeros((4, 3))
     seen: dict[str, Any] = {"graphs": [], "launches": [], "sums": []}
-    every = [jnp.full((4, 5), 1.0 + i) for i in range(operands)]
-    for _ in range(calls):
-        for a in every:
-            c = run(a, b, c)
-            seen["sums"].append(float(c[0, 0]))
-            seen["graphs"].append(state()[3])
-            seen["launches"].append(_native.launches("kernel"))
+    every = [jnp.full((4, 5), 1.0 + i) for i in range(operands + 1)]
+    for a in [*every[:-1] * calls, *every[-1:] * more]:
+        c = run(a, b, c)
+        seen["sums"].append(float(c[0, 0]))
+        seen["graphs"].append(state()[3])
+        seen["launches"].append(_native.launches("kernel"))
     return seen
 
 
