@@ -201,7 +201,6 @@ class Launch:
         assert not g.resident or g.filter_stages == self.units
         assert not t.ahead or t.group == 1
         if t.merges:
-            assert t.ahead or g.store_stages > t.group
             shortcut = self.shortcut
             for name in ("tiles", "tile_cols", "load_bytes", "stage_bytes", "resident"):
                 assert getattr(g, name) == getattr(shortcut, name)
@@ -584,10 +583,9 @@ class Warpgroup:
         else:
             yield from self.give_out(False)
         channel = block * BLOCK
-        yield from self.slot_at(self.slots)
-        if t.merges:
-            self.finish(2, firsts[0], channel, self.slots)
-        slot = self.finish(0, firsts[-1], channel, self.slots)
+        parked = self.park(firsts[0], channel) if t.merges else None
+        yield from self.next_slot()
+        slot = self.finish(0, firsts[-1], channel, parked)
         self.leave_between(channel, slot, index)
         yield from self.multiply_second(slot, outputs)
         self.advance()
@@ -606,33 +604,31 @@ class Warpgroup:
             self.product(self.unit, t.second_k_outer, seen, t.second_steps, acc[i])
         self.commit()
 
-    def slot_at(self, at: Ring) -> Role:
+    def next_slot(self) -> Role:
         full, empty = self.cta.slot_barriers[self.index]
         if self.cta.any_sides:
-            yield from full[at.stage].wait(at.parity)
+            yield from full[self.slots.stage].wait(self.slots.parity)
         else:
-            yield from empty[at.stage].wait(at.parity ^ 1)
+            yield from empty[self.slots.stage].wait(self.slots.parity ^ 1)
 
-    def fill_shortcut(self, first: int, acc: np.ndarray) -> Role:
-        ahead = copy.copy(self.slots)
-        for i in range(self.t.group):
-            yield from self.slot_at(ahead)
-            self.finish(2, acc[i], (first + i) * BLOCK, ahead)
-            ahead.advance(self.g.store_stages)
-
-    def finish(
-        self, which: int, acc: np.ndarray, channel: int, at_slot: Ring
-    ) -> np.ndarray:
-        slot = self.cta.slots[self.index][at_slot.stage]
+    def epilogue(self, which: int, acc: np.ndarray, channel: int, sides: list) -> Any:
         channels = self.launch.channels if which == 1 else self.g.channels
         at = np.minimum(channel + np.arange(BLOCK), channels - 1)
         vectors = [v[at] for v in self.launch.vectors[which]]
-        rows = slot[: self.t.pixels]
-        loaded = which < 2 and self.cta.has_side(which)
-        merged = which == 0 and self.t.merges
-        sides = [rows.copy()] if loaded or merged else []
         (made,) = self.launch.applies[which](acc, vectors, sides)
-        rows[:] = np.where(channel + np.arange(BLOCK) < channels, made, 0)
+        return np.where(channel + np.arange(BLOCK) < channels, made, 0)
+
+    def park(self, acc: np.ndarray, channel: int) -> np.ndarray:
+        return self.epilogue(2, acc, channel, [])
+
+    def finish(
+        self, which: int, acc: np.ndarray, channel: int, parked: np.ndarray | None
+    ) -> np.ndarray:
+        slot = self.cta.slots[self.index][self.slots.stage]
+        rows = slot[: self.t.pixels]
+        sides = [rows.copy()] if self.cta.has_side(which) else []
+        sides += [] if parked is None else [parked]
+        rows[:] = self.epilogue(which, acc, channel, sides)
         return slot
 
     def store(self, which: int, channel: int, slot: np.ndarray, index: int) -> None:
@@ -669,17 +665,19 @@ class Warpgroup:
         for first in () if t.ahead else range(0, blocks, t.group):
             ends, ring = (first == 0, first + t.group == blocks), copy.copy(self.pixels)
             acc = np.zeros((t.group, t.pixels, BLOCK), np.float32)
+            parked: list[Any] = [None] * t.group
             for g, _, _ in self.launch.products:
                 yield from self.multiply_first(g, *ends, ring, acc)
                 if g is not self.g:
-                    yield from self.fill_shortcut(first, acc)
+                    for i in range(t.group):
+                        parked[i] = self.park(acc[i], (first + i) * BLOCK)
                     acc = np.zeros_like(acc)
             if ends[1]:
                 self.pixels = ring
             for i in range(t.group):
                 channel = (first + i) * BLOCK
-                yield from self.slot_at(self.slots)
-                slot = self.finish(0, acc[i], channel, self.slots)
+                yield from self.next_slot()
+                slot = self.finish(0, acc[i], channel, parked[i])
                 self.hand_over()
                 self.leave_between(channel, slot, index)
                 yield from self.multiply_second(slot, outputs)
@@ -687,8 +685,8 @@ class Warpgroup:
         self.wait_products(0)
         self.release_units(0)
         for i in range(t.outputs):
-            yield from self.slot_at(self.slots)
-            slot = self.finish(1, outputs[i], i * BLOCK, self.slots)
+            yield from self.next_slot()
+            slot = self.finish(1, outputs[i], i * BLOCK, None)
             self.hand_over()
             self.store(1, i * BLOCK, slot, index)
             self.advance()

@@ -235,19 +235,6 @@ def test_the_worker_binds_all_three() -> None:
     ]
 
 
-def test_a_shortcuts_slots_are_a_group_and_one_more() -> None:
-    taken = JOINED[1]
-    tiles = [t for t in chain_tiles.tiles_of(taken, SMALL) if t.group == 2]
-    for stores in (3, 2):
-        rings = dataclasses.replace(tiles[0].rings, stores=stores)
-        config = dataclasses.replace(tiles[0], rings=rings).config()
-        if stores == 3:
-            check(taken, config, SMALL)
-        else:
-            with pytest.raises((emulator.Deadlock, AssertionError)):
-                check(taken, config, SMALL)
-
-
 def test_what_is_refused_with_a_shortcut() -> None:
     def refusal(one: ir.Problem, other: ir.Problem, **options: Any) -> str:
         return str(chain_sm90.supports(joined(one, other, 64, **options), HOPPER))

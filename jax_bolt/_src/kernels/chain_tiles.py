@@ -187,7 +187,8 @@ def tiles_of(chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
             for group, ahead in _groups(shape):
                 firsts = 2 * len(shape.products) if ahead else group
                 accumulators = (firsts + shape.outputs) * pixels // 2
-                if accumulators > _accumulators(chain, warpgroups):
+                results = 0 if shape.shortcut is None else group * pixels // 4
+                if not _fit(chain, warpgroups, accumulators, results):
                     continue
                 base = Tile(pixels, group, warpgroups, block, im2col=im2col)
                 base = dataclasses.replace(base, ahead=ahead)
@@ -220,12 +221,14 @@ def _rings(base: Tile, chain: ir.Chain, arch: GpuArch) -> Iterator[Tile]:
         yield dataclasses.replace(streamed, cluster=_CLUSTER)
 
 
-def _accumulators(chain: ir.Chain, warpgroups: int) -> int:
-    """Registers of a thread for accumulators: of 232, of 160 with three warpgroups, or
-    of 128 where two CTAs share an SM, what addresses and one epilogue's columns and
-    matrices leave."""
+def _fit(chain: ir.Chain, warpgroups: int, accumulators: int, results: int) -> bool:
+    """Whether a thread has registers for its accumulators, and for results of the
+    shortcut beside them: of 232, of 160 with three warpgroups, or of 128 where two CTAs
+    share an SM, what addresses and one epilogue's columns and matrices leave."""
     columns = max(len(hoist.columns(r.epilogue)) for r in chain.regions)
-    return {1: 72, 2: 180, 3: 108}[warpgroups] - 2 * columns
+    room = {1: 72, 2: 180, 3: 108}[warpgroups] - 2 * columns
+    beside = {1: 8, 2: 24, 3: 26}[warpgroups]
+    return accumulators <= room and accumulators + results <= room + beside
 
 
 def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile | None:
@@ -238,12 +241,11 @@ def _staged(tile: Tile, chain: ir.Chain, arch: GpuArch, resident: int) -> Tile |
     least = {
         "pixels": boxes if several else min(2, boxes),
         "filters": max(tile.group, shape.outputs) + tile.group,
-        # A shortcut's group lies in the slots that the first product's will leave from.
-        "stores": 2 if shape.shortcut is None else tile.group + 1,
+        "stores": 2,
     }
     if tile.ahead:
         # Units of a block, its first products' and its second ones'.
-        least |= {"filters": units // shape.blocks, "stores": 2}
+        least["filters"] = units // shape.blocks
     most = {
         "pixels": min(MAX_RINGS[0], boxes * turns),
         "filters": min(MAX_RINGS[1], units * turns),

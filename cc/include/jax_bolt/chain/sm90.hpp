@@ -12,8 +12,8 @@
 // the first result's channels in blocks: multiply_first, finish into a slot, store, and
 // multiply_second from the same slot, which goes on while the next block's products begin. Then the
 // second result's blocks leave through the same slots. A shortcut's group of blocks comes ahead of
-// the first product's, is rounded as it would be stored, and lies in the slots where the first
-// one's will, which are then no slots of loads. The warpgroups share filters alone, and so do those
+// the first product's, is rounded as it would be stored, and stays in the registers of the threads
+// whose accumulators it was (park). The warpgroups share filters alone, and so do those
 // of a cluster's CTAs: each CTA loads its part of a unit for all of them. Last is one warpgroup
 // that loads: warp 0 pixels, warp 1 filters, warp 2 the side inputs of the first warpgroup and warp
 // 3 those of the others, into the slots that their results leave from.
@@ -29,8 +29,7 @@
 // - Pixels: a tile's stages are freed by its last group of blocks. Where it has several, the ring
 //   holds a whole tile. The loader goes by stages, then by warpgroups: no warpgroup lacks a stage
 //   that another one has, so that it frees the filters that the other one waits for.
-// - Slots: one is free once the block after it has been stored; there are two or more, and with a
-//   shortcut one more than a group has blocks.
+// - Slots: one is free once the block after it has been stored; there are two or more.
 // A phase of a full barrier is awaited by all its readers before they free what it guards, so that
 // parities never lag by two.
 #ifndef JAX_BOLT_CHAIN_SM90_HPP_
@@ -146,6 +145,7 @@ struct Sm90 {
       typename implicit_gemm::Wgmma<Element, kPixels,
                                     kOf == Filters::kKrsc ? gmma::Major::K : gmma::Major::MN>::Op;
   using Accumulators = float[kPixels / 2];
+  using Parked = std::uint32_t[kPixels / 4];  // a block's results: two pixels in a register
 
   // Named barriers; 0 is __syncthreads'.
   static constexpr int kSetUp = 1, kColumns = 2, kStore = 3;
@@ -601,33 +601,69 @@ struct Sm90 {
     }
 
     /// The next slot, once it is free and its side input is there.
-    __device__ __forceinline__ std::uint32_t next_slot() const { return slot_at(slots); }
-    __device__ __forceinline__ std::uint32_t slot_at(Ring const& at) const {
+    __device__ __forceinline__ std::uint32_t next_slot() const {
       Barriers& barriers = *memory.barriers;
       if constexpr (kLoadsSides) {
-        barriers.slots_full[warpgroup][at.stage].wait(at.parity);
+        barriers.slots_full[warpgroup][slots.stage].wait(slots.parity);
       } else {
-        barriers.slots_empty[warpgroup][at.stage].wait(at.parity ^ 1);
+        barriers.slots_empty[warpgroup][slots.stage].wait(slots.parity ^ 1);
       }
-      return memory.slot(p.geometry, warpgroup, at.stage);
+      return memory.slot(p.geometry, warpgroup, slots.stage);
+    }
+
+    /// The per-channel values of a thread's two channels, of a block's `table`.
+    template <class Epilogue>
+    using Columns = float[2][array_size(Epilogue::kColumns)];
+    template <class Epilogue>
+    __device__ static __forceinline__ void load_columns(float const* table,
+                                                        Columns<Epilogue>& columns) {
+      int const channel = first_channel();
+#pragma unroll
+      for (int i = 0; i < Epilogue::kColumns; ++i) {
+        columns[0][i] = table[channel * Epilogue::kColumns + i];
+        columns[1][i] = table[(channel + 8) * Epilogue::kColumns + i];
+      }
+    }
+    /// Of a block's, a thread's first one; its second one is 8 further on.
+    __device__ static __forceinline__ int first_channel() {
+      return (threadIdx.x & 127) / 32 * 16 + (threadIdx.x & 31) / 4;
+    }
+
+    /// A block of the shortcut, for the epilogue of the first product's. `table` is of the block's
+    /// channels. Of those that do not exist nothing is used.
+    __device__ static __forceinline__ void park(Accumulators const& accumulators,
+                                                float const* table, Parked& parked) {
+      if constexpr (kMerges) {
+        Columns<Shortcut> columns = {};
+        load_columns<Shortcut>(table, columns);
+        float const none[1] = {};
+#pragma unroll
+        for (int i = 0; i < kPixels / 4; ++i) {
+          float const left = Shortcut::apply(accumulators[2 * i], columns[i & 1], none);
+          float const right = Shortcut::apply(accumulators[2 * i + 1], columns[i & 1], none);
+          parked[i] = ptx::Pair<typename Shortcut::Output>::pack(left, right);
+        }
+      }
     }
 
     /// kCount 8 x 8 matrices of a block (4: 16 channels by 16 pixels; 2: by 8): epilogue, and into
-    /// the slot. `at` is this lane's row of a matrix there. Channels that do not exist become
-    /// zeros: the second product reads them.
+    /// the slot. `at` is this lane's row of a matrix there, where a side input lies, too, unless it
+    /// is `parked`. Channels that do not exist become zeros: the second product reads them.
     template <class Epilogue, int kCount>
-    __device__ static __forceinline__ void finish(
-        float const* accumulators, float const (&columns)[2][array_size(Epilogue::kColumns)],
-        bool const (&exists)[2], std::uint32_t at) {
+    __device__ static __forceinline__ void finish(float const* accumulators,
+                                                  Columns<Epilogue> const& columns,
+                                                  bool const (&exists)[2], std::uint32_t at,
+                                                  std::uint32_t const* parked) {
       std::uint32_t sides[kCount] = {}, results[kCount];
-      if constexpr (Epilogue::kSides > 0) ptx::load_transposed(at, sides);
+      if constexpr (Epilogue::kSides > 0 && !kMerges) ptx::load_transposed(at, sides);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         float low[1] = {}, high[1] = {};
         if constexpr (Epilogue::kSides > 0) {
           using Side = ptx::Pair<TypeAt<0, typename Epilogue::Sides>>;
-          low[0] = Side::low(sides[i]);
-          high[0] = Side::high(sides[i]);
+          std::uint32_t const side = kMerges ? parked[i] : sides[i];
+          low[0] = Side::low(side);
+          high[0] = Side::high(side);
         }
         // Matrices 0 and 2 are the thread's first channel, 1 and 3 its second, 8 further on.
         float const left = Epilogue::apply(accumulators[2 * i], columns[i & 1], low);
@@ -639,49 +675,30 @@ struct Sm90 {
     }
 
     /// A block's epilogue, into a slot: [pixel][64 channels] with the 128-byte swizzle. `table` is
-    /// of the block's channels, of which `channels` exist.
+    /// of the block's channels, of which `channels` exist; `parked` is its side input, where that
+    /// is the shortcut.
     template <class Epilogue>
     __device__ __forceinline__ void finish(Accumulators const& accumulators, float const* table,
-                                           int channels, std::uint32_t slot) {
+                                           int channels, std::uint32_t slot, Parked const& parked) {
       int const lane = threadIdx.x & 31, warp = (threadIdx.x & 127) / 32;
-      int const channel = warp * 16 + lane / 4;
+      int const channel = first_channel();
       bool const exists[2] = {channel < channels, channel + 8 < channels};
-      float columns[2][array_size(Epilogue::kColumns)] = {};
-#pragma unroll
-      for (int i = 0; i < Epilogue::kColumns; ++i) {
-        columns[0][i] = table[channel * Epilogue::kColumns + i];
-        columns[1][i] = table[(channel + 8) * Epilogue::kColumns + i];
-      }
+      Columns<Epilogue> columns = {};
+      load_columns<Epilogue>(table, columns);
       // Lanes 8 i to 8 i + 7 hold the addresses of matrix i's rows: pixels, 128 bytes apart.
       int const pixel = (lane & 7) + (lane >> 4) * 8;
       int const sixteenth = warp * 2 + (lane >> 3 & 1);
       std::uint32_t const at = slot + pixel * 128 + ((sixteenth ^ (pixel & 7)) << 4);
 #pragma unroll
       for (int i = 0; i < kPixels / 16; ++i) {
-        finish<Epilogue, 4>(accumulators + 8 * i, columns, exists, at + i * 2048);
+        finish<Epilogue, 4>(accumulators + 8 * i, columns, exists, at + i * 2048, parked + 4 * i);
       }
       if constexpr (kPixels % 16 != 0) {
         // ldmatrix and stmatrix of two take their addresses from lanes 0 to 15.
         std::uint32_t const at8 = slot + (lane & 7) * 128 + ((sixteenth ^ (lane & 7)) << 4);
         finish<Epilogue, 2>(accumulators + kPixels / 2 - 4, columns, exists,
-                            at8 + (kPixels / 8 - 1) * 1024);
+                            at8 + (kPixels / 8 - 1) * 1024, parked + kPixels / 4 - 2);
       }
-    }
-
-    /// A group of the shortcut's blocks, into the slots that the first product's will leave from.
-    /// `table` is of all channels.
-    template <class Epilogue>
-    __device__ __forceinline__ void fill_ahead(Accumulators const (&accumulators)[kGroup],
-                                               float const* table, int first) {
-      Ring ahead = slots;
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i, ahead.advance(p.geometry.store_stages)) {
-        int const channel = (first + i) * kBlock;
-        finish<Epilogue>(accumulators[i], table + channel * Epilogue::kColumns,
-                         p.geometry.channels - channel, slot_at(ahead));
-      }
-      // A warp's lanes read what others of them wrote.
-      __syncwarp();
     }
 
     /// After `finish`: the slot is the second product's and TMA's to read, the one before is no
@@ -732,15 +749,13 @@ struct Sm90 {
         give_out(false, next);
       }
       int const channel = block * kBlock;
-      std::uint32_t const slot = next_slot();
+      Parked parked;
       if constexpr (kMerges) {
-        finish<Shortcut>(firsts[1][0], memory.shortcut_columns + channel * Shortcut::kColumns,
-                         g.channels - channel, slot);
-        // A warp's lanes read what others of them wrote.
-        __syncwarp();
+        park(firsts[1][0], memory.shortcut_columns + channel * Shortcut::kColumns, parked);
       }
+      std::uint32_t const slot = next_slot();
       finish<First>(firsts[0][0], memory.columns + channel * First::kColumns, g.channels - channel,
-                    slot);
+                    slot, parked);
       // As hand_over, but that the second products of the block before have ended already.
       ptx::fence_async_proxy();
       ptx::sync(kStore + warpgroup, 128);
@@ -792,7 +807,7 @@ struct Sm90 {
         int const channel = i * kBlock;
         std::uint32_t const slot = next_slot();
         finish<Second>(outputs[i], memory.second_columns + channel * Second::kColumns,
-                       p.joint.channels - channel, slot);
+                       p.joint.channels - channel, slot, Parked{});
         hand_over();
         if (is_leader()) {
           store(p.output, tile, channel, slot);
@@ -809,10 +824,16 @@ struct Sm90 {
       for (int first = 0; first < p.joint.blocks; first += kGroup) {
         bool const is_first = first == 0, is_last = first + kGroup == p.joint.blocks;
         Accumulators accumulators[kGroup];
+        Parked parked[kGroup];
         Ring ring = pixels;
         if constexpr (kMerges) {
           multiply_first(p.shortcut, is_first, is_last, ring, accumulators);
-          fill_ahead<Shortcut>(accumulators, memory.shortcut_columns, first);
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) {
+            int const channel = (first + i) * kBlock;
+            park(accumulators[i], memory.shortcut_columns + channel * Shortcut::kColumns,
+                 parked[i]);
+          }
         }
         multiply_first(g, is_first, is_last, ring, accumulators);
         if (is_last) pixels = ring;
@@ -821,7 +842,7 @@ struct Sm90 {
           int const channel = (first + i) * kBlock;
           std::uint32_t const slot = next_slot();
           finish<First>(accumulators[i], memory.columns + channel * First::kColumns,
-                        g.channels - channel, slot);
+                        g.channels - channel, slot, parked[i]);
           hand_over();
           leave_between(tile, channel, slot);
           multiply_second(slot, outputs, scale);
