@@ -235,6 +235,13 @@ def test_the_worker_binds_all_three() -> None:
     ]
 
 
+def test_two_slots_are_enough_with_a_shortcut() -> None:
+    taken = JOINED[1]
+    tiles = [t for t in chain_tiles.tiles_of(taken, SMALL) if t.group == 2]
+    rings = dataclasses.replace(tiles[0].rings, stores=2)
+    check(taken, dataclasses.replace(tiles[0], rings=rings).config(), SMALL)
+
+
 def test_what_is_refused_with_a_shortcut() -> None:
     def refusal(one: ir.Problem, other: ir.Problem, **options: Any) -> str:
         return str(chain_sm90.supports(joined(one, other, 64, **options), HOPPER))

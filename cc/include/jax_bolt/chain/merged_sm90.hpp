@@ -53,15 +53,18 @@ struct MergedSm90 {
   static_assert(First::kAuxiliary + Second::kAuxiliary == 0);
   static_assert(sizeof(typename First::Output) == sizeof(typename Second::Output) &&
                     Second::kSlotTiles == 1,
-                "the first results lie where the second ones will");
+                "the first results can lie where the second ones will");
 
-  // Registers of a thread for both accumulators and results of the first product.
+  // Whether a thread has registers for the first product's results beside its accumulators and the
+  // values of its channels.
   static constexpr int kAccumulated = kUnits * kPixels / 2;
-  static constexpr bool kParks = kAccumulated * 3 / 2 <= (Second::kWarpgroups == 1 ? 84 : 168);
+  static constexpr int kColumns = 2 * kChannelBlocks * (First::kColumns + Second::kColumns);
+  static constexpr bool kParks =
+      kAccumulated + kAccumulated / 2 + kColumns <= (Second::kWarpgroups == 1 ? 80 : 204);
   using Parked = std::uint32_t[kParks ? kUnits : 1][kPixels / 4];
 
-  /// Whether warpgroups take turns at the tile, and another one at the next or at the last tile:
-  /// the first products of both come first, then the second ones.
+  /// Whether warpgroups take turns, and the other one has the next tile or had the one before: the
+  /// first products of both tiles come first, then the second ones.
   __device__ static __forceinline__ bool is_paired(Geometry const& g, int warpgroup, int index) {
     return Second::kPingPong && (warpgroup == 1 || index + Second::tile_step() < g.tiles);
   }
@@ -192,12 +195,13 @@ struct MergedSm90 {
       Parked parked;
       int pixel_stage, filter_stage;
 
-      if (Second::kPingPong) ptx::sync(Second::kTurn + warpgroup, 256);
+      // Beside the other one's products, not between theirs and these.
       if (paired && warpgroup == 1) pass(first, first_taps);
+      if (Second::kPingPong) ptx::sync(Second::kTurn + warpgroup, 256);
       Second::multiply(first, memory, warpgroup, pixels, filters, accumulators, pixel_stage,
                        filter_stage);
-      if (paired && warpgroup == 0) pass(first, first_taps);
       if (paired) ptx::arrive(Second::kTurn + (warpgroup ^ 1), 256);
+      if (paired && warpgroup == 0) pass(first, first_taps);
       Second::settle(memory, accumulators, pixel_stage, filter_stage);
       if constexpr (!kParks) wait_for_slots(g, warpgroup);
       Ring filled = slots;
@@ -217,13 +221,13 @@ struct MergedSm90 {
       // A warp's lanes read what others of them wrote.
       if constexpr (!kParks) __syncwarp();
 
-      if (paired) ptx::sync(Second::kTurn + warpgroup, 256);
       if (paired && warpgroup == 1) pass(g, taps);
+      if (paired) ptx::sync(Second::kTurn + warpgroup, 256);
       Second::multiply(g, memory, warpgroup, pixels, filters, accumulators, pixel_stage,
                        filter_stage);
-      if (paired && warpgroup == 0) pass(g, taps);
       bool const other_is_next = warpgroup == 0 ? paired : index + Second::tile_step() < g.tiles;
       if (Second::kPingPong && other_is_next) ptx::arrive(Second::kTurn + (warpgroup ^ 1), 256);
+      if (paired && warpgroup == 0) pass(g, taps);
       Second::settle(memory, accumulators, pixel_stage, filter_stage);
       if constexpr (kParks) wait_for_slots(g, warpgroup);
 #pragma unroll
