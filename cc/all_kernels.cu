@@ -78,11 +78,11 @@ template struct jax_bolt::depthwise::Depthwise<all_kernels::Epilogue, all_kernel
 template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Epilogue,
                                       all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
                                       jax_bolt::implicit_gemm::Filters::kKrsc, true, 64, 1, 1, 2, 4,
-                                      4>;
+                                      4, 1, false, true>;
 template struct jax_bolt::chain::Sm90<all_kernels::Epilogue, all_kernels::Affine,
                                       all_kernels::Element, jax_bolt::implicit_gemm::Filters::kHwio,
                                       jax_bolt::implicit_gemm::Filters::kHwio, true, 64, 1, 1, 3, 4,
-                                      4, 2, true, all_kernels::Affine>;
+                                      4, 2, true, false, all_kernels::Affine>;
 template struct jax_bolt::chain::MergedSm90<all_kernels::Affine, all_kernels::Epilogue,
                                             all_kernels::Element,
                                             jax_bolt::implicit_gemm::Filters::kHwio, 128, 1, 1, 1,

@@ -49,6 +49,7 @@ class Arguments:
     second_steps: int
     cluster: int
     ahead: bool
+    resident: bool
     merges: bool
 
     @staticmethod
@@ -80,6 +81,7 @@ class Arguments:
             second_steps=int(given["kSecondSteps"]),
             cluster=int(given["kCluster"]),
             ahead={"true": True, "false": False}[given["kAhead"]],
+            resident={"true": True, "false": False}[given["kResident"]],
             merges=bool(given["Shortcut_"]),
         )
 
@@ -198,6 +200,7 @@ class Launch:
         assert g.pixel_stages <= limit("kMaxPixelStages")
         assert g.filter_stages <= limit("kMaxFilterStages")
         assert 2 <= g.store_stages <= limit("kMaxSlots")
+        assert t.resident == bool(g.resident)
         assert not g.resident or g.filter_stages == self.units
         assert not t.ahead or t.group == 1
         if t.merges:

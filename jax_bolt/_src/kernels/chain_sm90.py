@@ -122,7 +122,7 @@ def instantiate(chain: ir.Chain, config: Config, arch: GpuArch) -> str:
         "true" if chain.stored else "false",
         *(tile.pixels, tile.group, shape.outputs, tile.warpgroups),
         *(shape.steps, shape.second_steps, tile.cluster),
-        "true" if tile.ahead else "false",
+        *("true" if flag else "false" for flag in (tile.ahead, tile.rings.resident)),
         *(() if shape.shortcut is None else ("Shortcut",)),
     )
     return f"jax_bolt::chain::Sm90<{', '.join(map(str, arguments))}>"

@@ -101,10 +101,12 @@ struct Params<First, Second, NoShortcut> {
 /// kStored: the first result is an output. kGroup: blocks of it that are accumulated side by side.
 /// kOutputs: blocks of the second result. kSteps, kSecondSteps: products in a unit of filters, of
 /// 16 input channels each; the shortcut's has as many as the first one's. kCluster: CTAs that share
-/// filters. kAhead: see above; a group is one block then.
+/// filters. kAhead: see above; a group is one block then. kResident: the filters' ring holds a
+/// whole tile's, which are loaded once (Geometry::resident says the same).
 template <class First_, class Second_, class Element, Filters kFilters, Filters kSecondFilters,
           bool kStored, int kPixels, int kGroup, int kOutputs, int kWarpgroups, int kSteps,
-          int kSecondSteps, int kCluster = 1, bool kAhead = false, class Shortcut_ = NoShortcut>
+          int kSecondSteps, int kCluster = 1, bool kAhead = false, bool kResident = false,
+          class Shortcut_ = NoShortcut>
 struct Sm90 {
   using First = First_;
   using Second = Second_;
@@ -316,7 +318,7 @@ struct Sm90 {
           }
         }
       }
-      if (g.resident) return;
+      if constexpr (kResident) return;
     }
   }
 
@@ -474,7 +476,7 @@ struct Sm90 {
     /// The next unit of filters, as an operand.
     __device__ __forceinline__ std::uint64_t next_unit() {
       Geometry const& g = p.geometry;
-      std::uint32_t const parity = g.resident ? 0 : filters.parity;
+      std::uint32_t const parity = kResident ? 0 : filters.parity;
       memory.barriers->filters_full[filters.stage].wait(parity);
       std::uint64_t const unit = descriptor(memory.filters + filters.stage * kUnit);
       filters.advance(g.filter_stages);
@@ -484,10 +486,11 @@ struct Sm90 {
 
     /// Frees all units but the latest `kept`, whose products are under way.
     __device__ __forceinline__ void release_units(int kept) {
-      if (p.geometry.resident) return;
-      for (; held > kept; --held) {
-        release_unit(memory.barriers->filters_empty[oldest]);
-        if (++oldest == p.geometry.filter_stages) oldest = 0;
+      if constexpr (!kResident) {
+        for (; held > kept; --held) {
+          release_unit(memory.barriers->filters_empty[oldest]);
+          if (++oldest == p.geometry.filter_stages) oldest = 0;
+        }
       }
     }
 
@@ -500,12 +503,12 @@ struct Sm90 {
 
     /// A tile's units without a tile: other warpgroups' last ones need them alone.
     __device__ void drain() {
-      Geometry const& g = p.geometry;
-      if (g.resident) return;
-      int const units = p.joint.blocks * (first_units() + kOutputs);
-      for (int i = 0; i < units; ++i) {
-        next_unit();
-        release_units(0);
+      if constexpr (!kResident) {
+        int const units = p.joint.blocks * (first_units() + kOutputs);
+        for (int i = 0; i < units; ++i) {
+          next_unit();
+          release_units(0);
+        }
       }
     }
 
@@ -786,7 +789,7 @@ struct Sm90 {
       Geometry const& g = p.geometry;
       Accumulators outputs[kOutputs];
       gmma::ScaleOut scale = gmma::ScaleOut::Zero;
-      if (g.resident) filters = {};  // its first round, for every tile
+      if constexpr (kResident) filters = {};  // its first round, for every tile
       if constexpr (kAhead) {
         Firsts even, odd;
         give_out(true, even);
