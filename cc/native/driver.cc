@@ -4,8 +4,10 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <functional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace jax_bolt::native {
 namespace {
@@ -94,20 +96,34 @@ ScopedContext::~ScopedContext() {
   driver_.DevicePrimaryCtxRelease(device_);
 }
 
-namespace {
-
-// A device whose primary context exists already, or -1: making one takes the device's memory.
-CuDevice ActiveDevice(const Driver& driver) {
+std::vector<CuDevice> ActiveDevices(const Driver& driver) {
+  std::vector<CuDevice> devices;
   CuDevice device;
   for (int ordinal = 0; driver.DeviceGet(&device, ordinal) == kCuSuccess; ++ordinal) {
     unsigned flags = 0;
     int active = 0;
     if (driver.DevicePrimaryCtxGetState(device, &flags, &active) == kCuSuccess && active) {
-      return device;
+      devices.push_back(device);
     }
   }
-  return -1;
+  return devices;
 }
+
+CuGraphExec Captured(const Driver& driver, CuStream stream, const std::function<bool()>& enqueue) {
+  if (driver.StreamBeginCapture(stream, kCuCaptureRelaxed) != kCuSuccess) return nullptr;
+  const bool enqueued = enqueue();
+  CuGraph graph = nullptr;
+  CuGraphExec exec = nullptr;
+  const CuResult ended = driver.StreamEndCapture(stream, &graph);
+  if (enqueued && ended == kCuSuccess &&
+      driver.GraphInstantiate(&exec, graph, /*flags=*/0) != kCuSuccess) {
+    exec = nullptr;
+  }
+  if (graph != nullptr) driver.GraphDestroy(graph);
+  return exec;
+}
+
+namespace {
 
 // Bytes of a kernel's parameters, 0 where they cannot be known. Asking wants a context, whichever:
 // this thread may have none.
@@ -116,9 +132,9 @@ size_t ParameterBytes(const Driver& driver, CuKernel kernel) {
   size_t offset = 0, bytes = 0;
   CuResult result = driver.KernelGetParamInfo(kernel, 0, &offset, &bytes);
   if (result == kCuInvalidContext) {
-    const CuDevice device = ActiveDevice(driver);
-    if (device < 0) return 0;
-    const ScopedContext context(driver, device);
+    const std::vector<CuDevice> devices = ActiveDevices(driver);
+    if (devices.empty()) return 0;
+    const ScopedContext context(driver, devices.front());
     result = driver.KernelGetParamInfo(kernel, 0, &offset, &bytes);
   }
   driver.Check(result, "cuKernelGetParamInfo");

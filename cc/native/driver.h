@@ -8,8 +8,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace jax_bolt::native {
 
@@ -198,6 +200,12 @@ class ScopedContext {
   const Driver& driver_;
   CuDevice device_;
 };
+
+// Devices whose primary contexts exist already: making one takes the device's memory.
+std::vector<CuDevice> ActiveDevices(const Driver& driver);
+
+// What `enqueue` enqueues on `stream`, as a graph; null where it is false or no graph can be made.
+CuGraphExec Captured(const Driver& driver, CuStream stream, const std::function<bool()>& enqueue);
 
 struct DeviceInfo {
   std::string name;

@@ -32,21 +32,6 @@ uint64_t Hash(const GraphKey& key) {
   return hash;
 }
 
-// Whether this process uses more devices than one. Making a graph may wait for what runs on
-// another one, and that, being a collective, for this one: XLA makes its graphs while nothing runs.
-bool SeveralDevices(const Driver& driver) {
-  int active_devices = 0;
-  CuDevice device;
-  for (int ordinal = 0; driver.DeviceGet(&device, ordinal) == kCuSuccess; ++ordinal) {
-    unsigned flags = 0;
-    int active = 0;
-    if (driver.DevicePrimaryCtxGetState(device, &flags, &active) == kCuSuccess) {
-      active_devices += active;
-    }
-  }
-  return active_devices > 1;
-}
-
 // A recorded sequence. One at a time uses it, since one at a time has its buffers.
 class Graph {
  public:
@@ -78,16 +63,7 @@ class Graph {
   void Record(const Enqueue& enqueue) {
     CuStream stream = nullptr;
     if (driver_.StreamCreate(&stream, kCuStreamNonBlocking) != kCuSuccess) return;
-    CuGraph graph = nullptr;
-    if (driver_.StreamBeginCapture(stream, kCuCaptureRelaxed) == kCuSuccess) {
-      const bool enqueued = enqueue(stream, &kernels_).success();
-      const CuResult ended = driver_.StreamEndCapture(stream, &graph);
-      if (enqueued && ended == kCuSuccess &&
-          driver_.GraphInstantiate(&exec_, graph, /*flags=*/0) != kCuSuccess) {
-        exec_ = nullptr;
-      }
-    }
-    if (graph != nullptr) driver_.GraphDestroy(graph);
+    exec_ = Captured(driver_, stream, [&] { return enqueue(stream, &kernels_).success(); });
     driver_.StreamDestroy(stream);
   }
   void Destroy() {
@@ -112,7 +88,10 @@ class GraphsOfDevice {
     if (found != graphs_.end()) {
       std::rotate(graphs_.begin(), found, found + 1);
     } else {
-      if (!WasMet(hash) || SeveralDevices(driver)) return nullptr;
+      if (!WasMet(hash)) return nullptr;
+      // Making a graph may wait for what runs on another device, and that, being a collective, for
+      // this one: XLA makes its graphs while nothing runs.
+      if (ActiveDevices(driver).size() > 1) return nullptr;
       if (graphs_.size() == kGraphs) {
         if (calls_ - graphs_.back().used < kRecent) return nullptr;
         graphs_.pop_back();
@@ -167,8 +146,7 @@ bool LaunchedAsGraph(void* stream, int32_t ordinal, GraphKey key, const Enqueue&
 
 ffi::Error LaunchAsGraph(void* stream, int32_t ordinal, GraphKey key, const Enqueue& enqueue) {
   if (LaunchedAsGraph(stream, ordinal, std::move(key), enqueue)) return ffi::Error::Success();
-  std::vector<const Kernel*> launched;
-  return enqueue(stream, &launched);
+  return enqueue(stream, nullptr);
 }
 
 }  // namespace jax_bolt::native

@@ -17,7 +17,8 @@ namespace jax_bolt::native {
 // All that decides what is launched, buffers' addresses and all.
 using GraphKey = std::vector<uint64_t>;
 
-// Enqueues the launches on a stream and adds the kernels that it launched.
+// Enqueues the launches on a stream and adds the kernels that it launched, where they are asked
+// for.
 using Enqueue = std::function<xla::ffi::Error(void* stream, std::vector<const Kernel*>* launched)>;
 
 // Enqueues the launches on `stream`, of the current context: as they are where XLA is capturing,

@@ -119,18 +119,13 @@ class Replay {
   // Leaves exec_ null on any failure: a kernel may do something no capture allows, and is then
   // timed by plain launches.
   void Capture() {
-    if (driver_.StreamBeginCapture(stream_.get(), kCuCaptureRelaxed) != kCuSuccess) return;
-    JaxBoltStatus status = JAX_BOLT_OK;
-    for (size_t i = 0; i < count_ && status == JAX_BOLT_OK; ++i) {
-      status = subject_.Enqueue(sets_[i % sets_.size()], stream_);
-    }
-    CuGraph graph = nullptr;
-    const CuResult ended = driver_.StreamEndCapture(stream_.get(), &graph);
-    if (status == JAX_BOLT_OK && ended == kCuSuccess &&
-        driver_.GraphInstantiate(&exec_, graph, /*flags=*/0) != kCuSuccess) {
-      exec_ = nullptr;
-    }
-    if (graph != nullptr) driver_.GraphDestroy(graph);
+    exec_ = Captured(driver_, stream_.get(), [&] {
+      JaxBoltStatus status = JAX_BOLT_OK;
+      for (size_t i = 0; i < count_ && status == JAX_BOLT_OK; ++i) {
+        status = subject_.Enqueue(sets_[i % sets_.size()], stream_);
+      }
+      return status == JAX_BOLT_OK;
+    });
   }
 
   const Driver& driver_;

@@ -201,7 +201,7 @@ ffi::Error EnqueueSequence(void* stream, const JaxBoltDevice& device, Buffers gi
     }
     ffi::Error error = LaunchKernel(step, buffers, step.workspace_bytes, device, stream);
     if (error.failure()) return error;
-    launched->push_back(Registry::Get().Find(step.digest));
+    if (launched != nullptr) launched->push_back(Registry::Get().Find(step.digest));
   }
   return ffi::Error::Success();
 }
@@ -229,8 +229,7 @@ ffi::Error LaunchSequence(void* stream, const JaxBoltDevice& device, const ffi::
       program->begin()[1] >= kLeastOfAGraph) {
     return LaunchAsGraph(stream, device.ordinal, KeyOf(given, *digests, *program), enqueue);
   }
-  std::vector<const Kernel*> launched;
-  return enqueue(stream, &launched);
+  return enqueue(stream, nullptr);
 }
 
 }  // namespace jax_bolt::native

@@ -16,7 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import implicit_gemm_emulator as single
 import numpy as np
@@ -245,7 +245,7 @@ class Launch:
         self._written[which if self.t.stored else 0][written] += 1
 
 
-def run(ctas: Sequence[Cta], chance: random.Random) -> None:
+def run(ctas: Sequence[Runs], chance: random.Random) -> None:
     """All roles of a cluster, in a random order of turns."""
     roles = [role for cta in ctas for role in cta.roles()]
     under_way = ctas[0].under_way
@@ -265,6 +265,14 @@ def run(ctas: Sequence[Cta], chance: random.Random) -> None:
             raise Deadlock(f"{len(roles)} roles wait for each other")
     for load in under_way:
         load()
+
+
+class Runs(Protocol):
+    """A CTA, and the loads of its cluster that have not arrived."""
+
+    def roles(self) -> list[Role]: ...
+    @property
+    def under_way(self) -> list[Callable[[], None]]: ...
 
 
 class Cta:

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import FAKES, Build
+from fakes import Build, program
 
 from jax_bolt import _native
 from jax_bolt._src import invoke
@@ -34,16 +31,7 @@ def run(build: Build, tmp_path: Path) -> Run:
 
     def run(*programs: list[int], table: int = TABLE_BYTES, **env: str) -> Any:
         path.write_text(f"cast {table}")
-        command = [sys.executable, "-P", str(FAKES / "cast.py"), str(path)]
-        env = {"LD_LIBRARY_PATH": str(driver.parent), "JAX_PLATFORMS": "cpu"} | env
-        done = subprocess.run(
-            [*command, json.dumps(programs)],
-            env=os.environ | env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return program(driver, "cast.py", path, json.dumps(programs), **env)
 
     return run
 

@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from fakes import FAKES, Build
+from fakes import Build, program
 
 
 @pytest.fixture
@@ -19,16 +15,8 @@ def calls(build: Build) -> Any:
     kernel = build("kernel.cc", "kernel.so")
 
     def run(count: int, operands: int = 2, more: int = 0, **env: str) -> dict[str, Any]:
-        env = {"LD_LIBRARY_PATH": str(driver.parent), "JAX_PLATFORMS": "cpu"} | env
-        command = [sys.executable, "-P", str(FAKES / "graphs.py")]
-        done = subprocess.run(
-            [*command, str(kernel), *map(str, (count, operands, more))],
-            env=os.environ | env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        numbers = count, operands, more
+        return program(driver, "graphs.py", kernel, *numbers, **env)
 
     return run
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from chain_emulator import Barrier, Deadlock, Ring, Role
+from chain_emulator import Barrier, Ring, Role, run
 
 PAIRS, ALONE = "pingpong", "cooperative"
 STEP = 3  # CTAs
@@ -46,6 +46,7 @@ class Kernel:
             for _ in range(stages)
         ]
         self.turn = NamedBarrier(), NamedBarrier()
+        self.under_way: list[Callable[[], None]] = []  # stages fill at once
         self.done: list[tuple[int, int, int]] = []  # warpgroup, tile, product
 
     def is_paired(self, warpgroup: int, index: int) -> bool:
@@ -95,36 +96,25 @@ class Kernel:
                 continue
             paired = self.is_paired(wg, index)
             for product in (0, 1):
-                if self.pairs if product == 0 else paired:
-                    yield from self.turn[wg].sync()
                 if paired and wg == 1:
                     self.skip(ring, product)
+                if self.pairs if product == 0 else paired:
+                    yield from self.turn[wg].sync()
                 last = yield from self.multiply(wg, ring, index, product)
-                if paired and wg == 0:
-                    self.skip(ring, product)
                 other_is_next = paired
                 if product == 1 and wg == 1:
                     other_is_next = self.pairs and index + STEP < self.tiles
                 if other_is_next:
                     self.turn[wg ^ 1].arrive()
+                if paired and wg == 0:
+                    self.skip(ring, product)
                 yield  # settles
                 last.empty.arrive()
                 yield  # the epilogue
         yield
 
-    def run(self, chance: random.Random) -> None:
-        roles = [self.load(), self.consume(0), self.consume(1)]
-        idle = 0
-        while roles:
-            role = chance.choice(roles)
-            try:
-                next(role)
-                idle += 1
-            except StopIteration:
-                roles.remove(role)
-                idle = 0
-            if idle > 4000:
-                raise Deadlock(f"{len(roles)} roles wait for each other")
+    def roles(self) -> list[Role]:
+        return [self.load(), self.consume(0), self.consume(1)]
 
 
 @pytest.mark.parametrize("schedule", [PAIRS, ALONE])
@@ -135,7 +125,7 @@ def test_every_product_finds_its_stages(schedule, steps, stages, count):
     chance = random.Random(count)
     for _ in range(5):
         kernel = Kernel(schedule, (count - 1) * STEP + 1, steps, stages)
-        kernel.run(chance)
+        run([kernel], chance)
         tiles = range(0, kernel.tiles, STEP)
         if schedule == ALONE:
             assert sorted(kernel.done) == [*itertools.product((0, 1), tiles, (0, 1))]

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import pytest
-from fakes import FAKES, Build
+from fakes import Build, program
 
 from jax_bolt import _native
 
@@ -22,16 +18,7 @@ def stopwatch(build: Build) -> Callable[..., dict[str, Any]]:
     driver = build("cuda.cc", "libcuda.so.1")
 
     def run(micros: int, late: int, **env: str) -> dict[str, Any]:
-        command = [sys.executable, "-P", str(FAKES / "stopwatch.py")]
-        env = {"LD_LIBRARY_PATH": str(driver.parent), "JAX_PLATFORMS": "cpu"} | env
-        done = subprocess.run(
-            [*command, str(micros), str(late)],
-            env=os.environ | env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        seen = json.loads(done.stdout)
+        seen = program(driver, "stopwatch.py", micros, late, **env)
         # Warm-up first; always whole rotations over the sets of operands.
         rotation = seen["executions"]
         assert rotation[:3] == [0, 1, 2] and len(rotation) % 3 == 0

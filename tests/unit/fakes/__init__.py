@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 FAKES = Path(__file__).parent
 INCLUDE = FAKES.parents[2] / "cc" / "include"
@@ -26,3 +29,16 @@ def builder(folder: Path) -> Build:
         return path
 
     return build
+
+
+def program(driver: Path, script: str, *args: object, **env: str) -> Any:
+    """What one of the programs here prints as JSON, run on the fake ``driver``."""
+    env = {"LD_LIBRARY_PATH": str(driver.parent), "JAX_PLATFORMS": "cpu"} | env
+    done = subprocess.run(
+        [sys.executable, "-P", str(FAKES / script), *map(str, args)],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
